@@ -1,9 +1,9 @@
 """
 The container's entrypoint: C{python -m ecrproxy.entrypoint}.
 
-Docker makes a host's directory that is mounted (C{-v /srv/cache:/cache}) as root. A container that is started as root
-gives that directory to the daemon's user and becomes that user, as the images of databases do. One that is started as
-somebody else only starts the daemon.
+Docker creates host directories for mounts (C{-v /srv/cache:/cache}) as root. A container started as root changes their
+owner to the daemon's user and switches to that user, as database images do. A container started as another user only
+starts the daemon.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 USER: Final = 65532
-"""Whom the image's cache directory belongs to, user and group."""
+"""User and group that own the image's cache directory."""
 _START: Final = ("-n", "--pidfile=", "ecr-proxy")
 
 
 @dataclass(frozen=True, slots=True)
 class System:
     """
-    What the entrypoint does to files and to its own process.
+    The entrypoint's operations on files and its own process.
 
-    @ivar chown: gives an open file or directory to the daemon's user and group.
-    @ivar become: gives up all other users, groups and rights.
+    @ivar chown: changes the owner of an open file or directory to the daemon's user and group.
+    @ivar become: drops all other users, groups and capabilities.
     """
 
     uid: int
@@ -38,11 +38,11 @@ class System:
 
 def hand_over(directory: Path, chown: Callable[[int], None]) -> None:
     """
-    Give a directory to the daemon's user with all that is in it, unless that has been done: it may be many files.
+    Change the owner of a directory and its contents to the daemon's user, unless already done: there may be many files.
 
-    A file with several names may belong elsewhere by another of them, and stays whose it is.
+    Files with several hard links keep their owner: another link may belong elsewhere.
 
-    @raise OSError: if that can't be done.
+    @raise OSError: if the owner can't be changed.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if directory.stat().st_uid == USER:
@@ -51,11 +51,11 @@ def hand_over(directory: Path, chown: Callable[[int], None]) -> None:
         for name in names:
             if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
                 _hand_over_file(name, folder, chown)
-        chown(folder)  # the outermost comes last: what is interrupted is done again
+        chown(folder)  # the top directory comes last, so that an interrupted run is repeated
 
 
 def _hand_over_file(name: str, folder: int, chown: Callable[[int], None]) -> None:
-    # Who may write there can put another in its place at any time: what was looked at has to be what is given away.
+    # Any process with write access can replace the file at any time: check and change the same open file.
     file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     try:
         status = os.fstat(file)
@@ -71,7 +71,7 @@ def _raise(problem: OSError) -> NoReturn:
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], twistd: str, system: System) -> None:
     """
-    Start the daemon as a user who may do no more than it needs.
+    Start the daemon as an unprivileged user.
     """
     if system.uid == 0:
         directory = environ.get("PROXY_CACHE_DIR") or "/cache"
@@ -94,11 +94,11 @@ def _chown(file: int) -> None:
 def _become() -> None:
     os.setgroups([])
     os.setresgid(USER, USER, USER)
-    os.setresuid(USER, USER, USER)  # with which all capabilities go: capabilities(7)
+    os.setresuid(USER, USER, USER)  # also drops all capabilities: capabilities(7)
 
 
 def _execute(program: str, words: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
-    os.execve(program, list(words), environ)  # noqa: S606 (no shell is wanted)
+    os.execve(program, list(words), environ)  # noqa: S606 (without a shell)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
-Which requests of clients have failed lately, why, and for whom. Pure.
+Recent failed requests of clients, with reasons and clients. Pure.
 
-There may be any number, and clients choose what they ask for. So a fixed number of rows is kept: of what failed last.
+Clients choose the paths, so their number is unlimited: only a fixed number of the latest failures is kept.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from dataclasses import dataclass
 from typing import Final
 
 ROUTES: Final = frozenset({"blob", "manifest", "tags", "referrers"})
-"""The routes of what clients may ask for in vain, as the figures call them."""
+"""The routes whose failures are recorded, by their names in metrics."""
 NOBODYS: Final = "-"
-"""The path of what was refused before anybody was let in."""
+"""The path of requests that were refused before admission."""
 LIMIT: Final = 20
 LONGEST: Final = 300
-"""Characters of a path that are kept."""
+"""Maximum characters of a path that are kept."""
 
 Row = tuple[str, int, str, float, float, int, str]
-"""A failure, as processes tell it: its attributes in their order."""
+"""A failure as processes exchange it: its attributes in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
     """
-    Something that clients asked for in vain.
+    Failed requests for the same path.
 
-    @ivar path: what they asked for.
-    @ivar status: of the answer.
-    @ivar reason: the word of X-Cache-Reason.
-    @ivar since: when it failed first, in seconds since the epoch.
-    @ivar when: when it did last.
-    @ivar times: how often.
-    @ivar client: who got the last answer.
+    @ivar path: the requested path.
+    @ivar status: the response's status.
+    @ivar reason: the value of X-Cache-Reason.
+    @ivar since: time of the first failure, in seconds since the epoch.
+    @ivar when: time of the last failure.
+    @ivar times: number of failures.
+    @ivar client: the client of the last failure.
     """
 
     path: str
@@ -48,9 +48,9 @@ class Failed:
 
 class Failures:
     """
-    The last of them.
+    The latest failures.
 
-    @param now: seconds since the epoch.
+    @param now: returns seconds since the epoch.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -59,7 +59,7 @@ class Failures:
 
     def note(self, path: str, status: int, reason: str, client: str) -> None:
         """
-        Note that a request has failed now.
+        Record a failed request.
         """
         now = self._now()
         self._add(Failed(path[:LONGEST], status, reason, now, now, 1, client))
@@ -77,13 +77,13 @@ class Failures:
 
     def latest(self) -> tuple[Failed, ...]:
         """
-        Give them, what failed last first.
+        Return the failures, latest first.
         """
         return tuple(reversed(self._rows.values()))
 
     def take(self) -> list[Row]:
         """
-        Return those since the last call, what failed last at the end.
+        Return the failures since the last call, latest last.
         """
         rows = [
             (each.path, each.status, each.reason, each.since, each.when, each.times, each.client)
@@ -94,7 +94,7 @@ class Failures:
 
     def add(self, rows: Iterable[Row]) -> None:
         """
-        Add what another process has noted.
+        Add failures that another process has recorded.
         """
         for row in rows:
             self._add(Failed(*row))

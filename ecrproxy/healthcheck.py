@@ -1,10 +1,10 @@
 """
-Ask the daemon in this container whether it is alive: C{python -m ecrproxy.healthcheck}.
+Check that the daemon in this container is alive: C{python -m ecrproxy.healthcheck}.
 
-For the HEALTHCHECK of the Dockerfile, whose failures have containers restarted: so it does not ask whether the daemon
-can serve or fetch, which no restart changes. It reads the variables, for it can't see the daemon's flags, and asks the
-first endpoint that they name. It runs twice a minute, and imports nothing that takes time: no Twisted. The exit status
-is 0 if the answer is 200, else 1 with one line on stderr.
+For HEALTHCHECK in the Dockerfile. A failure restarts the container, so the check does not ask whether the daemon can
+serve or fetch: a restart would not help. The check can't see the daemon's flags; it reads the variables, and asks the
+first endpoint in them. It runs twice a minute, so it does not import slow modules such as Twisted. The exit status is 0
+if the response is 200, else 1 with one line on stderr.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Final
 from ecrproxy.endpoint_string import EndpointString, parse_endpoint_string
 
 SECONDS: Final = 4.0
-"""How long the daemon may be silent: less than HEALTHCHECK's timeout."""
+"""Timeout for the daemon, in seconds: less than HEALTHCHECK's timeout."""
 PORT: Final = 5000
 LAST_PORT: Final = 65535
 PATH: Final = "/healthz"
 OK: Final = 200
 PROXY_LINE: Final = b"PROXY TCP4 127.0.0.1 127.0.0.1 1 1\r\n"
-"""What a load balancer says first, where one is waited for."""
+"""The PROXY header that the daemon expects behind a load balancer."""
 _LOOPBACK: Final = {"tcp": "127.0.0.1", "tcp6": "::1"}
 _EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 (compared with, not listened on)
 
@@ -35,11 +35,11 @@ _EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 (compared with, not listene
 @dataclass(frozen=True, slots=True)
 class Place:
     """
-    Where to ask.
+    Where to connect.
 
     @ivar address: host and port, or the path of a socket.
-    @ivar secure: whether TLS is spoken there.
-    @ivar behind_proxy: whether a load balancer's PROXY line is waited for there.
+    @ivar secure: True for TLS.
+    @ivar behind_proxy: True if the daemon expects a PROXY header.
     """
 
     address: tuple[str, int] | str
@@ -49,14 +49,14 @@ class Place:
 
 def place_from(environ: Mapping[str, str]) -> Place:
     """
-    Tell where the daemon listens.
+    Return where the daemon listens.
 
-    @raise ValueError: if the variables name nothing that can be asked.
+    @raise ValueError: if the variables name no endpoint that can be checked.
     """
     endpoints = environ.get("PROXY_LISTEN", "").split()
     if not endpoints:
         port = environ.get("PROXY_PORT", "")
-        # Kubernetes sets PROXY_PORT=tcp://... for a Service named proxy; the daemon does not read that either.
+        # Kubernetes sets PROXY_PORT=tcp://... for a Service named proxy; the daemon ignores that too.
         number = PORT if not port or "://" in port else _port(port)
         return Place((_LOOPBACK["tcp"], number), secure=bool(environ.get("PROXY_SSL_KEY")))
     for text in endpoints:
@@ -68,7 +68,7 @@ def place_from(environ: Mapping[str, str]) -> Place:
 
 def place_at(endpoint: EndpointString) -> Place | None:
     """
-    Tell where an endpoint is; none if its string does not tell.
+    Return where an endpoint is; None if its string does not say.
     """
     if endpoint.kind == "unix":
         return Place(endpoint.options["address"], behind_proxy=endpoint.balanced)
@@ -87,10 +87,10 @@ def _port(text: str) -> int:
 
 def ask(connected: socket.socket) -> int:
     """
-    Ask over a connection, and return the status of the answer.
+    Send a request over a connection, and return the status of the response.
 
-    @raise OSError: if nobody answers.
-    @raise HTTPException: if it is no HTTP.
+    @raise OSError: if there is no response.
+    @raise HTTPException: if the response is not HTTP.
     """
     asking = HTTPConnection("localhost")
     asking.sock = connected
@@ -103,10 +103,10 @@ def ask(connected: socket.socket) -> int:
 
 def reach(place: Place, seconds: float = SECONDS) -> socket.socket:
     """
-    Connect, without a word.
+    Connect, without sending anything.
 
     @param seconds: timeout of each operation on the connection.
-    @raise OSError: if nobody listens.
+    @raise OSError: if nothing listens there.
     """
     if not isinstance(place.address, str):
         return socket.create_connection(place.address, seconds)
@@ -120,9 +120,9 @@ def greet(
     place: Place, connected: socket.socket, context: ssl.SSLContext | None = None, name: str = ""
 ) -> socket.socket:
     """
-    Say what comes before HTTP: a balancer's PROXY line, and then TLS, where they are spoken.
+    Send the PROXY header and do the TLS handshake, if the endpoint expects them.
 
-    @param context: checks whose certificate it is, for C{name}; without one, anybody's will do.
+    @param context: verifies the certificate for C{name}; without one, any certificate is accepted.
     """
     if place.behind_proxy:
         connected.sendall(PROXY_LINE)
@@ -132,7 +132,7 @@ def greet(
 
 
 def _unchecked() -> ssl.SSLContext:
-    # Whose certificate it is, is for clients to check: this only asks the daemon beside it whether it answers.
+    # Verifying the certificate is for clients: this only checks that the local daemon responds.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -143,9 +143,9 @@ def connect(
     place: Place, context: ssl.SSLContext | None = None, name: str = "", seconds: float = SECONDS
 ) -> socket.socket:
     """
-    Connect, up to where HTTP begins: see L{greet}.
+    Connect, ready for HTTP: see L{greet}.
 
-    @raise OSError: if nobody listens, or no TLS comes about.
+    @raise OSError: if nothing listens there, or TLS fails.
     """
     connected = reach(place, seconds)
     try:
@@ -157,7 +157,7 @@ def connect(
 
 def main(environ: Mapping[str, str], reach: Callable[[Place], socket.socket] = reach) -> int:
     """
-    Return the exit status.
+    Check the daemon, and return the exit status.
     """
     try:
         place = place_from(environ)

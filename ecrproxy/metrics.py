@@ -1,15 +1,12 @@
 """
-Every figure that the daemon keeps about itself.
+All metrics of the daemon.
 
 Rules:
 
-- What is counted on the way of a request is a few additions on plain lists; it becomes Prometheus' text when somebody
-  asks.
-- What a part knows anyway is not counted twice: it is read from the part when somebody asks, see L{Reading}.
-- Labels have few values: never a repository, a digest, a host or an address; of registries, their names
-  in the configuration.
-- Workers' counts are added up by their parent, so that one page tells of all; a figure that each of them knows says how
-  theirs become one, see L{Figure}.
+- Counting during a request is a few additions on plain lists. The Prometheus text is made on scrape.
+- Values that a part of the daemon has anyway are not counted twice: they are read from it on scrape, see L{Reading}.
+- Labels have few values: never a repository, digest, host or address. Registries are labeled by their configured names.
+- The parent adds up its workers' counts, so one scrape covers all; L{Figure.combine} says how to merge other figures.
 """
 
 from __future__ import annotations
@@ -35,20 +32,20 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 TICK_SECONDS: Final = 0.02
-"""How often the event loop is asked for its turn."""
+"""Interval of the timer that measures the event loop's delays."""
 STALL_SECONDS: Final = 150.0
-"""For how long a stall is told at least: Prometheus asks more often."""
+"""Minimum time for which a stall is reported: longer than Prometheus' scrape interval."""
 BUCKETS: Final = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 300.0)
-"""Seconds: from a hit in memory to the largest layer over a slow network."""
+"""Upper bounds in seconds: from a hit in memory to the largest layer over a slow network."""
 
 Key = tuple[str, ...]
 Row = tuple[Key, int, int, float, Sequence[int]]
-"""Labels, how many, their bytes, their seconds, how many in each bucket."""
+"""Labels, count, bytes, seconds, and the count of each bucket."""
 
 
 class Tally:
     """
-    How many there were of a kind, how long they took and how many bytes they moved; kinds are told by labels.
+    Counts, durations and bytes by labels.
     """
 
     def __init__(self) -> None:
@@ -56,7 +53,7 @@ class Tally:
 
     def note(self, key: Key, seconds: float, size: int = 0) -> None:
         """
-        Count one.
+        Count one event.
         """
         row = self._row(key)
         row[0] += 1
@@ -66,7 +63,7 @@ class Tally:
 
     def moved(self, key: Key, size: int) -> None:
         """
-        Count bytes of something that was counted before.
+        Add bytes to an event that was counted before.
         """
         self._row(key)[1] += size
 
@@ -78,14 +75,14 @@ class Tally:
 
     def rows(self) -> Iterator[Row]:
         """
-        Yield what was counted.
+        Yield all rows.
         """
         for key, (count, size, seconds, *buckets) in sorted(self._rows.items()):
             yield key, int(count), int(size), seconds, [int(each) for each in buckets]
 
     def take(self) -> list[Row]:
         """
-        Return what was counted since the last call.
+        Return the counts since the last call.
         """
         rows = list(self.rows())
         self._rows.clear()
@@ -93,7 +90,7 @@ class Tally:
 
     def add(self, rows: Iterable[Row]) -> None:
         """
-        Add what another process has counted.
+        Add the counts of another process.
         """
         for key, count, size, seconds, buckets in rows:
             row = self._row(tuple(key))
@@ -104,11 +101,11 @@ class Tally:
 @dataclass(frozen=True, slots=True)
 class Served:
     """
-    What clients were given.
+    What was sent to clients.
 
-    @ivar requests: theirs, by route, method, status, cache status and registry.
-    @ivar saved: the bytes for which nothing was fetched, by repository.
-    @ivar failed: what they asked for in vain.
+    @ivar requests: requests by route, method, status, cache status and registry.
+    @ivar saved: bytes served from the cache, by repository.
+    @ivar failed: failed requests.
     """
 
     failed: Failures
@@ -119,12 +116,11 @@ class Served:
 @dataclass(frozen=True, slots=True)
 class Figure:
     """
-    Something that a part of the daemon knows in figures.
+    A value that a part of the daemon provides.
 
-    @ivar name: without the prefix; C{_total} at its end makes it a counter.
-    @ivar label: the label whose values tell several figures apart, or several, separated by commas; empty if there is
-        one figure.
-    @ivar combine: makes one of the figures of several processes.
+    @ivar name: without the prefix; a name that ends with C{_total} is a counter.
+    @ivar label: one or more label names, separated by commas; empty for a single value.
+    @ivar combine: merges the values of several processes.
     """
 
     name: str
@@ -135,21 +131,21 @@ class Figure:
     @property
     def counts(self) -> bool:
         """
-        Return True if it only grows.
+        Return True for counters.
         """
         return self.name.endswith("_total")
 
 
 Values = Mapping[str, float]
-"""A figure by the value of its label, or by their values, separated by commas; by the empty text if it has none."""
+"""A figure's values by label value; several label values are separated by commas. Without labels, by the empty text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """
-    A figure, and how it is read.
+    A figure and its source.
 
-    @ivar read: gives it, none if there is none now; or several, by the value of the label.
+    @ivar read: returns the value, None if there is none now, or several values by label value.
     """
 
     figure: Figure
@@ -157,24 +153,24 @@ class Reading:
 
     def values(self) -> Values:
         """
-        Read it.
+        Read the values.
         """
         told = self.read()
         if told is None:
             return {}
         several = told if isinstance(told, Mapping) else {"": told}
-        return {label: float(number) for label, number in several.items()}  # parts may know a yes or no
+        return {label: float(number) for label, number in several.items()}  # some values are booleans
 
 
 class Figures(Collector):
     """
-    The figures, for Prometheus.
+    The Prometheus collector of all figures.
 
-    @param workers: lists the process ids of workers, whose memory, time and files count with this process's.
-    @param now: seconds since the epoch.
-    @ivar version: of what runs here.
-    @ivar served: what clients were given.
-    @ivar upstream: requests to the registry and to buckets, by kind of host, outcome and registry.
+    @param workers: returns the workers' process ids; their memory, CPU time and files are added to this process's.
+    @param now: returns seconds since the epoch.
+    @ivar version: the daemon's version.
+    @ivar served: what was sent to clients.
+    @ivar upstream: requests to registries and buckets, by kind of host, outcome and registry.
     """
 
     def __init__(
@@ -189,27 +185,27 @@ class Figures(Collector):
 
     def watch(self, *readings: Reading) -> None:
         """
-        Tell these too.
+        Add readings.
         """
         self._readings += readings
 
     def values(self) -> dict[str, Values]:
         """
-        Read what the parts know, by the names of the figures.
+        Read all readings, by the figures' names.
         """
         return {each.figure.name: each.values() for each in self._readings}
 
     def page(self) -> bytes:
         """
-        Write all figures in Prometheus' text format, version 0.0.4.
+        Return all metrics in Prometheus' text format, version 0.0.4.
         """
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
         """
-        Yield them.
+        Yield all metrics.
         """
-        yield InfoMetricFamily("ecr_proxy_build", "What runs here", {"version": self.version})
+        yield InfoMetricFamily("ecr_proxy_build", "The version of the daemon", {"version": self.version})
         yield from _families(
             self.served.requests,
             "ecr_proxy",
@@ -228,7 +224,7 @@ def _families(
     tally: Tally, prefix: str, labels: Sequence[str], whose: str, direction: str
 ) -> tuple[CounterMetricFamily, CounterMetricFamily, HistogramMetricFamily]:
     """
-    Tell a tally as three families: how many, how many bytes, how long by the first label.
+    Make three metric families of a tally: requests, bytes, and durations by the first label.
     """
     count = CounterMetricFamily(f"{prefix}_requests", f"Requests {whose}", labels=labels)
     size = CounterMetricFamily(f"{prefix}_{direction}_bytes", f"Bytes of bodies, requests {whose}", labels=labels[:1])
@@ -260,10 +256,10 @@ def _family(reading: Reading) -> Iterator[Metric]:
 
 class Processes(Collector):
     """
-    What the kernel knows of this process and its workers, added up; they began when the first of them did.
+    The kernel's figures of this process and its workers, added up; the start time is the earliest.
 
-    The processor time of workers that have ended stays counted: the kernel adds it up for their parent. A counter that
-    goes back would look to Prometheus like a restart, and its rate jump by all that was ever used.
+    The CPU time of exited workers stays included, because the kernel adds it to their parent's. Prometheus takes a
+    decreasing counter for a restart, and its rate would jump by the whole total.
     """
 
     def __init__(self, workers: Callable[[], Iterable[int]]) -> None:
@@ -271,7 +267,7 @@ class Processes(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """
-        Yield it.
+        Yield the metrics.
         """
         found: dict[str, list[Metric]] = {}
         for pid in ("self", *self._workers()):
@@ -290,9 +286,9 @@ class Processes(Collector):
 
 class Gathered:
     """
-    The figures of workers, as they told them last, as figures of one daemon.
+    The workers' latest figures, merged into those of one daemon.
 
-    What a worker counted stays counted when it has ended.
+    Counters include workers that have exited.
     """
 
     def __init__(self, figures: Iterable[Figure]) -> None:
@@ -302,19 +298,19 @@ class Gathered:
 
     def workers(self) -> list[int]:
         """
-        List the process ids of those that run.
+        Return the process ids of the running workers.
         """
         return list(self._told)
 
     def tell(self, worker: int, values: Mapping[str, Values]) -> None:
         """
-        Take in what the worker with this process id knows.
+        Record the figures of the worker with this process id.
         """
         self._told[worker] = values
 
     def ended(self, worker: int) -> None:
         """
-        Note that a worker has ended.
+        Record that a worker has exited.
         """
         last = self._told.pop(worker, {})
         for each in self._figures:
@@ -324,7 +320,7 @@ class Gathered:
 
     def readings(self) -> list[Reading]:
         """
-        Give what reads them.
+        Return readings of the merged figures.
         """
         return [Reading(each, partial(self._values, each)) for each in self._figures]
 
@@ -336,10 +332,10 @@ class Gathered:
 
 class LoopStall(Service):
     """
-    How long the event loop stood still at the most: the time by which its turns come late.
+    Measures stalls of the event loop: by how much a regular timer is late.
 
-    @param now: seconds that nobody sets, and that go on while the process stands still.
-    @ivar longest: in seconds, since the start.
+    @param now: a monotonic clock, which also runs while the process is suspended.
+    @ivar longest: longest stall since the start, in seconds.
     """
 
     def __init__(self, clock: IReactorTime, now: Callable[[], float]) -> None:
@@ -351,7 +347,7 @@ class LoopStall(Service):
     @property
     def lately(self) -> float:
         """
-        The longest of the last C{STALL_SECONDS} to twice as many, in seconds.
+        The longest stall in a recent window of C{STALL_SECONDS} to twice that, in seconds.
         """
         return max(self._before, self._lately)
 
@@ -367,7 +363,7 @@ class LoopStall(Service):
             self._next = None
 
     def _turn(self) -> None:
-        # Not Periodic: at this rate its Deferreds would be most of what an idle process does.
+        # Not Periodic: at this rate its Deferreds would be most of an idle process's work.
         self._next = self._clock.callLater(TICK_SECONDS, self._turn)
         now = self._now()
         if now >= self._until:

@@ -1,8 +1,8 @@
 """
-What the daemon can do at this moment, and what keeps it from more. Pure.
+What the daemon can do at the moment, and what it can't. Pure.
 
-I{Alive}, I{can serve} and I{can fetch} are three answers: whoever answers at all is alive; a token or a cache with
-content lets it serve; a token that ECR accepts, and an ECR that answers, let it fetch. Each process answers for itself.
+There are three answers. A process that responds is I{alive}. With a token or cached content it I{can serve}. With a
+token that ECR accepts, and an ECR that responds, it I{can fetch}. Each process answers for itself.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import Final
 
 ACCOUNTS: Final = 3
-"""The most accounts of a wildcard of which is told what is wrong with them; the others are counted."""
+"""Maximum accounts of a wildcard whose problems are listed; further ones are counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
     """
-    Which of the answers hold.
+    The answers.
 
-    @ivar reasons: what is wrong, also where it does not keep the daemon from serving.
-    @ivar draining: whether the process accepts no more connections and is about to end.
+    @ivar reasons: all problems, including those that do not prevent serving.
+    @ivar draining: True if the process no longer accepts connections and shuts down.
     """
 
     can_serve: bool
@@ -34,12 +34,12 @@ class Readiness:
 @dataclass(frozen=True, slots=True)
 class Source:
     """
-    What keeps a registry from being fetched from.
+    A registry, and what prevents fetching from it.
 
-    @ivar name: of the registry.
-    @ivar token: why there is no token that it accepts, if so.
-    @ivar silence: why nothing can be fetched all the same, if so.
-    @ivar label: its name in the configuration, which all accounts of a wildcard have.
+    @ivar name: the registry's name.
+    @ivar token: why there is no valid token; None if there is one.
+    @ivar silence: why fetching fails despite the token; None if it works.
+    @ivar label: its name in the configuration, shared by all accounts of a wildcard.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Source:
     @property
     def fails(self) -> bool:
         """
-        Return True if nothing can be fetched from it.
+        Return True if nothing can be fetched from the registry.
         """
         return self.token is not None or self.silence is not None
 
@@ -59,12 +59,12 @@ def judge(
     *, draining: bool, sources: Sequence[Source], disk: Sequence[str], filled: bool, index: str = ""
 ) -> Readiness:
     """
-    Judge what a process can do: with one registry that it can fetch from, it can fetch.
+    Return the readiness of a process. It can fetch if it can fetch from at least one registry.
 
     @param sources: all registries.
-    @param disk: what is wrong with the cache directory.
-    @param filled: whether the cache directory has content.
-    @param index: what is wrong with the cache's index, which keeps nobody from being served.
+    @param disk: problems of the cache directory.
+    @param filled: True if the cache directory has content.
+    @param index: the problem of the cache's index, which does not prevent serving.
     """
     reasons = ["draining: the daemon ends"] if draining else []
     reasons += _said_of(sources)
@@ -77,9 +77,6 @@ def judge(
 
 
 def _said_of(sources: Sequence[Source]) -> Iterator[str]:
-    """
-    Say what is wrong with registries.
-    """
     failing: Counter[str] = Counter()
     for each in sources:
         failing[each.label] += each.fails
@@ -97,10 +94,10 @@ def _said_of(sources: Sequence[Source]) -> Iterator[str]:
 
 def judge_all(found: Sequence[Readiness], expected: int) -> Readiness:
     """
-    Judge a daemon of several processes: it can do what every process can that accepts connections.
+    Return the readiness of a daemon of several processes: it can do what every accepting process can do.
 
-    @param found: the answers of those that answered.
-    @param expected: how many processes there should be.
+    @param found: the answers of the processes that responded.
+    @param expected: the number of processes that should run.
     """
     accepting = [each for each in found if not each.draining]
     missing, draining = expected - len(found), len(found) - len(accepting)

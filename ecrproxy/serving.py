@@ -1,5 +1,5 @@
 """
-What serves clients in one process, wired from the settings: all but the sockets that they come to.
+Everything that serves clients in one process, wired from the settings, except the listening sockets.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ from ecrproxy.world import World, Worlds
 log = Logger()
 
 WireOne = Callable[[TokenService | None, str, Known, Sequence[Upstream]], tuple[Upstream, Asking]]
-"""Wires a registry from its token, what the log calls it, and its replicas."""
+"""Wires a registry from its token, its name in the log, what is known of it, and its replicas."""
 
 READING: Final = 8, 5.0
 WRITING: Final = 8, 8.0
@@ -98,20 +98,20 @@ COMMITTING: Final = 4, 60.0
 HASHING: Final = VERIFICATIONS, 30.0
 KEEPING: Final = 4, 8.0
 SETTLING: Final = 1, 8.0
-"""Threads for the disk, by the kind of work; and for how many seconds a call is waited for: the disk may hang.
+"""Threads for each kind of disk work, and the timeout of a disk call in seconds: the disk may hang.
 
-A pull that meets a disk which hangs reads, and then writes: its client waits 30 s at the most."""
+On a hanging disk, a pull reads and then writes: its client waits 30 s at most."""
 DIGESTING: Final = 4
 START_SECONDS: Final = 8.0
-"""How long the start waits for the disk."""
+"""Timeout for the disk at startup, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
     """
-    What serves clients in this process, but for the sockets that they come to.
+    The parts that serve clients in this process, except the listening sockets.
 
-    @ivar use: has new requests mean the registries of other settings; the rest of these is not looked at.
+    @ivar use: makes new requests use the registries of other settings; ignores the rest of these.
     """
 
     site: RegistrySite
@@ -134,10 +134,10 @@ def wire(
     processes: int,
 ) -> Serving:
     """
-    Wire all that serves clients; each line makes one object from earlier ones.
+    Wire everything that serves clients; each line makes one object from earlier ones.
 
-    @param refused: ends the daemon, for AWS refuses its credentials.
-    @param processes: how many there are that do the same, each its part.
+    @param refused: called when AWS rejects the credentials; shuts down.
+    @param processes: number of processes that share the limits.
     """
     disk, threads = _disk(service.pools), service.pools.threads
     store = _store(config, KeptOpen(kept_files(), reactor, disk.closing))
@@ -193,9 +193,6 @@ def _hot_path(pull_through: PullThrough, worlds: Worlds, admission: Admission | 
 
 
 def _disk(pools: Pools) -> Disk:
-    """
-    Make the threads for the disk.
-    """
     return Disk(
         reading=pools.threads(READING[0]).bounded(READING[1]),
         writing=pools.threads(WRITING[0]).bounded(WRITING[1]),
@@ -208,7 +205,7 @@ def _disk(pools: Pools) -> Disk:
 
 def _access_log(config: Config, service: Daemon, reactor: Any) -> AccessLog | None:  # noqa: ANN401
     """
-    Make the log of requests; None if lines of its level are not written.
+    Make the access log; None if the log level excludes it.
     """
     if config.log_level not in ("debug", "info"):
         return None
@@ -219,10 +216,10 @@ def _access_log(config: Config, service: Daemon, reactor: Any) -> AccessLog | No
 
 class AwsTokens(MultiService):
     """
-    Keeps a token for each of the credentials in each region.
+    Keeps one token for each pair of credentials and region.
 
-    @param ends: told if AWS refuses the first credentials, the default registry's at the start; returns whether that
-        ends the daemon.
+    @param ends: called if AWS rejects the first credentials, the default registry's at startup; returns True if that
+        shuts the daemon down.
     """
 
     def __init__(self, reactor: Any, ends: Callable[[CredentialsError], bool]) -> None:  # noqa: ANN401
@@ -232,7 +229,7 @@ class AwsTokens(MultiService):
 
     def keep(self, tables: Sequence[RegistryTable]) -> Mapping[tuple[Credentials, str], TokenService]:
         """
-        Keep the tokens that are needed from now on, and no others; one that was kept before stays as it is.
+        Keep the tokens that the tables need, and stop all others. Existing ones are reused.
         """
         before, self._kept = self._kept, {}
         for each in tables:
@@ -254,14 +251,14 @@ class AwsTokens(MultiService):
 
 def _takes_tokens(table: RegistryTable) -> bool:
     """
-    Return True if AWS gives tokens for a registry.
+    Return True if a registry uses AWS's tokens.
     """
     return table.protocol is not Protocol.OCI and not table.anonymous
 
 
 def _credentials(table: RegistryTable) -> tuple[Credentials, str]:
     """
-    Return the credentials for a registry, and the region in which their token is good.
+    Return the credentials for a registry, and the region where their token is valid.
     """
     public = table.protocol is Protocol.ECR_PUBLIC
     return Credentials(table.role, table.external_id, table.profile, table.instance_auth, public), table.region or ""
@@ -275,9 +272,9 @@ def _authorization(
     reactor: Any,  # noqa: ANN401
 ) -> Authorization:
     """
-    Make what gives a registry what it wants to be shown.
+    Make the source of a registry's Authorization headers.
 
-    @param tokens: AWS's, if it is for them.
+    @param tokens: AWS's tokens, if the registry uses them.
     """
     if table.protocol is Protocol.ECR and tokens is not None:
         return Basic(tokens)
@@ -289,7 +286,7 @@ def _authorization(
 
 def quotas_of(config: Config, table: RegistryTable) -> Quotas:
     """
-    Return how often a registry may be asked.
+    Return the request quotas of a registry.
     """
     match table.protocol:
         case Protocol.ECR:
@@ -302,9 +299,9 @@ def quotas_of(config: Config, table: RegistryTable) -> Quotas:
 
 def _trust(egress: Egress, service: Daemon, reactor: Any) -> Trust:  # noqa: ANN401
     """
-    Read the CAs of upstream, and have them read again when their file has changed.
+    Read the CAs for upstream, and reload them when their file changes.
 
-    @raise ConfigError: if it is no file.
+    @raise ConfigError: if the file is unusable.
     """
     try:
         trust = Trust(egress.authorities)
@@ -325,9 +322,9 @@ def _wiring(
     reactor: Any,  # noqa: ANN401
 ) -> WireOne:
     """
-    Return what wires all that asks one registry and its buckets.
+    Return a function that wires everything for requests to one registry and its buckets.
     """
-    outside = OwnNames(reactor)  # before the chosen servers are installed
+    outside = OwnNames(reactor)  # before the configured name servers are installed
     forget = _install_resolver(config, reactor)
     budget = Budget(config.upstream_tries, config.upstream_seconds)
 
@@ -374,7 +371,7 @@ def _world(
     before: Upstreams | None = None,
 ) -> World:
     """
-    Make the registries of the settings; what C{before} has wired stays so where its table is the same.
+    Wire the registries of the settings; reuse those in C{before} whose tables are equal.
     """
     registries = Registries(config.registries, config.registry_aliases or (), config.unknown_registry_status)
     namespaces = _namespaces(config, judging, reactor)
@@ -405,7 +402,7 @@ def _pull_through(
     connections: Connections,
 ) -> PullThrough:
     """
-    Wire what answers from the cache, or through it.
+    Wire the handler of pulls: from the cache, or from upstream through the cache.
     """
     lanes = Lanes(config.blob_connections, config.bucket_connections, share(BUFFERED, processes))
     return PullThrough(
@@ -429,7 +426,7 @@ def _reading_ahead(
     processes: int,
 ) -> Callable[[Transfers], ReadingAhead] | None:
     """
-    Make what makes the part that reads ahead; none if the settings say so.
+    Return a factory of the read-ahead; None if it is off.
     """
     if not config.read_ahead:
         return None
@@ -443,7 +440,7 @@ def _reading_ahead(
 
 def _namespaces(config: Config, judging: Threads, reactor: Any) -> Callable[[Known], Namespaces]:  # noqa: ANN401
     """
-    Give the namespaces of a registry.
+    Return a factory of a registry's namespaces.
     """
     patterns = {each.namespaces or config.namespace_pattern for each in config.registries}
     judges = {pattern: Namespaces(pattern, judging.call, reactor) for pattern in patterns}
@@ -452,7 +449,7 @@ def _namespaces(config: Config, judging: Threads, reactor: Any) -> Callable[[Kno
 
 def _catalog(registries: Registries, namespaces: Callable[[Known], Namespaces], reactor: Any) -> Catalog:  # noqa: ANN401
     """
-    Wire what lists the default registry's repositories.
+    Wire the list of the default registry's repositories.
     """
     default = registries.default
     credentials, region = _credentials(default.table)
@@ -468,7 +465,7 @@ def _catalog(registries: Registries, namespaces: Callable[[Known], Namespaces], 
 
 def _fetch(credentials: Credentials, region: str) -> Token:
     """
-    Fetch a token, in a thread.
+    Fetch a token. Blocks; call in a thread.
     """
     token = fetch_token(region, credentials)
     set_aside_what_stays()
@@ -479,7 +476,7 @@ async def _readiness(
     askings: Callable[[], Sequence[Asking]], condition: Condition, connections: Connections
 ) -> Readiness:
     """
-    Return what this process can do at the moment.
+    Return the readiness of this process.
     """
     found = await condition.latest()
     return judge(
@@ -493,7 +490,7 @@ async def _readiness(
 
 def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError, *, warm: bool) -> bool:
     """
-    End the daemon if it can serve nothing without AWS; tell whether it ends.
+    Shut down if the daemon can serve nothing without AWS; return True if so.
     """
     if not warm:
         refused(problem)
@@ -502,18 +499,18 @@ def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError
 
 def begin(store: Store, processes: int) -> bool:
     """
-    Prepare the cache directory; tell whether it has content, as far as is known.
+    Prepare the cache directory; return True if it is known to have content.
 
-    A disk that is full, fails or hangs ends no daemon that runs, and keeps none from starting: L{Troubles} tells of it.
+    A disk that is full, fails or hangs neither stops the daemon nor prevents a start: L{Troubles} reports it.
 
-    @raise ConfigError: if it can't be the cache directory, or not be shared by C{processes}.
+    @raise ConfigError: if the directory is unusable, or can't be shared by C{processes}.
     """
 
     def begin() -> tuple[bool, bool]:
         warm = store.begin()
         try:
             return warm, store.has_locks()
-        except OSError:  # it takes no file at the moment
+        except OSError:  # no file can be written at the moment
             return warm, True
 
     try:
@@ -548,7 +545,7 @@ def _pages(config: Config) -> Pages:
 
 def check_passwords(config: Config) -> None:
     """
-    See that the passwords can be used.
+    Check that the password file is usable.
 
     @raise ConfigError: if not.
     """
@@ -562,10 +559,10 @@ def check_passwords(config: Config) -> None:
 
 def _admission(config: Config, reactor: Any, service: Daemon, processes: int) -> Admission:  # noqa: ANN401
     """
-    Make what lets clients in; C{service} runs what of it runs by itself.
+    Make the admission of clients; C{service} runs its background parts.
 
-    @param processes: how many there are that do the same, each its part.
-    @raise ConfigError: if the passwords can't be used.
+    @param processes: number of processes that share the limits.
+    @raise ConfigError: if the password file is unusable.
     """
     passwords = None
     if config.htpasswd is not None:
@@ -579,9 +576,9 @@ def _admission(config: Config, reactor: Any, service: Daemon, processes: int) ->
 
 def _install_resolver(config: Config, reactor: Any) -> Callable[[str], None]:  # noqa: ANN401
     """
-    Resolve upstream names with the chosen servers, or the host's own resolver; each is asked for once at a time.
+    Resolve upstream names with the configured servers, or the host's resolver; concurrent lookups of a name are shared.
 
-    @return: makes what is remembered of a name forgotten.
+    @return: a function that drops the remembered addresses of a name.
     """
     if config.dns_resolver is None:
         shared = SharedLookups(reactor.nameResolver, reactor)

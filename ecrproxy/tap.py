@@ -1,5 +1,5 @@
 """
-The composition root: C{twistd ecr-proxy}. Alone meets the environment and the global reactor.
+The composition root of C{twistd ecr-proxy}: the only module that uses the environment and the global reactor.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ log = Logger()
 T = TypeVar("T")
 
 SIZE_SECONDS: Final = 2.0
-"""How long the start waits for the size of the disk, which only warnings need."""
+"""Timeout at startup for reading the size of the disk, which only warnings need."""
 
 
 def makeService(options: Options) -> Daemon:
     """
-    Build the daemon, its parent, or one of its workers.
+    Build the daemon: a single process, the parent of workers, or a worker.
     """
-    from twisted.internet import reactor  # noqa: PLC0415 (twistd may have chosen another before)
+    from twisted.internet import reactor  # noqa: PLC0415 (after twistd may have installed another)
 
     set_up(reactor)
     file, warnings = NO_FILE, list[Complaint]()
@@ -103,14 +103,14 @@ def makeService(options: Options) -> Daemon:
             os.environ.update(for_botocore(os.environ))
             supervisor = Supervisor.from_environ(os.environ, os.getpid())
             refused: list[CredentialsError] = []
-            atexit.register(_fail_after, refused)  # the first comes last: others clean up
+            atexit.register(_fail_after, refused)  # registered first, runs last: after others have cleaned up
             leave = partial(_abandon, complain, refused)
             egress = _told(_egress(os.environ))
             reloading = partial(Reloading, _settings(options, file, config), partial(_read_again, options))
             if config.worker_processes == 1:
                 service = build(config, reactor, leave, supervisor, egress, reloading)
             else:
-                # A worker that is replaced later is like the others, whatever the file says by then.
+                # Workers started later must use the same settings, even if the file has changed.
                 filed = {name: each[0] for name, each in settings.items() if each is file.settings.get(name)}
                 arguments = options.arguments({name: filed[name] for name in filed.keys() - RELOADED})
                 service = build_parent(config, reactor, leave, supervisor, arguments, for_worker(file), reloading)
@@ -130,9 +130,9 @@ def makeService(options: Options) -> Daemon:
 
 def _load(options: Options, file: Filed) -> Config:
     """
-    Read the settings, with what the configuration file says.
+    Load the settings, including the configuration file's.
 
-    @raise ConfigError: if they are wrong.
+    @raise ConfigError: if they are invalid.
     """
     return load(options.flags(), os.environ, file)
 
@@ -145,7 +145,7 @@ def _read_again(options: Options) -> Settings:
     """
     Read the configuration file again, with the same flags and variables.
 
-    @raise ConfigError: if the daemon would not start with what it says.
+    @raise ConfigError: if the daemon would not start with it.
     """
     file = read_file(options.flags(), os.environ)
     config = _load(options, file)
@@ -155,10 +155,10 @@ def _read_again(options: Options) -> Settings:
 
 def _warnings(config: Config, settings: Given, options: Options, disk: int | None) -> list[Complaint]:
     """
-    Judge the settings together.
+    Check the settings together, and return the warnings.
 
-    @param settings: what C{config} was loaded from.
-    @param disk: the size of the cache's file system, if it is known: no error depends on it.
+    @param settings: the texts that C{config} was loaded from.
+    @param disk: size of the cache's file system; None if unknown. No error depends on it.
     @raise ConfigError: if the daemon must not start with them.
     """
     found = look_at_settings(config, settings, os.environ, Machine(usable_cores(), disk))
@@ -170,9 +170,9 @@ def _warnings(config: Config, settings: Given, options: Options, disk: int | Non
 
 def _egress(environ: Mapping[str, str]) -> Egress:
     """
-    Read how the registry is reached.
+    Read the egress settings of the environment.
 
-    @raise ConfigError: if the proxy's URL is none.
+    @raise ConfigError: if the proxy's URL is invalid.
     """
     try:
         return Egress.read(environ)
@@ -183,7 +183,7 @@ def _egress(environ: Mapping[str, str]) -> Egress:
 def _told(egress: Egress) -> Egress:
     if egress.proxy is not None:
         log.info(
-            "Registry and buckets are asked through the egress proxy {proxy}, except for what NO_PROXY names",
+            "Registry and buckets are reached through the egress proxy {proxy}, except for hosts in NO_PROXY",
             proxy=egress.proxy,
         )
     return egress
@@ -191,7 +191,7 @@ def _told(egress: Egress) -> Egress:
 
 def _disk_size(directory: Path) -> int | None:
     """
-    Return the size of the file system that a directory is on, or would be.
+    Return the size of the file system of a directory, which need not exist.
     """
 
     def look() -> int | None:
@@ -211,7 +211,7 @@ def _complaining(
     level: Any = LogLevel.critical,  # noqa: ANN401
 ) -> Callable[[str], None]:
     """
-    Have what keeps the daemon from starting said in the shape of the log, whatever else is wrong with the settings.
+    Return a function that logs why the daemon can't start, in the log's format even if other settings are invalid.
     """
     chosen, _ = given(options.flags(), os.environ, file).get("log-format", ("text", ""))
     if chosen != "json":
@@ -226,10 +226,7 @@ def _complaining(
 
 
 def _log_writer(config: Config, options: Options, reactor: Any) -> LineWriter | None:  # noqa: ANN401
-    """
-    Make what writes the log.
-    """
-    if options.parent is None:  # nobody has said where the log goes
+    if options.parent is None:  # twistd's log options are unknown
         return None
     return choose_writer(
         options.parent,
@@ -251,9 +248,10 @@ def build(
     """
     Wire a daemon of one process.
 
-    @param refused: ends the daemon, for AWS refuses its credentials.
-    @param supervisor: the service manager, if it wants to be told.
-    @param reloading: makes what reads the configuration file again, of what uses it; none if there is nothing to read.
+    @param refused: called when AWS rejects the credentials; shuts down.
+    @param supervisor: the service manager, if it expects notifications.
+    @param reloading: makes the reader of the configuration file from a function that applies settings; None if there is
+        no file.
     """
     serving = wire(config, service := Daemon(reactor), reactor, refused, egress, 1)
     process, store = serving.process, serving.cache.store
@@ -289,11 +287,10 @@ def build_worker(
     load: Callable[[Filed], Config],
 ) -> Daemon:
     """
-    Wire a worker: what serves clients, on the sockets and with the channel that it has inherited.
+    Wire a worker: it serves clients on inherited sockets, and reports on an inherited channel.
 
-    @param load: reads the settings with what the configuration file says.
-
-    @raise ConfigError: if it has not.
+    @param load: loads the settings, given the configuration file's contents.
+    @raise ConfigError: if this process has inherited none.
     """
     channel, service, shared = Channel(FromParent), Daemon(reactor), config.share()
     refused: Callable[[CredentialsError], None] = lambda problem: channel.tell(Refused(str(problem)))  # noqa: E731
@@ -314,8 +311,8 @@ def build_worker(
         reactor=reactor,
     )
     service.add(incidents, reports)
-    # A service manager may tell all processes to end, and the parent each worker once more. A terminal that hangs up
-    # tells all of them: the parent says what is to be read again.
+    # A service manager may send SIGTERM to all processes, and the parent sends it to each worker again. A terminal that
+    # hangs up sends SIGHUP to all; workers reload only when the parent tells them to.
     drain = Drain(serving.connections, config.drain_seconds, reactor)
     _face_clients(drain, listening, lambda: None, lambda _: None, service, reactor)
     try:
@@ -335,13 +332,13 @@ def build_parent(
     reloading: Callable[[Callable[[Settings], None]], Reloading],
 ) -> Daemon:
     """
-    Wire the parent of workers: sockets that it binds and does not accept from, workers, the operator's port.
+    Wire the parent of workers: sockets that it binds but does not accept from, the workers, and the admin port.
 
-    What would keep workers from starting is found here, once.
+    Problems that would prevent workers from starting are reported here, once.
 
-    @param arguments: the flags that workers are to be started with.
-    @param variables: what is to be otherwise in their environment.
-    @param reloading: makes what reads the configuration file again, of what uses it.
+    @param arguments: flags for the workers.
+    @param variables: additional environment variables for the workers.
+    @param reloading: makes the reader of the configuration file from a function that applies settings.
     """
     service = Daemon(reactor)
     renewing, configuring, settling = (service.pools.threads(1).call for _ in range(3))
@@ -365,7 +362,7 @@ def build_parent(
     status = _status(config, figures, workers.readiness, workers.standing, incidents, service, reactor)
     supervised = Supervised(supervisor, partial(_summary_of_all, workers), reactor, workers.listen)
     metrics = Metrics(figures, workers.readiness, workers.gather)
-    purges = Purges(store.index, lambda _: None, settling, reactor)  # workers see for themselves
+    purges = Purges(store.index, lambda _: None, settling, reactor)  # workers notice purges by themselves
     admin = _operators(config, metrics, status, store, purges.look, service, reactor)
     every = [*listening, *admin]
     figures.watch(*gathered.readings(), *of_certificates(partial(_expires, every)))
@@ -391,7 +388,7 @@ def _status(
     reactor: Any,  # noqa: ANN401
 ) -> Status:
     """
-    Make what the status page is made of, with the history of before the start.
+    Make the source of the status page, with the history from before the start.
     """
     root, now, writing = Path(config.cache_dir), time.time, service.pools.threads(1)
     history = read(root, now())
@@ -409,7 +406,7 @@ def _announcing(
     reactor: Any,  # noqa: ANN401
 ) -> Announcing:
     """
-    Make what writes the first lines of the log, and the last.
+    Make the writer of the log's startup and shutdown messages.
     """
 
     def held() -> int:
@@ -423,27 +420,27 @@ def _announcing(
 
 class Nobody(Factory):
     """
-    What is behind a socket that is bound here and accepted from by workers.
+    A factory for sockets that are bound here while workers accept from them.
     """
 
     noisy = False
 
     def logPrefix(self) -> str:
         """
-        Name it in Twisted's lines.
+        Return the name in Twisted's log messages.
         """
         return RegistrySite.NAME
 
 
 def _listening(config: Config, site: RegistrySite, reactor: Any) -> list[Listening]:  # noqa: ANN401
     """
-    Make what listens for clients, all of it with one limit on descriptors.
+    Make the client ports, with one common limit on descriptors.
     """
     most, wanted = most_clients(), config.limits().connections
     if wanted > most:
         log.warn(
-            "RLIMIT_NOFILE leaves room for {most} connections, fewer than PROXY_CONNECTIONS={wanted}: for more than"
-            " those, idle ones are closed, or they are refused; raise LimitNOFILE= or ulimit -n,"
+            "RLIMIT_NOFILE allows {most} connections, fewer than PROXY_CONNECTIONS={wanted}: beyond"
+            " that, idle ones are closed or new ones refused; raise LimitNOFILE= or ulimit -n,"
             " or lower PROXY_CONNECTIONS",
             most=most,
             wanted=wanted,
@@ -461,9 +458,9 @@ def _face_clients(
     reactor: Any,  # noqa: ANN401
 ) -> None:
     """
-    Let clients in, and signals. Whatever responses need comes before this, for the last are the first to stop.
+    Add client ports and signal handlers. Add everything that responses need before: the last part stops first.
 
-    @param drain: none where nobody is let in.
+    @param drain: None for processes that accept no clients.
     """
     if drain is not None:
         service.add(drain)
@@ -480,12 +477,11 @@ def _operators(
     reactor: Any,  # noqa: ANN401
 ) -> list[Listening]:
     """
-    Make what listens for the operator and for Prometheus, if there are such ports.
+    Make the admin and metrics ports, unless they are off.
 
-    Where nobody chose the operator's, its being taken keeps the daemon from nothing. The work on the cache has threads
-    of its own.
+    If the default admin port is in use, the daemon starts without it. Operations on the cache have their own threads.
 
-    @param purged: has what this process holds in memory forgotten.
+    @param purged: drops purged content from this process's memory.
     """
     ready, found = Ready(status.readiness), []
     if (named := operators_endpoint("PROXY_METRICS_LISTEN", config.metrics_listen, reactor)) is not None:
@@ -503,14 +499,14 @@ def _operators(
 
 def _expires(listening: Sequence[Listening]) -> float | None:
     """
-    Tell when the certificate that clients are shown ends, the first if there are several.
+    Return when the certificate for clients expires, the earliest of several; None without TLS.
     """
     return min((each.expires for each in listening if each.expires), default=None)
 
 
 def _use(serving: Serving, status: Status, settings: Settings) -> None:
     """
-    Have new requests mean the registries of other settings.
+    Use the registries of new settings for new requests.
     """
     serving.use(settings.config)
     status.registry = settings.config.ecr_endpoint
@@ -518,7 +514,7 @@ def _use(serving: Serving, status: Status, settings: Settings) -> None:
 
 def _have_used(workers: Workers, status: Status, settings: Settings) -> None:
     """
-    Have workers use the registries of other settings, those that run and those that are started later.
+    Use the registries of new settings in all workers, running and future ones.
     """
     workers.variables = for_worker(settings.file)
     workers.tell(Reload.of(about_registries(settings.file)))
@@ -526,9 +522,6 @@ def _have_used(workers: Workers, status: Status, settings: Settings) -> None:
 
 
 def _configuration(reloading: Reloading, in_thread: InThread, reactor: Any) -> Reading:  # noqa: ANN401
-    """
-    Make what reads the configuration file again.
-    """
     return Reading("The configuration file", reloading.read, reloading.use, in_thread, reactor)
 
 
@@ -536,9 +529,9 @@ def _on_hang_up(
     supervised: Supervised, reread: Callable[[], Deferred[None]], configuration: Reading | None
 ) -> Callable[[], Deferred[None]]:
     """
-    Return what SIGHUP does: the configuration file, and all that is read again by itself when it changes.
+    Return the handler of SIGHUP: reloads the configuration file, and everything that reloads by itself on changes.
 
-    A file of settings is never read by itself: somebody may be writing it.
+    The configuration file never reloads by itself: it may be half edited.
     """
 
     def hang_up() -> Deferred[Any]:
@@ -550,9 +543,9 @@ def _on_hang_up(
 
 def _reread(certificates: Reading, passwords: Callable[[], object]) -> Deferred[None]:
     """
-    Read certificates and passwords again; neither waits for the other.
+    Reload certificates and passwords, independently.
 
-    @return: fires when the certificates have been read, or take too long.
+    @return: fires when the certificates have been read, or time out.
     """
     passwords()
     return certificates.again()
@@ -567,7 +560,7 @@ def _load_all(listening: Sequence[Listening]) -> list[Loaded | None]:
 
 def _use_all(listening: Sequence[Listening], loaded: Sequence[Loaded | None]) -> bool:
     """
-    Use certificates; return True if any is new.
+    Use certificates; return True if any has changed.
     """
     news = [each.use(what) for each, what in zip(listening, loaded, strict=True)]
     return any(news)
@@ -577,7 +570,7 @@ def _have_workers_use(
     listening: Sequence[Listening], admin: Sequence[Listening], workers: Workers, loaded: Sequence[Loaded | None]
 ) -> None:
     """
-    See whether the certificates can be used, and have workers read those for clients again.
+    Check that certificates are usable, then tell workers to reload those for clients.
     """
     theirs = loaded[: len(listening)]
     _use_all(admin, loaded[len(listening) :])
@@ -591,7 +584,7 @@ def _name(loaded: Sequence[Loaded | None]) -> str:
 
 def _reread_as_told(certificates: Reading, admission: Admission, found: str) -> None:
     """
-    Read the certificates that the parent has found good again, or passwords.
+    Reload passwords, or the certificates that the parent has checked.
     """
     if found:
         certificates.again(found)
@@ -601,7 +594,7 @@ def _reread_as_told(certificates: Reading, admission: Admission, found: str) -> 
 
 def _load_as_told(listening: Sequence[Listening], found: str) -> list[Loaded | None] | None:
     """
-    Read the certificates, if they are those that the parent has found good. Blocks.
+    Read the certificates; None unless they are those that the parent has checked. Blocks.
     """
     loaded = _load_all(listening)
     return loaded if _name(loaded) == found else None
@@ -614,14 +607,14 @@ def _use_as_told(listening: Sequence[Listening], loaded: Sequence[Loaded | None]
 
 def _leave_with(workers: Workers, leave: Callable[[int], object], number: int) -> None:
     """
-    End at once, and the workers before: without their parent they would go on with the responses in progress.
+    Kill the workers, then exit: without their parent, workers would finish their responses first.
     """
     workers.kill()
     leave(number)
 
 
 def _stop(reactor: Any) -> None:  # noqa: ANN401
-    with contextlib.suppress(ReactorNotRunning):  # it may be about to end anyway
+    with contextlib.suppress(ReactorNotRunning):  # already stopping
         reactor.stop()
 
 
@@ -636,11 +629,11 @@ async def _summary_of_all(workers: Workers) -> str:
 
 def _abandon(complain: Callable[[str], None], refused: list[CredentialsError], problem: CredentialsError) -> None:
     """
-    Stop the daemon: it can do nothing with these credentials.
+    Shut down: the daemon can do nothing with these credentials.
     """
     from twisted.internet import reactor  # noqa: PLC0415
 
-    if refused:  # by another worker
+    if refused:  # already reported by another worker
         return
     log.critical("{problem}", problem=problem)
     complain(str(problem))
@@ -650,7 +643,7 @@ def _abandon(complain: Callable[[str], None], refused: list[CredentialsError], p
 
 def _fail_after(refused: Sequence[CredentialsError]) -> None:
     """
-    End with status 1 if credentials were refused: twistd ends with 0 once its reactor has stopped, whyever it did.
+    Exit with status 1 if credentials were refused: twistd exits with 0 after its reactor has stopped for any reason.
     """
     if refused:
         os._exit(1)

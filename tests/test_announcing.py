@@ -44,8 +44,8 @@ class SettingsLinesTests(SynchronousTestCase):
             "ecrproxy 1.2.3\n",
             "Registry: 123456789012.dkr.ecr.eu-west-1.amazonaws.com, eu-west-1, the default\n",
             "Cache: /cache, 12 MiB of 64 GiB\n",
-            "Clients: port 5000 of all addresses, plain HTTP; anyone who can connect may pull\n",
-            "Operator's port: tcp:5001:interface=127.0.0.1",
+            "Clients: port 5000 of all addresses, plain HTTP; all clients that can connect may pull\n",
+            "Admin port: tcp:5001:interface=127.0.0.1",
         ):
             self.assertIn(words, text)
 
@@ -63,7 +63,7 @@ class SettingsLinesTests(SynchronousTestCase):
         self.assertIn(f"Clients: tcp:5000:interface=127.0.0.1, plain HTTP; {may}\n", text)
         self.assertIn(f"Clients: ssl:5443:privateKey=/k:certKey=/c, TLS; {may}\n", text)
         self.assertIn("with 3 worker processes", text)
-        self.assertIn("Operator's port: none", text)
+        self.assertIn("Admin port: none", text)
 
     def test_tell_of_each_registry_as_whom_it_is_asked_and_nothing_secret(self) -> None:
         role = "arn:aws:iam::444455556666:role/pull"
@@ -85,7 +85,7 @@ class SettingsLinesTests(SynchronousTestCase):
         }
         text = lines({}, tables)
         self.assertEqual(REGISTRIES, text.count("Registry: "))
-        self.assertIn("… and 41 registries more: ecr-proxy config lists them", text)
+        self.assertIn("… and 41 more registries: ecr-proxy config lists them", text)
 
 
 class SummaryTests(SynchronousTestCase):
@@ -99,7 +99,7 @@ class SummaryTests(SynchronousTestCase):
         tally.note(("blob", "GET", "200", "MISS", "r"), 1.0, 10 * MIB)
         tally.note(("blob", "GET", "502", "-", "r"), 1.0)
         line = summary_line(list(tally.rows()), 7300, 0.0123)
-        for words in ("2 h 1 min", "3 requests, 1 of them failed", "40 MiB", "75 %", "stood still for 0.012 s"):
+        for words in ("2 h 1 min", "3 requests, 1 of them failed", "40 MiB", "75 %", "event-loop stall 0.012 s"):
             self.assertIn(words, line)
 
     def test_of_a_daemon_that_nobody_asked_has_no_share(self) -> None:

@@ -186,7 +186,7 @@ class TokenTests(SynchronousTestCase):
         In hours.
         """
         found = self.look(lambda: ("secret-token", 1000.0 + 12 * 3600))
-        self.assertEqual("ECR gives one, good for 12.0 hours", found.said)
+        self.assertEqual("ECR issues one, valid for 12.0 hours", found.said)
         self.assertNotIn("secret", repr(found))
 
     def test_what_keeps_it_back_is_told(self) -> None:
@@ -217,7 +217,7 @@ class PermissionAdviceTests(SynchronousTestCase):
             "no session policy allows the ecr:BatchGetImage action": "session's policy",
             "no VPC endpoint policy allows the ecr:BatchGetImage action": "VPC endpoint's policy",
             "with an explicit deny in a service control policy": "organization",
-            "with an explicit deny in an identity-based policy": "take that out",
+            "with an explicit deny in an identity-based policy": "remove that statement",
         }
         for because, advice in cases.items():
             self.assertEqual("ecr:BatchGetImage", account.denied_action(DENIED.format(because)))

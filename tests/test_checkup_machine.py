@@ -79,7 +79,7 @@ class DirectoryTests(SynchronousTestCase):
         """
         self.assertEqual([Verdict.OK] * 2, [each.verdict for each in judge_directory(WELL, 65532)])
         self.assertIn("by user 65532", self.first().said)
-        self.assertIn("can be made", self.first(exists=False).said)
+        self.assertIn("can be created", self.first(exists=False).said)
 
     def test_one_that_can_not_be_written_fails(self) -> None:
         """

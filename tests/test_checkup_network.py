@@ -196,11 +196,11 @@ class NameServerTests(SynchronousTestCase):
 
     def test_what_it_says_instead_is_told(self) -> None:
         """
-        No such name, an error, silence, or what is no DNS.
+        No such name, an error, silence, or an invalid response.
         """
         self.assertEqual(names.Answer([]), self.ask(code=3))
         self.assertEqual("answers with error 2", self.ask(code=2).problem)
-        self.assertIn("no DNS", self.ask(wrong=b"hello").problem)
+        self.assertIn("invalid DNS response", self.ask(wrong=b"hello").problem)
 
         def silent(server: tuple[str, int], question: bytes) -> bytes:
             raise TimeoutError
@@ -235,7 +235,7 @@ class NameServerTests(SynchronousTestCase):
         The daemon believes the server that it was given.
         """
         self.assertEqual(Verdict.FAILED, self.judge(names.Answer(), names.Answer(["10.0.0.1"])).verdict)
-        self.assertIn("spelled", self.judge(names.Answer(), names.Answer()).advice)
+        self.assertIn("spelling", self.judge(names.Answer(), names.Answer()).advice)
 
     def test_a_vpc_endpoint_that_is_passed_by_is_told(self) -> None:
         """

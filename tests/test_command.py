@@ -246,7 +246,7 @@ class DaemonTests(SynchronousTestCase):
         for status in (200, 404):
             self.ask(status, b"<html>")
             self.assertEqual(3, self.caller.status)
-            self.assertIn("no ecr-proxy", self.caller.complaint)
+            self.assertIn("is not ecr-proxy", self.caller.complaint)
 
     def test_nobody_there_is_told_with_the_place(self) -> None:
         """
@@ -272,7 +272,7 @@ class DaemonTests(SynchronousTestCase):
         self.caller.exchange = broken
         self.caller.call("do", subcommands=[subcommand(lambda call: call.daemon().ask("GET", "/") or 0, *ASKS)])
         self.assertEqual(3, self.caller.status)
-        self.assertIn("broke off", self.caller.complaint)
+        self.assertIn("ended early", self.caller.complaint)
 
 
 class WordsTests(SynchronousTestCase):

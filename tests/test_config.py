@@ -139,7 +139,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("2000", "blobs=0", "blobs=-1", "lists=1 lists=1", "pushes=5", "lists=1.5"),
         "manifests=2000",
     ),
-    "upstream-tries": (("0", "-1", "100", "twice"), "up to 99"),
+    "upstream-tries": (("0", "-1", "100", "twice"), "give 1 to 99"),
     "upstream-seconds": (("-1", "ten"), "give 0 or more"),
     "header-seconds": (("soon", "-1"), "give 0 or more"),
     "idle-seconds": (("soon", "-1"), "give 0 or more"),
@@ -374,7 +374,7 @@ class SettingsTests(SynchronousTestCase):
         self.assertNotIn("secret", line)
 
     def test_a_tilde_is_not_taken_for_a_directory(self) -> None:
-        self.assertIn("write the directory out", self.problem({"cache-dir": "~/cache"}, MINIMUM))
+        self.assertIn("give the full path", self.problem({"cache-dir": "~/cache"}, MINIMUM))
 
     def test_a_port_that_kubernetes_set_for_a_service_is_not_read(self) -> None:
         self.assertEqual(5000, loaded(PROXY_PORT="tcp://10.0.0.1:5000").port)

@@ -61,8 +61,8 @@ class TableTests(LookCase):
             config = Config.load({}, environ, filed)
             found = look_at_settings(config, given({}, environ, filed), environ, Machine(2))
             self.assertEqual(
-                [f"AWS_INSTANCE_AUTH is not used for {each}: a table says for itself" for each in names],
-                [str(each).partition(" which")[0] for each in found],
+                [f"AWS_INSTANCE_AUTH is not used for {each}: tables have their own credentials" for each in names],
+                [str(each).partition(";")[0] for each in found],
             )
 
 
@@ -120,7 +120,7 @@ class LostProtectionTests(LookCase):
 
 class ExposedTests(LookCase):
     def test_passwords_without_tls_are_warned_of_beyond_this_machine(self) -> None:
-        words, htpasswd = "passwords go over the network", {"PROXY_HTPASSWD": "/users"}
+        words, htpasswd = "passwords are sent unencrypted", {"PROXY_HTPASSWD": "/users"}
         self.assert_warned(words, htpasswd)
         for listen in ("tcp:5000", "ssl:5443:privateKey=/k tcp:5000", "systemd:domain=INET6:name=x"):
             self.assert_warned(words, {**htpasswd, "PROXY_LISTEN": listen})
@@ -132,12 +132,12 @@ class ExposedTests(LookCase):
 
     def test_networks_that_keep_nobody_out_or_everybody_are_warned_of(self) -> None:
         for networks in ("0.0.0.0/0", "10.0.0.0/8 ::/0"):
-            self.assert_warned("keeps nobody out", {"PROXY_ALLOW_FROM": networks})
+            self.assert_warned("refuses no client", {"PROXY_ALLOW_FROM": networks})
         allowed = {"PROXY_ALLOW_FROM": "10.0.0.0/8"}
         for listen in ("unix:/x", "systemd:domain=UNIX:index=0"):
-            self.assert_warned("refuses everybody", {**allowed, "PROXY_LISTEN": listen})
+            self.assert_warned("refuses all clients", {**allowed, "PROXY_LISTEN": listen})
         for listen in ("haproxy:tcp:5000", "HAProxy:tcp:5000", "haproxy:systemd:domain=INET:index=0"):
-            self.assert_warned("believes whatever address", {**allowed, "PROXY_LISTEN": listen})
+            self.assert_warned("trusts the addresses in PROXY headers", {**allowed, "PROXY_LISTEN": listen})
         for listen in (
             "tcp:5000 haproxy:tcp:5003:interface=127.0.0.1",
             "haproxy:unix:/x",
@@ -147,7 +147,7 @@ class ExposedTests(LookCase):
 
     def test_a_token_without_tls_is_warned_of_beyond_this_machine(self) -> None:
         region = {"AWS_REGION": "eu-west-1"}
-        self.assert_warned("token goes over", {**region, "PROXY_ECR_ENDPOINT": "http://registry.test"})
+        self.assert_warned("token is sent unencrypted", {**region, "PROXY_ECR_ENDPOINT": "http://registry.test"})
         self.assert_well({**region, "PROXY_ECR_ENDPOINT": "http://127.0.0.1:5000"})
 
 
@@ -162,12 +162,12 @@ class OnePortTests(LookCase):
         """
         here = "tcp:6000:interface=127.0.0.1"
         for words, environ in (
-            ("PROXY_METRICS_LISTEN=tcp:5000 is where PROXY_PORT=5000", {"PROXY_METRICS_LISTEN": "tcp:5000"}),
+            ("PROXY_METRICS_LISTEN=tcp:5000 is already used by PROXY_PORT=5000", {"PROXY_METRICS_LISTEN": "tcp:5000"}),
             ("PROXY_METRICS_LISTEN=tcp6:7000", {"PROXY_METRICS_LISTEN": "tcp6:7000", "PROXY_PORT": "7000"}),
-            (f"{here} is where PROXY_PORT=6000", {"PROXY_ADMIN_LISTEN": here, "PROXY_PORT": "6000"}),
-            ("tcp:6000 listens", {"PROXY_ADMIN_LISTEN": here, "PROXY_METRICS_LISTEN": "tcp:6000"}),
-            ("haproxy:tcp:6000 listens", {"PROXY_ADMIN_LISTEN": here, "PROXY_LISTEN": "haproxy:tcp:6000"}),
-            ("PROXY_LISTEN=tcp:5000 is where PROXY_LISTEN=tcp:5000", {"PROXY_LISTEN": "tcp:5000 tcp:5000"}),
+            (f"{here} is already used by PROXY_PORT=6000", {"PROXY_ADMIN_LISTEN": here, "PROXY_PORT": "6000"}),
+            ("by PROXY_METRICS_LISTEN=tcp:6000", {"PROXY_ADMIN_LISTEN": here, "PROXY_METRICS_LISTEN": "tcp:6000"}),
+            ("by PROXY_LISTEN=haproxy:tcp:6000", {"PROXY_ADMIN_LISTEN": here, "PROXY_LISTEN": "haproxy:tcp:6000"}),
+            ("PROXY_LISTEN=tcp:5000 is already used by PROXY_LISTEN=tcp:5000", {"PROXY_LISTEN": "tcp:5000 tcp:5000"}),
         ):
             self.assert_refused(words, environ)
 
@@ -176,7 +176,7 @@ class OnePortTests(LookCase):
         The daemon goes on without the operator's port, as where another program has it.
         """
         for environ in ({"PROXY_METRICS_LISTEN": "tcp:5001"}, {"PROXY_PORT": "5001"}):
-            self.assert_warned("no operator's port", environ)
+            self.assert_warned("starts without the admin port", environ)
 
     def test_sockets_that_do_not_meet_are_well(self) -> None:
         for environ in (
@@ -214,9 +214,11 @@ class LogTests(SynchronousTestCase):
 
 class IgnoredTests(LookCase):
     def test_a_port_beside_endpoints_is_warned_of_by_the_names_they_were_given_by(self) -> None:
-        self.assert_warned("PROXY_PORT is not used, for PROXY_LISTEN", {"PROXY_PORT": "1", "PROXY_LISTEN": "tcp:5000"})
-        self.assert_warned("--port is not used, for PROXY_LISTEN", {"PROXY_LISTEN": "tcp:5000"}, port="1")
-        self.assert_warned("PROXY_PORT is not used, for --listen", {"PROXY_PORT": "1"}, listen="tcp:5000")
+        self.assert_warned(
+            "PROXY_PORT is not used, because PROXY_LISTEN", {"PROXY_PORT": "1", "PROXY_LISTEN": "tcp:5000"}
+        )
+        self.assert_warned("--port is not used, because PROXY_LISTEN", {"PROXY_LISTEN": "tcp:5000"}, port="1")
+        self.assert_warned("PROXY_PORT is not used, because --listen", {"PROXY_PORT": "1"}, listen="tcp:5000")
 
     def test_names_of_an_admin_port_that_is_off_are_warned_of(self) -> None:
         names = {"PROXY_ADMIN_HOSTS": "a.example"}
@@ -228,7 +230,7 @@ class IgnoredTests(LookCase):
         self.assert_warned("AWS_PROFILE's credentials are not used", keys)
         said = " ".join(map(str, self.look({**keys, "AWS_INSTANCE_AUTH": "true"})))
         for name in keys:
-            self.assertIn(f"{name} is not used, for AWS_INSTANCE_AUTH", said)
+            self.assertIn(f"{name} is not used, because AWS_INSTANCE_AUTH", said)
         self.assertNotIn("AKIA", said)
 
     def test_limits_that_others_make_pointless_are_warned_of_where_they_were_given(self) -> None:
@@ -237,7 +239,7 @@ class IgnoredTests(LookCase):
         self.assert_warned("--transfers is more", few, transfers="11")
         self.assert_warned("PROXY_CONNECTIONS_PER_ADDRESS", {**few, "PROXY_CONNECTIONS_PER_ADDRESS": "11"})
         self.assert_warned("no time", {"PROXY_UPSTREAM_SECONDS": "0", "PROXY_UPSTREAM_TRIES": "2"})
-        self.assert_warned("there is one try", {"PROXY_UPSTREAM_SECONDS": "5", "PROXY_UPSTREAM_TRIES": "1"})
+        self.assert_warned("there are no retries", {"PROXY_UPSTREAM_SECONDS": "5", "PROXY_UPSTREAM_TRIES": "1"})
         self.assert_warned("on 2 cores", {"PROXY_WORKER_PROCESSES": "8"})
         self.assert_well({**few, "PROXY_UPSTREAM_SECONDS": "0", "PROXY_BUCKET_CONNECTIONS": "2"})
 
@@ -272,7 +274,7 @@ class DoubtfulValueTests(LookCase):
         self.assert_well({**plain, "AWS_REGION": "eusc-de-east-1"})
 
     def test_another_registry_as_an_alias_is_warned_of(self) -> None:
-        self.assert_warned("docker.io: what clients ask of", {"PROXY_REGISTRY_ALIASES": "docker.io"})
+        self.assert_warned("docker.io: requests for that registry", {"PROXY_REGISTRY_ALIASES": "docker.io"})
         self.assert_well({"PROXY_REGISTRY_ALIASES": "registry.example"})
 
     def test_a_registry_without_a_dot_is_warned_of(self) -> None:

@@ -457,8 +457,8 @@ class SeveralTests(DoctorTestCase):
         self.assertEqual(0, self.caller.status, found)
         role, token, registry = found[self.TWO]
         self.assertEqual(("ok", f"role: assumed: {ARN}"), role)
-        self.assertEqual(("ok", "token: ECR gives one, good for 12.0 hours"), token)
-        self.assertEqual(("ok", True), (registry[0], registry[1].endswith("; it takes the token")))
+        self.assertEqual(("ok", "token: ECR issues one, valid for 12.0 hours"), token)
+        self.assertEqual(("ok", True), (registry[0], registry[1].endswith("; it accepts the token")))
         self.assertTrue(registry[1].startswith(f"registry: {self.TWO} answers at 52.0.0.1"), registry)
         self.assertEqual(
             ["token"], [said.partition(":")[0] for _, said in found["*.dkr.ecr.eu-central-1.amazonaws.com"]]
@@ -565,7 +565,7 @@ class SeveralTests(DoctorTestCase):
         self.lines("--repository", "docker.io/nginx:1")
         self.assertIn(f"https://{ECR}/v2/hub/library/nginx/manifests/1", [url for url, _, _ in self.world.touched])
         self.call("--repository", "ghcr.io/x/y:1")
-        self.assertEqual((2, True), (self.caller.status, "ghcr.io is no registry of" in self.caller.complaint))
+        self.assertEqual((2, True), (self.caller.status, "ghcr.io is not a configured" in self.caller.complaint))
 
     def test_a_token_of_ecr_is_shown_to_no_other_registry(self) -> None:
         """
@@ -575,7 +575,7 @@ class SeveralTests(DoctorTestCase):
             file.write('[registry."public.ecr.aws"]\n[registry."quay.io"]\n')
         for name in ("public.ecr.aws", "quay.io"):
             self.call("--repository", f"{name}/x/y:1")
-            said = f"{name} is no private registry of ECR, and its permissions can't be tried"
+            said = f"{name} is not a private ECR registry, so permissions can't be tested"
             self.assertEqual((2, True), (self.caller.status, said in self.caller.complaint), self.caller.complaint)
         self.assertEqual([], self.world.touched)
 

@@ -137,7 +137,9 @@ class KeptHistoryTests(SynchronousTestCase):
             (self.root / NAME).write_bytes(data)
             with capturedLogs() as events:
                 self.assertEqual([()] * 3, self.points(read(self.root, NOW)), data[:100])
-            self.assertEqual([True], ["begins a new history" in formatEvent(each) for each in events], data[:100])
+            self.assertEqual(
+                [True], ["starts with an empty history" in formatEvent(each) for each in events], data[:100]
+            )
 
     def test_no_file_is_no_trouble_and_another_thing_in_its_place_is_left(self) -> None:
         with capturedLogs() as events:

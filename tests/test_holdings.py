@@ -87,7 +87,7 @@ class LsTests(HoldingsTestCase):
         self.assertRegex(lines[1], r"^team/app +v1 +(29\d|30\d) KiB +3 hours ago$")
         self.assertRegex(lines[2], r"^team/app +v2 +19\d KiB +3 hours ago$")
         self.assertRegex(lines[3], r"^team/other +v1 +19\d KiB +3 hours ago$")
-        self.assertRegex(lines[4], r"^3 images of 2 repositories, (29\d|30\d) KiB; what several share counts once$")
+        self.assertRegex(lines[4], r"^3 images of 2 repositories, (29\d|30\d) KiB; shared content counts once$")
 
     def test_tells_programs_exactly(self) -> None:
         """
@@ -122,7 +122,7 @@ class LsTests(HoldingsTestCase):
         """
         self.assertEqual(["team/other"], [each["repository"] for each in self.document("ls", "*/oth*")["repositories"]])
         self.assertIn("0 repositories", self.call("ls", "nobody", status=1))
-        self.assertIn("nothing of nobody", self.caller.complaint)
+        self.assertIn("matches nobody", self.caller.complaint)
 
     def test_names_by_its_digest_what_has_no_tag(self) -> None:
         """
@@ -161,7 +161,7 @@ class LsTests(HoldingsTestCase):
         It is not taken for an empty cache.
         """
         self.call("ls", "--offline", "--cache-dir", "/nowhere", status=3)
-        self.assertIn("/nowhere: not a cache directory", self.caller.complaint)
+        self.assertIn("/nowhere: not a readable cache directory", self.caller.complaint)
 
 
 class PurgeTests(HoldingsTestCase):
@@ -177,7 +177,7 @@ class PurgeTests(HoldingsTestCase):
         written = self.call("purge", "team/app:v1")
         self.assertRegex(written, r"team/app +\d+ +v1\n")
         self.assertRegex(written, r"4 entries and 3 files of content, 98.5 KiB\n")
-        self.assertIn("nothing was removed; --yes", self.caller.complaint)
+        self.assertIn("nothing was removed; give --yes", self.caller.complaint)
         self.assertEqual(before, (self.files(), self.entries()))
 
     def test_asks_a_person(self) -> None:
@@ -280,7 +280,7 @@ class PurgeTests(HoldingsTestCase):
         """
         for target in ("team/ap", "team/app:v3", f"team/app@{self.other.digest}", f"sha256:{'0' * 64}"):
             self.call("purge", "--yes", target, status=1)
-            self.assertIn("nothing of it", self.caller.complaint)
+            self.assertIn("nothing in the cache matches", self.caller.complaint)
 
     def test_misuse_is_told(self) -> None:
         """

@@ -140,7 +140,7 @@ class LimitTests(DaemonTestCase):
             self.assertIn(b" 200 OK", self.daemon.raw(GOOD))
         self.assertEqual((False, True), (first.closed, second.closed))
         self.assertIsInstance(second.lost.value, ConnectionDone, "a reset would cut what the kernel has yet to send")
-        self.assertEqual(1, sum("idle ones are closed" in formatEvent(event) for event in events))
+        self.assertEqual(1, sum("idle connections are closed first" in formatEvent(event) for event in events))
 
     def test_an_address_with_idle_connections_gets_another(self) -> None:
         """

@@ -203,7 +203,7 @@ class SubcommandTests(HoldingsTestCase):
     def test_without_a_configuration_the_default_must_be_named(self) -> None:
         self.caller.variables.clear()
         self.call("ls", status=2)
-        self.assertIn("name the default by --ecr-endpoint, or --config", self.caller.complaint)
+        self.assertIn("name the default with --ecr-endpoint or --config", self.caller.complaint)
         self.assertEqual(3, len(self.repositories("--ecr-endpoint", self.standin.registry)))
 
     def ask(self, method: str, path: str, headers: Mapping[str, str]) -> Reply:

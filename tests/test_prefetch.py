@@ -63,10 +63,10 @@ class PrefetchTests(SynchronousTestCase):
         """
         What came of it is told in a line, and the second run moves nothing.
         """
-        self.assertEqual("1 image, 0 failed; 5.0 MiB brought in, 0 B were there; 0 s\n", self.prefetch("team/app:1"))
+        self.assertEqual("1 image, 0 failed; 5.0 MiB downloaded, 0 B cached; 0 s\n", self.prefetch("team/app:1"))
         self.assertEqual(0, self.caller.status)
-        self.assertIn("team/app:1: 5.0 MiB brought in, 0 B were there\n", self.caller.complaint)
-        self.assertEqual("1 image, 0 failed; 0 B brought in, 5.0 MiB were there; 0 s\n", self.prefetch("team/app:1"))
+        self.assertIn("team/app:1: 5.0 MiB downloaded, 0 B cached\n", self.caller.complaint)
+        self.assertEqual("1 image, 0 failed; 0 B downloaded, 5.0 MiB cached; 0 s\n", self.prefetch("team/app:1"))
 
     def test_one_that_can_not_be_had_keeps_back_none_of_the_others(self) -> None:
         """
@@ -74,7 +74,7 @@ class PrefetchTests(SynchronousTestCase):
         """
         said = self.prefetch("team/none:1", f"{ECR}/team/app:1")
         self.assertEqual(1, self.caller.status)
-        self.assertIn("2 images, 1 failed; 5.0 MiB brought in", said)
+        self.assertIn("2 images, 1 failed; 5.0 MiB downloaded", said)
         self.assertIn("failed: team/none:1: MANIFEST_UNKNOWN: no such image\n", said)
 
     def test_a_blob_that_fails_fails_the_images_that_have_it(self) -> None:
@@ -104,7 +104,7 @@ class PrefetchTests(SynchronousTestCase):
         """
         self.proxy.tag("team/app", "same", MANIFEST, self.body)
         said = self.prefetch("team/app:1", "team/app:same", "team/app:1")
-        self.assertIn("2 images, 0 failed; 5.0 MiB brought in", said)
+        self.assertIn("2 images, 0 failed; 5.0 MiB downloaded", said)
 
     def test_a_list_and_stdin_are_read(self) -> None:
         """
@@ -122,8 +122,8 @@ class PrefetchTests(SynchronousTestCase):
         text = f"spec: {{containers: [{{image: {ECR}/team/app:1}}, {{image: nginx}}, {{image: quay.io/x/y}}]}}"
         said = self.prefetch("--manifest", self.file(text))
         self.assertIn("1 image, 0 failed", said)
-        self.assertIn("nginx: left out: of Docker Hub", self.caller.complaint)
-        self.assertIn("quay.io/x/y: left out: of another registry", self.caller.complaint)
+        self.assertIn("nginx: skipped: of Docker Hub", self.caller.complaint)
+        self.assertIn("quay.io/x/y: skipped: of another registry", self.caller.complaint)
         self.prefetch("--manifest", self.file("image: proxy.example:5000/team/app:1"), "--host", "proxy.example:5000")
         self.assertEqual(0, self.caller.status)
         self.assertIn("0 images, 0 failed", self.prefetch("--manifest", self.file("image: nginx")))
@@ -147,8 +147,8 @@ class PrefetchTests(SynchronousTestCase):
             descriptor(MANIFEST, body, platform={"os": "linux", "architecture": each}) for each, body in bodies.items()
         ]
         self.proxy.tag("team/app", "all", INDEX, json.dumps({"mediaType": INDEX, "manifests": listed}).encode())
-        self.assertIn("; 7 B brought in", self.prefetch("team/app:all", "--platform", "linux/arm64"))
-        self.assertIn("; 5 B brought in, 7 B", self.prefetch("team/app:all", "--all-platforms"))
+        self.assertIn("; 7 B downloaded", self.prefetch("team/app:all", "--platform", "linux/arm64"))
+        self.assertIn("; 5 B downloaded, 7 B", self.prefetch("team/app:all", "--all-platforms"))
         self.assertIn("not for linux/s390x", self.prefetch("team/app:all", "--platform", "linux/s390x"))
         self.assertEqual(1, self.caller.status)
         self.prefetch("team/app:all", "--platform", "linux/arm64", "--all-platforms")

@@ -312,7 +312,7 @@ class ReadingTests(SynchronousTestCase):
         ):
             self.assertEqual([("info", f"Reloaded x.toml: {said}")], self.reload(text))
             self.assertEqual(self.read(), self.used.pop())
-        self.assertEqual([("info", "Reloaded x.toml: no registry has changed")], self.reload(self.BEGUN))
+        self.assertEqual([("info", "Reloaded x.toml: no registry changed")], self.reload(self.BEGUN))
         self.assertEqual([], self.used)
 
     def test_a_bad_file_changes_nothing(self) -> None:

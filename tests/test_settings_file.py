@@ -82,7 +82,7 @@ class FileTests(SynchronousTestCase):
         self.assertIn("x.toml: cache-limit='64 parsecs': not a size", str(problem))
         secret = parse_file("x.toml", b"htpasswd = 'ann:$2y$05$secret'")
         problem = self.assertRaises(ConfigError, Config.load, {}, MINIMUM, secret)
-        self.assertEqual("x.toml: htpasswd: give the path of a file, not what is in it", str(problem))
+        self.assertEqual("x.toml: htpasswd: give the path of a file, not its contents", str(problem))
 
     def test_what_is_no_toml_is_one_line(self) -> None:
         for data in (b"a b", b"\xff", b"a = " + b"[" * 100_000, b"#" * (LIMIT + 1), b"port = 1\nport = 2"):
@@ -243,7 +243,7 @@ class RegistriesTests(SynchronousTestCase):
             (
                 "",
                 {"PROXY_ECR_ENDPOINT": f"{self.ONE} b.test"},
-                "AWS_REGION is not set, and PROXY_ECR_ENDPOINT does not",
+                "AWS_REGION is not set, and PROXY_ECR_ENDPOINT has none",
             ),
             (
                 "",

@@ -684,7 +684,7 @@ class WrongSettingTests(TapCase):
     def test_a_port_that_is_none_and_what_is_no_address_are_told(self) -> None:
         for problem, why in (
             (OverflowError("bind(): port must be 0-65535."), "give a port from 0 to 65535"),
-            (UnicodeError("label empty or too long"), "it is no address"),
+            (UnicodeError("label empty or too long"), "not an address"),
         ):
             self.reactor = TakenForAdmin()
             self.reactor.problem = problem
@@ -1425,7 +1425,7 @@ class HangUpTests(TapCase):
         service.privilegedStartService()
         with capturedLogs() as events:
             hang_up(service)
-        self.assertIn(f"Reloaded {self.file}: no registry has changed", list(map(formatEvent, events)))
+        self.assertIn(f"Reloaded {self.file}: no registry changed", list(map(formatEvent, events)))
 
     def test_workers_are_told_those_that_run_and_those_that_start_later(self) -> None:
         self.reactor = spawning = Spawning()

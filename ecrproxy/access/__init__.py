@@ -1,3 +1,3 @@
 """
-Who may ask, for what, and how much of it.
+Access control and limits: which clients may pull what, and how much they may use.
 """

@@ -1,12 +1,12 @@
 """
-Bodies in memory that clients are being sent: how many bytes they may have together, and who gives way.
+Response bodies in memory: a limit on the bytes of all bodies, and which responses are aborted when it is reached.
 
 Rules:
 
-- A body counts once, however many clients are sent it: lists that ECR gives again are one object.
-- When there is no room for another, the responses that began first are broken off, unless they are younger than
-  C{SPARED_SECONDS}. Whoever reads has taken megabytes by then; a client that does not read holds nobody up for longer.
-- If that makes no room, the newcomer is refused, and may ask again.
+- A body counts once, however many clients receive it: repeated lists from ECR are the same object.
+- To make room for another body, the oldest responses are aborted, except those younger than C{SPARED_SECONDS}. A
+  client that reads has received megabytes by then; one that does not read blocks others no longer than that.
+- If that does not free enough, the new response is refused; the client may retry.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Final
 
 BODIES_BYTES: Final = 64 * 2**20
-"""Bytes of all bodies together: four of the longest lists."""
+"""Limit for all bodies together, in bytes: four of the longest lists."""
 SPARED_SECONDS: Final = 10.0
-"""Seconds that every response has, however many others want the room."""
+"""Minimum seconds for each response before it may be aborted."""
 
 
 class NoRoomError(Exception):
     """
-    All bodies that are being sent are too large together for another one.
+    The limit for bodies in memory is reached.
     """
 
 
@@ -32,8 +32,8 @@ class Sending:
     """
     One response.
 
-    @ivar since: when it began, in seconds.
-    @ivar cut: breaks it off, which ends it.
+    @ivar since: start time, in seconds.
+    @ivar cut: aborts the response, which then calls C{end}.
     """
 
     body: bytes
@@ -43,7 +43,7 @@ class Sending:
 
 class Bodies:
     """
-    What is being sent from memory.
+    The responses that are sent from memory.
 
     @ivar held: bytes of all bodies.
     """
@@ -51,12 +51,12 @@ class Bodies:
     def __init__(self, limit: int = BODIES_BYTES) -> None:
         self._limit = limit
         self.held = 0
-        self._sendings: dict[Sending, None] = {}  # in the order in which they began
-        self._counts: dict[int, int] = {}  # by the identity of a body, which its sendings keep alive
+        self._sendings: dict[Sending, None] = {}  # oldest first
+        self._counts: dict[int, int] = {}  # by id() of the body, which its sendings keep alive
 
     def begin(self, body: bytes, now: float, cut: Callable[[], None]) -> Sending:
         """
-        Begin a response, which ends with C{end}.
+        Start a response; finish it with C{end}.
 
         @raise NoRoomError: if there is no room for C{body}.
         """

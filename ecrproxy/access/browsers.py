@@ -1,15 +1,15 @@
 """
-Requests that browsers send on behalf of web pages: which pages may ask, and read the answer. Pure.
+Requests that browsers send for web pages: which pages may send requests and read responses. Pure.
 
 Rules:
 
-- A page that fetches with CORS announces itself by C{Origin} (Fetch standard, "Origin header"); any page of another
-  site by C{Sec-Fetch-Site} (W3C Fetch Metadata). Scripts can set neither. Container runtimes and other programs send
-  none of them.
-- C{Sec-Fetch-Site} is sent over TLS and to loopback alone. Over plain HTTP an image, a frame or a fetch without CORS of
-  another site looks like the address bar, and so does a page whose name was made to lead here (DNS rebinding). But
-  browsers add C{Accept-Language} to each request that has none (Fetch standard, "Fetching"), and scripts can't set
-  C{Host}. So a browser's request without C{Sec-Fetch-Site} must name the host of the origin that may ask.
+- Pages that fetch with CORS are identified by C{Origin} (Fetch standard, "Origin header"); all pages of other sites by
+  C{Sec-Fetch-Site} (W3C Fetch Metadata). Scripts can't set either header. Container runtimes and other programs send
+  neither.
+- Browsers send C{Sec-Fetch-Site} only over TLS and to loopback. Over plain HTTP, an image, a frame or a fetch without
+  CORS from another site looks like the address bar; so does a page whose name was rebound to this address (DNS
+  rebinding). But browsers add C{Accept-Language} to all requests without one (Fetch standard, "Fetching"), and scripts
+  can't set C{Host}. So browser requests without C{Sec-Fetch-Site} must name the host of an allowed origin.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ecrproxy.addresses import is_address
 ANY: Final = "*"
 """Allows every origin."""
 _OWN_SITES: Final = ("none", "same-origin")
-"""Values of C{Sec-Fetch-Site} of a request that no other origin caused; C{none} is the address bar."""
+"""Values of C{Sec-Fetch-Site} for requests that no other origin caused; C{none} is the address bar."""
 
 
 def is_ours(host: str, named: frozenset[str] = frozenset()) -> bool:
     """
-    Return True if C{host} is a name that no stranger can have lead here.
+    Return True if an attacker can't make C{host} resolve to this machine.
 
-    @param named: names that the operator has given, in lower case.
+    @param named: names that the operator configured, in lower case.
     """
     name = host.lower()
     return is_address(host.removeprefix("[").removesuffix("]")) or _is_local(name) or name in named
@@ -38,7 +38,7 @@ def is_ours(host: str, named: frozenset[str] = frozenset()) -> bool:
 
 def has_no_dot(host: str) -> bool:
     """
-    Return True for a name that only the local network can have given: a container, a Service of Kubernetes.
+    Return True for names that only the local network resolves: containers, Kubernetes Services.
     """
     return "." not in host
 
@@ -50,10 +50,10 @@ def _is_local(name: str) -> bool:
 @dataclass(frozen=True, slots=True)
 class Pages:
     """
-    The web pages that may ask on the client port.
+    The web pages that may send requests to the client port.
 
-    @ivar origin: one origin, or C{ANY}; none for no page of another site.
-    @ivar proved: whether clients have to prove who they are, which a page can't do for its reader.
+    @ivar origin: one origin, or C{ANY}; None to refuse pages of other sites.
+    @ivar proved: True if clients must authenticate, which pages can't do for their users.
     """
 
     origin: str | None = None
@@ -61,11 +61,11 @@ class Pages:
 
     def may_ask(self, origin: str | None, site: str | None, *, secure: bool, host: str) -> bool:
         """
-        Return False for a browser's request that a page has caused which may not.
+        Return False for browser requests from a page that is not allowed.
 
         @param origin: C{Origin}.
         @param site: C{Sec-Fetch-Site}.
-        @param secure: whether it came over TLS: there a name that is not of the certificate fails.
+        @param secure: True for TLS, where names outside the certificate fail.
         @param host: C{Host} without the port.
         """
         if self.origin == ANY:
@@ -83,7 +83,7 @@ class Pages:
 
     def headers(self) -> dict[str, str]:
         """
-        Return the headers that tell browsers the same, for every answer.
+        Return the CORS headers for all responses.
         """
         if self.origin is None:
             return {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin"}

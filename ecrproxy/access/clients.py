@@ -1,8 +1,8 @@
 """
-Who may ask: by network, by certificate, by name and password.
+Admission of clients: by network, certificate, name and password.
 
-All that an operator has set must hold. What costs least is asked first, so nobody outside the networks learns that
-there are passwords. What a client says of itself, as in X-Forwarded-For, is believed nowhere.
+All configured checks must pass. The cheapest comes first, so clients outside the networks don't learn that passwords
+exist. Headers such as X-Forwarded-For are never trusted.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Network = IPv4Network | IPv6Network
 @dataclass(frozen=True, slots=True)
 class Caller:
     """
-    What is known of who asks.
+    What is known about a client.
 
-    @ivar address: empty for one that came by a socket that has a path.
-    @ivar certified: whether TLS has verified a certificate of it.
-    @ivar authorization: its Authorization header.
+    @ivar address: empty for connections to a Unix socket.
+    @ivar certified: True if TLS has verified a client certificate.
+    @ivar authorization: the Authorization header.
     """
 
     address: str
@@ -38,7 +38,7 @@ class Caller:
 
 def is_in(address: str, networks: Sequence[Network]) -> bool:
     """
-    Tell whether an address is in one of the networks; what is no address is in none.
+    Return True if an address is in one of the networks; False for texts that are not addresses.
     """
     try:
         found: IPv4Address | IPv6Address = ip_address(address)
@@ -51,11 +51,11 @@ def is_in(address: str, networks: Sequence[Network]) -> bool:
 
 class Admission:
     """
-    Lets in who may ask.
+    Decides which clients may send requests.
 
-    @param networks: where clients must be; none for anywhere.
-    @param certificates: whether they must have shown a certificate.
-    @param passwords: asks them for one.
+    @param networks: allowed networks; None to allow all.
+    @param certificates: True to require a client certificate.
+    @param passwords: checks name and password, if required.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class Admission:
 
     async def admit(self, caller: Caller) -> None:
         """
-        Return if C{caller} may ask.
+        Return if C{caller} is admitted.
 
-        @raise RegistryError: if not.
+        @raise RegistryError: otherwise.
         """
         refusal = self._refusal(caller)
         if refusal is not None:
@@ -81,7 +81,7 @@ class Admission:
 
     def knows(self, caller: Caller) -> bool:
         """
-        Return True if L{admit} lets C{caller} in without having to check a password.
+        Return True if L{admit} would admit C{caller} without checking a password.
         """
         if self._refusal(caller) is not None:
             return False
@@ -101,9 +101,9 @@ class Admission:
 
     def reread(self) -> bool:
         """
-        Read the passwords again, whether or not their file seems to have changed.
+        Read the password file again, whether or not it seems to have changed.
 
-        @return: whether there are any.
+        @return: True if there is a password file.
         """
         if self._passwords is not None:
             self._passwords.reread()

@@ -1,5 +1,5 @@
 """
-A file of names and passwords as C{htpasswd -B} writes it: read, and compared to. Nothing of it is ever shown.
+Parse and check a password file made with C{htpasswd -B}. Its contents are never logged.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ FILE_LIMIT: Final = 2**20
 _HOW: Final = "make it with htpasswd -B"
 _BCRYPT = re.compile(rb"\$2[aby]\$([0-9]{2})\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
 _COSTS: Final = range(4, 17)
-# bcrypt looks at no more of a password than this, and htpasswd leaves out the rest without a word.
+# bcrypt ignores further bytes of a password, and htpasswd truncates it silently.
 _PASSWORD_BYTES: Final = 72
 
 
 class HtpasswdError(Exception):
     """
-    A file of passwords that can't be used, and why.
+    A password file can't be used; the message says why.
     """
 
 
 class UnreadableError(HtpasswdError):
     """
-    A file of passwords that can't be read at the moment.
+    A password file is temporarily unreadable.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Users:
     """
-    Who has which password, as a bcrypt hash.
+    Names with their bcrypt password hashes.
 
     @ivar seen: the L{signature} of the file when it was read.
     """
@@ -49,9 +49,9 @@ class Users:
     @classmethod
     def parse(cls, data: bytes) -> Users:
         """
-        Read a file's lines, C{name:hash}; empty ones and those that begin with # say nothing.
+        Parse a file's lines, C{name:hash}; empty lines and lines that begin with # are ignored.
 
-        @raise HtpasswdError: for a line that says something else. The line itself is not told: it may be a password.
+        @raise HtpasswdError: for other lines. The error does not show the line, which may be a password.
         """
         hashes = {}
         for number, line in enumerate(data.splitlines(), 1):
@@ -70,10 +70,10 @@ class Users:
 
     def matches(self, name: bytes, password: bytes, chosen: int) -> bool:
         """
-        Tell whether this is C{name}'s password. Takes long: call it in a thread.
+        Return True if this is C{name}'s password. Slow: call in a thread.
 
-        @param chosen: chooses, for an unknown name, the hash that the password is compared to in vain, so that the time
-            it takes is that of one or another of the users.
+        @param chosen: selects the hash to compare with if the name is unknown, so that the time is that of a known
+            user.
         """
         hashed = self.hashes.get(name)
         compared = hashed or list(self.hashes.values())[chosen % len(self.hashes)]
@@ -84,11 +84,11 @@ def read_users(path: str) -> Users:
     """
     Read a file. Blocks.
 
-    @raise HtpasswdError: if it can't be used; an L{UnreadableError} if it may be unchanged once it can be.
+    @raise HtpasswdError: if the file can't be used; L{UnreadableError} if the failure may be temporary.
     """
     try:
         with open_file(path) as file:
-            # Of the open file, before its bytes: what changes later, or takes its place, has another signature.
+            # Of the open file, before reading: later changes and replacements have another signature.
             seen = _signature(os.fstat(file.fileno()))
             data = file.read(FILE_LIMIT + 1)
     except OSError as problem:
@@ -100,10 +100,10 @@ def read_users(path: str) -> Users:
 
 def signature(path: str) -> tuple[int, ...]:
     """
-    Tell what changes when a file does. Blocks.
+    Return a value that differs after the file has changed. Blocks.
     """
     try:
-        return _signature(os.stat(path))  # noqa: PTH116 (as it was given)
+        return _signature(os.stat(path))  # noqa: PTH116 (the path as given)
     except OSError:
         return ()
 

@@ -1,7 +1,7 @@
 """
-What clients may have of the daemon: how much of each thing, for how long, and the figures of who wanted more.
+Limits for clients: connections, transfers, sizes and timeouts, with counters of the refusals.
 
-An address is counted as a whole network where its owner has one: IPv6 addresses by their /64.
+IPv6 addresses are counted by their /64 network, which usually belongs to one owner.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ log = Logger()
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     """
-    The most that clients may have; 0 for no limit.
+    The limits for clients; 0 for no limit.
 
-    @ivar header_seconds: for the line and the headers of a request.
+    @ivar header_seconds: to receive the request line and headers.
     @ivar idle_seconds: between two requests.
-    @ivar send_seconds: for which a client may take nothing of its answer.
-    @ivar header_bytes: of a request's line and headers together.
+    @ivar send_seconds: without progress while sending a response.
+    @ivar header_bytes: of the request line and headers together.
     @ivar header_count: of a request's headers.
-    @ivar connections: in all.
+    @ivar connections: of all clients.
     @ivar connections_per_address: from one address.
-    @ivar transfers: answers of more than 64 KiB, and with a blob of any size, that are under way.
+    @ivar transfers: concurrent responses with a blob of any size, or of more than 64 KiB.
     """
 
     header_seconds: float = 10
@@ -52,11 +52,11 @@ class Limits:
         """
         Return the limits of one of several processes.
 
-        An address may have half of the process's connections; the rest is for others. A limit for an address that the
-        operator chose counts, for the address may be that of a whole cluster behind NAT.
+        By default, one address may use half of the process's connections. A limit that the operator chose applies
+        unchanged, because the address may be a cluster behind NAT.
 
         @param room: connections for which the process has descriptors; 0 for no limit.
-        @param chosen: whether the operator chose the limit of an address.
+        @param chosen: True if the operator chose the limit per address.
         """
         connections, address, transfers = (
             share(limit, processes) for limit in (self.connections, self.connections_per_address, self.transfers)
@@ -76,12 +76,12 @@ COUNTED: Final = {
     "idle": "idle",
     "slow_reader": "slow_readers",
 }
-"""How figures name the limits, and where a L{Crowd} counts those who met them."""
+"""The limits' names in metrics, and the attributes of L{Crowd} that count refusals."""
 
 
 SPARE: Final = 16
-"""Connections beyond the limit, so that a kubelet's probe is answered by a daemon that is full of slow clients."""
-FULL: Final = "as many are open as PROXY_CONNECTIONS or RLIMIT_NOFILE allow, and none is idle"
+"""Connections beyond the limit, so that a daemon full of slow clients still answers a kubelet's probes."""
+FULL: Final = "PROXY_CONNECTIONS or RLIMIT_NOFILE is reached, and no connection is idle"
 
 
 class Closable(Protocol):
@@ -91,32 +91,32 @@ class Closable(Protocol):
 
     @property
     def settled(self) -> bool:
-        """Whether it has been idle for long enough not to be about to ask."""
+        """Whether the connection has been idle so long that a request is unlikely to be on its way."""
 
     def abort(self) -> None:
-        """Close at once, whatever was written."""
+        """Close at once; unsent data is lost."""
 
     def yield_place(self) -> None:
-        """Close an idle one: what the kernel has of the last answer is still sent."""
+        """Close an idle connection; the kernel still sends the rest of the last response."""
 
 
 class Crowd:
     """
-    Who is connected, how many transfers are under way, and what was refused.
+    Counts connections, transfers and refusals of one process.
 
-    @param processes: how many such crowds there are, each with its part of the limits.
-    @param full: what is logged where all connections are taken.
-    @ivar connected: connections now.
-    @ivar transferring: transfers now.
-    @ivar bodies: what they are sent from memory.
-    @ivar refused_connections: that were one too many.
-    @ivar refused_transfers: likewise.
-    @ivar bad_requests: that were refused at the connection.
-    @ivar slow_heads: connections that were closed in the middle of a request's head.
-    @ivar idle: connections that were closed between requests.
-    @ivar slow_readers: connections that were closed because nothing of an answer was taken.
-    @ivar idle_ones: connections that wait for a request, with their addresses; the one that has waited longest first.
-    @ivar spare: connections beyond the limit, the oldest first: these get an answer about the daemon's health alone.
+    @param processes: number of processes, each with its share of the limits.
+    @param full: logged when all connections are taken.
+    @ivar connected: open connections.
+    @ivar transferring: current transfers.
+    @ivar bodies: response bodies sent from memory.
+    @ivar refused_connections: connections refused because of a limit.
+    @ivar refused_transfers: transfers refused because of a limit.
+    @ivar bad_requests: requests that the connection rejected.
+    @ivar slow_heads: connections closed because the request's head was incomplete in time.
+    @ivar idle: connections closed between requests.
+    @ivar slow_readers: connections closed because the client stopped reading.
+    @ivar idle_ones: idle connections with their addresses, longest idle first.
+    @ivar spare: connections beyond the limit, oldest first; they only get health responses.
     """
 
     def __init__(self, limits: Limits, processes: int = 1, full: str = FULL) -> None:
@@ -132,32 +132,32 @@ class Crowd:
     @property
     def transferring_everywhere(self) -> int:
         """
-        Return how many transfers there are now, if the other processes have as many.
+        Return the number of transfers in all processes, assuming that the others have as many as this one.
         """
         return self.transferring * self._processes
 
     def met(self, limit: str) -> int:
         """
-        Tell how often a limit was met.
+        Return how often a limit was reached.
 
-        @param limit: its name in L{COUNTED}.
+        @param limit: a name in L{COUNTED}.
         """
         return int(getattr(self, COUNTED[limit]))
 
     def enter(self, address: str) -> bool:
         """
-        Take a connection in, unless it is one too many; who is let in leaves by C{leave}.
+        Admit a connection and return True, or return False if it exceeds a limit. Call C{leave} at its end.
 
-        Where all there may be are open, or all that the address may have, the one of them that has been idle longest is
-        closed for it: nodes keep connections that they do not use, and behind NAT a whole cluster has one address.
+        At a limit, the connection that has been idle longest is closed to make room: nodes keep unused connections
+        open, and a whole cluster behind NAT has one address. The new one is refused only if none is idle.
 
-        @param address: as L{counted} gives it; empty for who has none.
+        @param address: as L{counted} returns it; empty for connections without one.
         """
         too_many = self.is_too_many(address)
         full = 0 < self.limits.connections <= self.connected
         if (too_many or full) and not self._close_an_idle_one(address if too_many else None):
             if too_many:
-                self.refuse_connection("an address has as many as PROXY_CONNECTIONS_PER_ADDRESS allows", address)
+                self.refuse_connection("an address has reached PROXY_CONNECTIONS_PER_ADDRESS", address)
             return False
         self.connected += 1
         self._by_address[address] += 1
@@ -165,7 +165,7 @@ class Crowd:
 
     def leave(self, address: str) -> None:
         """
-        Let a connection go.
+        Remove a connection.
         """
         self.connected -= 1
         self._by_address[address] -= 1
@@ -174,20 +174,20 @@ class Crowd:
 
     def is_too_many(self, address: str) -> bool:
         """
-        Return True if an address has as many connections as it may.
+        Return True if an address has reached its limit of connections.
         """
         return bool(address) and 0 < self.limits.connections_per_address <= self._by_address[address]
 
     def refuse_connection(self, why: str, address: str = "") -> None:
         """
-        Count and log a connection that is closed for being one too many.
+        Count and log a connection that is closed because of a limit.
         """
         self.refused_connections += 1
         log.warn("Connections are refused: {why}; {address}", why=why, address=address or "all", once=why)
 
     def enter_spare(self, connection: Closable) -> None:
         """
-        Let a connection stay beyond the limit, for as long as no more than C{SPARE} have come after it.
+        Keep a connection beyond the limit until C{SPARE} newer ones have come.
         """
         if len(self.spare) >= SPARE:
             oldest = next(iter(self.spare))
@@ -200,14 +200,14 @@ class Crowd:
         """
         Close the connection that has been idle longest; return True if there was one.
 
-        @param address: whose connections may be closed; everybody's if none.
+        @param address: close only its connections; None for any.
         """
         for each, whose in self.idle_ones.items():
             if not each.settled:
                 break
             if address in (None, whose):
                 del self.idle_ones[each]
-                self.refuse_connection("as many are open as may be, idle ones are closed first", address or "")
+                self.refuse_connection("the maximum is reached, and idle connections are closed first", address or "")
                 each.yield_place()
                 return True
         return False
@@ -215,13 +215,13 @@ class Crowd:
     @property
     def is_full_of_transfers(self) -> bool:
         """
-        Return True if there are as many transfers as may be.
+        Return True if the limit of transfers is reached.
         """
         return 0 < self.limits.transfers <= self.transferring
 
     def begin_transfer(self) -> bool:
         """
-        Begin a transfer, unless it is one too many; what was begun ends by C{end_transfer}.
+        Start a transfer and return True, or return False if the limit is reached. Call C{end_transfer} at its end.
         """
         if self.is_full_of_transfers:
             self.refused_transfers += 1
@@ -238,10 +238,10 @@ class Crowd:
 
 class Patience:
     """
-    How long something may be waited for.
+    A restartable timeout.
 
-    @param seconds: 0 for ever.
-    @param over: called when it is at its end.
+    @param seconds: 0 for no timeout.
+    @param over: called when the timeout expires.
     """
 
     def __init__(self, call_later: Callable[..., Any], seconds: float, over: Callable[[], None]) -> None:
@@ -251,13 +251,13 @@ class Patience:
     @property
     def waiting(self) -> bool:
         """
-        Whether there is something to wait for.
+        Whether the timeout is running.
         """
         return self._call is not None and self._call.active()
 
     def begin(self) -> None:
         """
-        Wait, from now on.
+        Start or restart the timeout.
         """
         if self._call is not None and self._call.active():
             self._call.reset(self._seconds)
@@ -266,7 +266,7 @@ class Patience:
 
     def end(self) -> None:
         """
-        Wait no longer.
+        Stop the timeout.
         """
         if self._call is not None and self._call.active():
             self._call.cancel()
@@ -275,7 +275,7 @@ class Patience:
 
 def counted(address: str) -> str:
     """
-    Tell under which name an address is counted: an IPv4 address by itself, one of IPv6 by its /64.
+    Return the name under which an address is counted: IPv4 as it is, IPv6 by its /64.
     """
     plain = unmapped(address)
     if ":" not in plain:

@@ -1,9 +1,8 @@
 """
-Which repositories are let in: a pattern that a repository's whole name must match.
+Repository access by pattern: the whole name must match.
 
-A pattern can be such that the time it takes doubles with each character of a name. So a name gets two milliseconds
-of the event loop, which is a thousand times what patterns need as a rule; one that needs more is judged in a thread,
-one at a time and for half a second at most. Verdicts are remembered.
+Some patterns take exponential time. So a match may take two milliseconds in the event loop, a thousand times the usual
+time; a slower one runs in a thread, one at a time and for half a second at most. Results are remembered.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ if TYPE_CHECKING:
 log = Logger()
 
 INLINE_SECONDS: Final = 0.002
-"""Processor time that a pattern may take for a name in the event loop."""
+"""Maximum CPU time for one name in the event loop."""
 MATCH_SECONDS: Final = 0.5
-"""Processor time that a pattern may take for a name in a thread."""
+"""Maximum CPU time for one name in a thread."""
 LIST_SECONDS: Final = 5.0
-"""Seconds that a pattern may take for a list of names in a thread."""
+"""Maximum seconds for a list of names in a thread."""
 LONGEST_WAIT: Final = 10.0
-"""Seconds that a name may wait for the thread; clients that have waited longer are told to come again."""
+"""Seconds that a name may wait for the thread; after that the client is told to retry."""
 REMEMBERED: Final = 8192
-"""How many verdicts are kept."""
+"""Number of results that are remembered."""
 
 
 class Namespaces:
     """
     The repositories whose whole name C{pattern} matches.
 
-    @param in_thread: calls slow matching; not a disk's thread, which a bad pattern would keep from its work.
+    @param in_thread: runs slow matches; not the disk's thread, which a bad pattern would block.
     """
 
     def __init__(
@@ -58,10 +57,10 @@ class Namespaces:
 
     async def admit(self, repository: str, registry: str = "") -> None:
         """
-        Let a repository's name pass.
+        Return if a repository's name matches.
 
-        @param registry: what the log calls its registry, where there are several.
-        @raise RegistryError: if the pattern does not match it, or takes too long to tell.
+        @param registry: the registry's name in the log, if there are several.
+        @raise RegistryError: if the name does not match, or the match takes too long.
         """
         about = registry, repository
         verdict = self._verdicts.get(about)
@@ -74,7 +73,7 @@ class Namespaces:
 
     async def choose(self, repositories: Sequence[str]) -> list[str]:
         """
-        Return those that the pattern matches, judged in the thread, all together within C{LIST_SECONDS}.
+        Return the names that match. Runs in the thread, with C{LIST_SECONDS} for all names together.
 
         @raise RegistryError: if that takes too long.
         """
@@ -108,7 +107,7 @@ class Namespaces:
         except QueueTimeoutError:
             raise _undecided() from None
         except TimeoutError:
-            # Not remembered: a machine that was very busy would lock a repository out for good.
+            # Not remembered: a busy machine would lock out a repository permanently.
             log.warn(
                 "{setting} took more than {seconds} s for {repository}, refused: make it simpler",
                 setting=_setting(registry),

@@ -1,16 +1,17 @@
 """
-Who has shown a right name and password, and who has tried too often.
+Password checks: remembers correct passwords, and delays addresses after too many wrong ones.
 
 Rules:
 
-- No password is kept. What was right is remembered for some minutes, by a hash whose key this process alone has.
-- One check costs a tenth of a second and more of a processor: few are made at once, in threads of their own, and one
-  for all clients that present the same name and password meanwhile. A check may wait some seconds for its turn. Of
-  those that an address causes, few may come to nothing.
-- An unknown name costs what a known one does, is answered in the same words, and counts the same.
-- A wrong password counts once a minute for an address, however often the address repeats it: a node with an old one
-  tries again and again, and must not lock out those it shares an address with. A repeated guess learns nothing.
-- Who has failed too often is told to wait before anything else is looked at: a right guess would look like a wrong one.
+- No password is stored. Correct ones are remembered for some minutes, by a hash with a key of this process.
+- A check costs a tenth of a second of CPU or more. Few run at once, in threads of their own, and clients that present
+  the same name and password meanwhile share one. A check waits some seconds for its turn at most. Only a few checks of
+  an address may fail.
+- Unknown names take as long as known ones, get the same response, and count the same.
+- An address that repeats a wrong password counts once a minute: a node with an old password retries again and again,
+  and must not lock out others behind its address. A repeated guess gains an attacker nothing.
+- After too many failures an address is refused before its password is checked, so a correct guess looks like a wrong
+  one.
 """
 
 from __future__ import annotations
@@ -45,27 +46,27 @@ if TYPE_CHECKING:
 log = Logger()
 
 AT_ONCE: Final = 2
-"""Passwords that are checked at the same time, by all processes together."""
+"""Concurrent password checks, all processes together."""
 LONGEST_WAIT: Final = 20.0
-"""Seconds that a password may wait to be checked; clients that have waited longer are told to come again."""
+"""Seconds that a check may wait for its turn; after that the client is told to retry."""
 FAILURES: Final = 10
-"""Wrong passwords that an address may give in C{FAILURE_SECONDS}."""
+"""Wrong passwords that an address may send within C{FAILURE_SECONDS}."""
 FEWEST_FAILURES: Final = 3
-"""Those that each of several processes allows at least: fewer would lock out who mistypes."""
+"""Minimum of that for each of several processes: with fewer, a typo would lock users out."""
 FAILURE_SECONDS: Final = 60.0
 REMEMBER_SECONDS: Final = 300.0
-"""How long a right password need not be checked again."""
+"""Seconds for which a correct password is not checked again."""
 REREAD_SECONDS: Final = 5.0
-"""How often it is looked whether the file has changed."""
+"""Interval for checking whether the file has changed."""
 KEPT: Final = 10_000
-"""The most addresses, and the most right passwords, that are remembered."""
+"""Maximum number of addresses, and of correct passwords, that are remembered."""
 
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 
 def parse_basic(header: str | None) -> tuple[bytes, bytes] | None:
     """
-    Read an Authorization header: RFC 7617. None if it holds no name and password.
+    Parse an Authorization header: RFC 7617. None if it has no name and password.
     """
     scheme, _, encoded = (header or "").strip().partition(" ")
     try:
@@ -79,23 +80,23 @@ def parse_basic(header: str | None) -> tuple[bytes, bytes] | None:
 
 
 Guess: TypeAlias = tuple[Hashable, bytes]
-"""A file's signature, and the hash of a name and a password that are wrong by it."""
+"""A file's signature, and the hash of a name and password that are wrong according to this file."""
 
 
 ECR_USER: Final = b"AWS"
 """
-The name that goes with ECR's own tokens, of which each node has others. The kubelet's credential provider shows them to
-a mirror that asks for a password: that is no guess, and must not hold back who shares the node's address.
+The user name of ECR's own tokens, which differ between nodes. The kubelet's credential provider sends them to a mirror
+that asks for a password. They are not guesses, and must not delay other clients behind the node's address.
 """
 
 
 class Failures:
     """
-    Which wrong passwords each address has given lately.
+    The recent wrong passwords of each address.
 
-    A network of IPv6 that one client may have whole counts as one address.
+    An IPv6 network that one client may own counts as one address.
 
-    @param most: wrong passwords that an address may give in C{FAILURE_SECONDS}.
+    @param most: wrong passwords that an address may send within C{FAILURE_SECONDS}.
     """
 
     def __init__(self, clock: IReactorTime, most: int = FAILURES) -> None:
@@ -104,7 +105,7 @@ class Failures:
 
     def note(self, address: str, guess: Guess) -> bool:
         """
-        Count a guess; return True if it is the last that is let through for a while.
+        Count a guess; return True if it is the last that is allowed for now.
         """
         since, wrong = self._recent(address)
         if guess in wrong:
@@ -118,13 +119,13 @@ class Failures:
 
     def knows(self, address: str, guess: Guess) -> bool:
         """
-        Return True if the same guess was wrong when this address gave it before.
+        Return True if this address has sent the same wrong guess before.
         """
         return guess in self._recent(address)[1]
 
     def wait(self, address: str) -> int:
         """
-        Tell how many seconds C{address} must wait, 0 if it need not.
+        Return how many seconds C{address} must wait; 0 if not at all.
         """
         since, wrong = self._recent(address)
         return math.ceil(since + FAILURE_SECONDS - self._clock.seconds()) if len(wrong) >= self.most else 0
@@ -138,9 +139,9 @@ class Failures:
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """
-    What a check has found.
+    The result of a check.
 
-    @ivar held_back: addresses that presented this password, and had given too many wrong ones before its turn came.
+    @ivar held_back: addresses that presented this password but had failed too often before its turn came.
     """
 
     right: bool
@@ -149,12 +150,12 @@ class Verdict:
 
 class Passwords(Service):
     """
-    Asks clients for a name and a password of a file, which is read again when it has changed.
+    Checks clients' names and passwords against a file, and reloads the file after changes.
 
-    @param in_thread: checks passwords.
-    @param key: random bytes that are nobody else's.
-    @param reading: reads the file, which may hang: not in a thread that checks.
-    @param processes: how many do the same, each its part.
+    @param in_thread: runs password checks.
+    @param key: random bytes, unique to this process.
+    @param reading: runs file reads, which may hang, so not in the thread of the checks.
+    @param processes: number of processes that share the limits.
     @raise HtpasswdError: if the file can't be used.
     """
 
@@ -189,9 +190,9 @@ class Passwords(Service):
 
     async def admit(self, address: str, header: str | None) -> None:
         """
-        Return if C{header}, an Authorization header that came from C{address}, has a right name and password.
+        Return if C{header}, an Authorization header from C{address}, has a valid name and password.
 
-        @raise RegistryError: if not.
+        @raise RegistryError: otherwise.
         """
         shown = self._shown(header)
         if shown is None:
@@ -211,14 +212,14 @@ class Passwords(Service):
 
     def knows(self, address: str, header: str | None) -> bool:
         """
-        Return True if L{admit} lets in whoever shows C{header}, without a check.
+        Return True if L{admit} would accept C{header} without a check.
         """
         shown = self._shown(header)
         return shown is not None and not self._failures.wait(address) and self._remembers(self._name(b":".join(shown)))
 
     def _shown(self, header: str | None) -> tuple[bytes, bytes] | None:
         """
-        Return the name and the password in a header; none if there are none that could be right.
+        Return the name and password in a header; None if there are none that could be valid.
         """
         shown = parse_basic(header)
         return None if shown and shown[0] == ECR_USER and ECR_USER not in self._users.hashes else shown
@@ -229,7 +230,7 @@ class Passwords(Service):
     async def _check(self, shown: tuple[bytes, bytes], name: bytes) -> Verdict:
         try:
             async with self._turns.turn():
-                # Other passwords from the same address may have been wrong since this one came.
+                # Other passwords from the same address may have failed since this one arrived.
                 held_back = frozenset(filter(self._failures.wait, self._presented[name]))
                 if held_back == self._presented[name]:
                     return Verdict(right=False, held_back=held_back)
@@ -237,7 +238,7 @@ class Passwords(Service):
                 chosen = int.from_bytes(self._name(shown[0])[:8], "big")
                 right = await self._in_thread(users.matches, *shown, chosen)
                 if not right:
-                    # Counted before the turn is over: the next one may be of the same address.
+                    # Count before the turn ends: the next check may be for the same address.
                     self._count(self._presented[name] - held_back, (users.seen, name))
         except QueueTimeoutError:
             said = "too many passwords are being checked"
@@ -274,7 +275,7 @@ class Passwords(Service):
 
     def reread(self) -> None:
         """
-        Read the file again; one that can't be used is told in the log, and what was read before stays.
+        Read the file again. If that fails, log the error and keep the previous contents.
         """
         on_its_own(self._reread())
 
@@ -287,10 +288,10 @@ class Passwords(Service):
         try:
             users = await self._reading(read_users, self._path)
         except HtpasswdError as problem:
-            said = "{path} {problem}; its former passwords stay"
+            said = "{path} {problem}; the previous passwords stay in use"
             log.error(said, path=self._path, problem=str(problem), once=str(problem))
             if isinstance(problem, UnreadableError):
-                self._seen = ()  # retry: permissions and open descriptors change without the file
+                self._seen = ()  # retry: permissions and free descriptors change without the file
         else:
             self._users, self._seen = users, users.seen
             self._right.clear()

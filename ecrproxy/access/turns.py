@@ -1,5 +1,5 @@
 """
-Turns at work that few may do at once: bounded by the seconds that somebody waits, not by how many wait.
+A queue with a maximum waiting time instead of a maximum length, for work that few may do at once.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 class QueueTimeoutError(Exception):
     """
-    No turn came in time.
+    The waiting time for a turn is over.
     """
 
 
 class Turns(Places):
     """
-    Places that give up on whatever has waited too long, with L{QueueTimeoutError}.
+    Places whose waiters fail with L{QueueTimeoutError} after a timeout.
 
-    @param count: turns at the same time.
-    @param seconds: longest wait for one.
+    @param count: concurrent turns.
+    @param seconds: timeout for a turn.
     """
 
     def __init__(self, count: int, seconds: float, clock: IReactorTime) -> None:

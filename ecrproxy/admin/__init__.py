@@ -1,3 +1,3 @@
 """
-The operator's port: figures for Prometheus.
+The admin port: metrics, status page, and the API of the command line.
 """

@@ -1,8 +1,8 @@
 """
-What the log says of a daemon that starts, becomes ready, and ends: enough to see that it does what was meant.
+Log messages at startup, when ready, and at exit, which show whether the daemon does what was intended.
 
-The first lines tell of settings as they are understood, never of secrets. I{Ready} comes once, as soon as clients can
-be served; the last line sums up what was done.
+The first lines list settings as the daemon understands them, without secrets. I{Ready} is logged once, as soon as
+clients can be served. The last line summarizes the run.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
 log = Logger()
 
 LOOK_SECONDS: Final = 1.0
-"""How often it is looked whether the daemon is ready."""
+"""Interval for checking whether the daemon is ready."""
 PATIENCE: Final = 10.0
-"""Seconds after which it says that it is ready, but for what is still wrong."""
+"""Seconds after which the daemon logs that it is ready, with the remaining problems."""
 REGISTRIES: Final = 10
-"""The most registries that have a line each."""
+"""Maximum number of registries with their own lines."""
 _FAILED: Final = "5"
-"""What the status of a failure begins with."""
+"""First digit of the status of a failure."""
 
 
 def settings_lines(config: Config, version: str, held: Callable[[], int]) -> Iterator[str]:
     """
-    Describe what a daemon is about to do.
+    Yield lines that describe the settings.
 
-    @param held: gives the bytes that are in the cache.
+    @param held: returns the size of the cache in bytes.
     """
     processes = config.worker_processes
     yield f"ecrproxy {version}" + (f" with {processes} worker processes" if processes > 1 else "")
     for each in config.registries[:REGISTRIES]:
         yield _registry_line(each)
     if (more := len(config.registries) - REGISTRIES) > 0:
-        yield f"… and {more} registries more: ecr-proxy config lists them"
+        yield f"… and {more} more registries: ecr-proxy config lists them"
     yield f"Cache: {config.cache_dir}, {size(held())} of {size(config.cache_limit)}"
     access = _access(config)
     if config.listen:
@@ -57,7 +57,7 @@ def settings_lines(config: Config, version: str, held: Callable[[], int]) -> Ite
     else:
         yield f"Clients: port {config.port} of all addresses, {_speaks(config)}; {access}"
     admin = config.admin_listen
-    yield "Operator's port: none" if admin is None else f"Operator's port: {admin.text}"
+    yield "Admin port: none" if admin is None else f"Admin port: {admin.text}"
     if config.metrics_listen is not None:
         yield f"Metrics: {config.metrics_listen.text}"
 
@@ -89,7 +89,7 @@ def _speaks(config: Config, endpoint: EndpointString | None = None) -> str:
 
 def _access(config: Config) -> str:
     """
-    Say who may pull.
+    Describe which clients may pull.
     """
     rules = []
     if config.allow_from is not None:
@@ -100,17 +100,17 @@ def _access(config: Config) -> str:
     if config.htpasswd is not None:
         rules.append("with a password")
     if not rules:
-        return "anyone who can connect may pull"
+        return "all clients that can connect may pull"
     return f"clients may pull {' and '.join(rules)}"
 
 
 def summary_line(rows: Sequence[Row], seconds: float, stall: float | None) -> str:
     """
-    Sum up what a daemon has done.
+    Summarize the run.
 
     @param rows: the requests of clients.
-    @param seconds: for which it ran.
-    @param stall: the longest time for which the event loop stood still, if this process has served clients.
+    @param seconds: duration of the run.
+    @param stall: the longest event-loop stall; None if this process served no clients.
     """
     count = sum(row[1] for row in rows)
     sent = sum(row[2] for row in rows)
@@ -120,18 +120,18 @@ def summary_line(rows: Sequence[Row], seconds: float, stall: float | None) -> st
     if sent:
         words.append(f"{100 * saved // sent} % of that from the cache")
     if stall is not None:
-        words.append(f"the event loop stood still for {stall:.3f} s at the most")
+        words.append(f"longest event-loop stall {stall:.3f} s")
     return f"Ended after {span(seconds)}: {', '.join(words)}"
 
 
 class Announcing(Service):
     """
-    Writes those lines.
+    Logs these messages.
 
-    @param lines: gives the first.
-    @param readiness: asks what the daemon can do.
-    @param rows: gives the requests of clients.
-    @param stall: gives the longest time for which the event loop stood still, if it is known.
+    @param lines: returns the first lines.
+    @param readiness: returns what the daemon can do.
+    @param rows: returns the requests of clients.
+    @param stall: returns the longest event-loop stall, if known.
     """
 
     def __init__(

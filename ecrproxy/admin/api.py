@@ -1,14 +1,14 @@
 """
-What the command C{ecr-proxy} asks of the daemon, on the operator's port below /api/.
+The API for the command C{ecr-proxy}, on the admin port below /api/.
 
 Rules:
 
-- No web page can ask: each request shows a header of ours, which no site may send to another one unasked, and this
-  port allows nobody to ask whether he may. What changes something is a POST of JSON, without an Origin.
-- The work is done in threads of its own, step by step, so that neither the event loop nor a pull waits for it.
-- Long answers are JSON documents, one a line, made while they are sent, at the pace of who reads them. One that fails
-  midway has its connection aborted. Who leaves ends the work.
-- A refusal is the distribution spec's JSON, as everywhere.
+- No web page can send requests: each needs a header of ours, which browsers send to other sites only after a preflight,
+  and this port allows none. Requests with side effects are POSTs of JSON without an Origin.
+- The work is done step by step in its own threads, so neither the event loop nor a pull waits for it.
+- Long responses are JSON documents, one per line, generated while they are sent, at the client's pace. If one fails
+  midway, its connection is aborted. If the client disconnects, the work ends.
+- Errors are the distribution spec's JSON, as everywhere.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ if TYPE_CHECKING:
 log = Logger()
 
 SHOWN: Final = b"X-Ecrproxy-Api"
-"""The header that each request shows."""
+"""The header that each request needs."""
 BODY_LIMIT: Final = 2**16
-"""Bytes of a request's body: hundreds of names. Twisted holds so much in memory."""
+"""Maximum bytes of a request's body, which Twisted keeps in memory: hundreds of names."""
 _TOGETHER: Final = 256
-"""How many documents are made in one step: that many small files are read in milliseconds."""
+"""Documents per step: that many small files are read in milliseconds."""
 _MOST: Final = 10**18
-"""The largest number that is taken: of bytes a second, or of seconds since the epoch."""
+"""The largest valid number: bytes per second, or seconds since the epoch."""
 
 
 class Api(Answering):
     """
-    /api/.
+    The resource /api/.
 
-    @param purged: has what is held in memory forgotten.
-    @param listing: where what is there is listed and removed.
-    @param hashing: where it is hashed.
+    @param purged: drops purged content from memory.
+    @param listing: runs listings and removals in a thread.
+    @param hashing: runs verification in a thread.
     """
 
     methods = (b"GET", b"HEAD", b"POST")
@@ -76,9 +76,9 @@ class Api(Answering):
 
     async def respond(self, request: Request) -> None:
         """
-        Answer.
+        Handle a request.
 
-        @raise RegistryError: for a request that isn't understood, or may be a web page's.
+        @raise RegistryError: if the request is invalid, or may be from a web page.
         """
         _refuse_pages(request)
         match (request.method, b"/".join(request.postpath or [])):
@@ -124,9 +124,9 @@ class Api(Answering):
         self, request: Request, in_thread: InThread, documents: Iterator[Document], rate: float | None = None
     ) -> None:
         """
-        Send documents as they are made.
+        Send documents as they are generated.
 
-        @param rate: the bytes a second that may be hashed for them.
+        @param rate: maximum bytes per second to hash.
         """
         begin(request, OK)
         request.setHeader("Content-Type", "application/x-ndjson")
@@ -147,7 +147,7 @@ class Api(Answering):
 @implementer(IPushProducer)
 class _Flow:
     """
-    Tells when the client takes more.
+    Tracks whether the client accepts more data.
     """
 
     def __init__(self, request: Request) -> None:
@@ -156,20 +156,20 @@ class _Flow:
 
     async def open(self) -> None:
         """
-        Wait until it does.
+        Wait until the client accepts more data.
         """
         if self._paused is not None:
             await self._paused
 
     def pauseProducing(self) -> None:
         """
-        Send no more for now.
+        Pause.
         """
         self._paused = self._paused or Deferred()
 
     def resumeProducing(self) -> None:
         """
-        Go on.
+        Resume.
         """
         paused, self._paused = self._paused, None
         if paused is not None:
@@ -177,15 +177,15 @@ class _Flow:
 
     def stopProducing(self) -> None:
         """
-        Nothing: that the client has gone is told to who answers.
+        Do nothing: the sender is notified in other ways that the client has disconnected.
         """
 
 
 def _step(documents: Iterator[Document]) -> tuple[bytes, int]:
     """
-    Make some documents. Called in a thread.
+    Generate some documents. Runs in a thread.
 
-    @return: their lines, none when there are no more, and the bytes that were hashed for them.
+    @return: their lines, empty at the end, and the bytes that were hashed for them.
     """
     lines, hashed = bytearray(), 0
     for each in itertools.islice(documents, _TOGETHER):
@@ -202,9 +202,9 @@ def _line(document: Document) -> bytes:
 
 def _refuse_pages(request: Request) -> None:
     """
-    Refuse what a web page may have sent.
+    Refuse requests that a web page may have sent.
 
-    @raise RegistryError: if it may.
+    @raise RegistryError: if so.
     """
     if not request.requestHeaders.hasHeader(SHOWN):
         raise RegistryError(403, "DENIED", f"this is for programs: send the header {SHOWN.decode()}: 1")

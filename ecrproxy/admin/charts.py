@@ -1,7 +1,7 @@
 """
-What went through as charts: SVG that a browser shows without anything else, with words for who does not see it. Pure.
+Charts of recent traffic: self-contained SVG, with a text for screen readers. Pure.
 
-Steps, not curves: a point is what there was in some seconds, and nothing is known of what was between two.
+Charts have steps, not curves: a point is the sum of some seconds, and nothing is known about the time between points.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ecrproxy.admin.units import hit_ratio, rate
 WIDTH: Final = 720
 HEIGHT: Final = 120
 LEAST: Final = 2**10
-"""Bytes a second that the chart of traffic reaches up to when there is less."""
+"""Minimum height of the traffic chart, in bytes per second."""
 
 Height = Callable[[Point], float | None]
-"""Gives a point's height from 0 to 1; none where there is nothing to show."""
+"""Returns a point's height from 0 to 1; None if there is nothing to show."""
 
 
 def hit_chart(points: Sequence[Point], scale: Scale) -> Tag:
     """
-    Draw how many requests were hits.
+    Draw the hit ratio.
     """
 
     def height(point: Point) -> float | None:
@@ -41,7 +41,7 @@ def hit_chart(points: Sequence[Point], scale: Scale) -> Tag:
 
 def traffic_chart(points: Sequence[Point], scale: Scale) -> Tag:
     """
-    Draw what went to clients, and what came from upstream.
+    Draw the bytes to clients and from upstream.
     """
     top = ceiling(points)
 
@@ -69,7 +69,7 @@ def traffic_chart(points: Sequence[Point], scale: Scale) -> Tag:
 
 def ceiling(points: Sequence[Point]) -> int:
     """
-    Choose the bytes a second that the chart of traffic reaches up to: a power of two.
+    Return the height of the traffic chart in bytes per second: a power of two.
     """
     most = max((_a_second(max(point.sent, point.received), point) for point in points), default=0)
     return max(LEAST, 1 << max(0, int(most) - 1).bit_length())
@@ -93,14 +93,14 @@ def _chart(words: str, lines: Sequence[tuple[str, Height]], points: Sequence[Poi
 
 
 Run = list[tuple[float, float, float]]
-"""Steps side by side: from where to where, and their height, in the chart's own units."""
+"""Adjacent steps: left edge, right edge and height, in the chart's units."""
 
 
 def _runs(points: Sequence[Point], height: Height, seconds: int) -> Iterator[Run]:
     """
     Place the points, the last at the right edge; a gap ends a run.
 
-    @param seconds: what the width stands for.
+    @param seconds: the chart's time range.
     """
     start, run = WIDTH - sum(point.seconds for point in points) * WIDTH / seconds, Run()
     for point in points:

@@ -1,7 +1,7 @@
 """
-What went through the daemon lately: the last minutes in fine steps, the last days in coarse ones.
+Recent traffic: the last minutes in fine steps, the last days in coarse ones.
 
-Its memory is bounded, and what it knows is little enough to be written to a file now and then: see L{kept_history}.
+Memory is bounded, and small enough to be written to a file regularly: see L{kept_history}.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ log = Logger()
 
 SAMPLE_SECONDS: Final = 5
 STEPS: Final = 180
-"""Of each scale: more than that, and a chart shows no more."""
+"""Number of steps of each scale; a chart can't show more."""
 LATELY_SECONDS: Final = 300
-"""What failed within this time is told before all else."""
+"""Failures within this time determine the daemon's status."""
 _CONTENT: Final = frozenset({"blob", "manifest"})
 _NONE_TOOK: Final = (0,) * (len(BUCKETS) + 1)
 
@@ -38,12 +38,12 @@ _NONE_TOOK: Final = (0,) * (len(BUCKETS) + 1)
 @dataclass(frozen=True, slots=True)
 class Scale:
     """
-    How far back a chart goes, and in which steps.
+    The range and the steps of a chart.
 
-    @ivar name: what a query calls it.
-    @ivar words: what people do.
-    @ivar samples: those of a step.
-    @ivar rows: of a table of it.
+    @ivar name: its name in queries.
+    @ivar words: its name for people.
+    @ivar samples: samples per step.
+    @ivar rows: number of rows in its table.
     """
 
     name: str
@@ -54,25 +54,25 @@ class Scale:
     @property
     def seconds(self) -> int:
         """
-        How far back it goes.
+        The range, in seconds.
         """
         return self.samples * SAMPLE_SECONDS * STEPS
 
 
 SCALES: Final = (Scale("15m", "15 min", 1, 15), Scale("6h", "6 h", 24, 12), Scale("3d", "3 days", 288, 12))
-"""The finest first; what failed lately is told from it."""
+"""Finest first; recent failures are read from the first."""
 
 
 class Sample(NamedTuple):
     """
-    So much within a time, or since the start.
+    Counts within a time, or since the start.
 
-    @ivar asked: requests for content that were answered with it.
-    @ivar hits: those of them for which nothing was fetched.
+    @ivar asked: requests that were answered with content.
+    @ivar hits: those of them that were answered without fetching.
     @ivar sent: bytes to clients.
     @ivar received: bytes from upstream.
-    @ivar failed: requests that were answered with an error of the server's.
-    @ivar took: of those asked, how many took as long as each of L{BUCKETS} says, and longer than the last.
+    @ivar failed: requests that were answered with a server error.
+    @ivar took: the durations of C{asked}: a count for each of L{BUCKETS}, then for longer ones.
     """
 
     asked: int = 0
@@ -85,7 +85,7 @@ class Sample(NamedTuple):
     @classmethod
     def of(cls, counts: Iterable[int], took: Iterable[int]) -> Sample:
         """
-        Make one of all its numbers, in order.
+        Make a sample from all its numbers, in order.
         """
         asked, hits, sent, received, failed = counts
         return cls(asked, hits, sent, received, failed, tuple(took))
@@ -94,7 +94,7 @@ class Sample(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Point:
     """
-    What there was in so many seconds. As L{Sample} has it.
+    The counts of a number of seconds, see L{Sample}.
     """
 
     seconds: int
@@ -108,7 +108,7 @@ class Point:
 
 def totals(requests: Iterable[Row], upstream: Iterable[Row]) -> Sample:
     """
-    Add up what was counted of clients' requests and of those upstream.
+    Add up the counts of clients' requests and of upstream requests.
     """
     asked = hits = sent = failed = 0
     took = _NONE_TOOK
@@ -137,10 +137,10 @@ def _less(total: Sample, before: Sample) -> Sample:
 
 class Steps:
     """
-    What there was in the last C{STEPS} steps of a scale. Pure.
+    The counts of the last C{STEPS} steps of a scale. Pure.
 
-    @ivar samples: those of a step.
-    @ivar kept: of each step, how many samples it has and their sum, the oldest first; the last may have fewer.
+    @ivar samples: samples per step.
+    @ivar kept: number of samples and their sum for each step, oldest first; the last may be incomplete.
     """
 
     def __init__(self, samples: int) -> None:
@@ -149,9 +149,9 @@ class Steps:
 
     def note(self, sample: Sample, turns: int) -> None:
         """
-        Take a sample.
+        Add a sample.
 
-        @param turns: how many samples' time has passed: of all but the last there is nothing.
+        @param turns: number of sample intervals that have passed; the sample counts for the last, the others are empty.
         """
         quiet = min(turns - 1, self.samples * STEPS)
         while quiet > 0:
@@ -172,16 +172,16 @@ class Steps:
 
     def points(self) -> tuple[Point, ...]:
         """
-        Give the steps as points, the oldest first.
+        Return the steps as points, oldest first.
         """
         return tuple(Point(turns * SAMPLE_SECONDS, *sample) for turns, sample in self.kept)
 
 
 class History:
     """
-    What went through, by scale. Pure.
+    Traffic by scale. Pure.
 
-    @ivar steps: by the name of the scale.
+    @ivar steps: by name of the scale.
     """
 
     def __init__(self) -> None:
@@ -190,10 +190,10 @@ class History:
 
     def note(self, total: Sample, turns: int = 1) -> None:
         """
-        Take a sample.
+        Add a sample.
 
-        @param total: all there was since the start.
-        @param turns: how many samples' time has passed: more than one, if the daemon stood still.
+        @param total: the counts since the start.
+        @param turns: number of sample intervals that have passed; more than one after a stall.
         """
         sample, self._last = _less(total, self._last), total
         for each in self.steps.values():
@@ -201,26 +201,26 @@ class History:
 
     def points(self, scale: Scale = SCALES[0]) -> tuple[Point, ...]:
         """
-        Give what there was, the oldest first; the last point may be of fewer seconds.
+        Return the points, oldest first; the last may cover fewer seconds.
         """
         return self.steps[scale.name].points()
 
     def lately(self) -> Point:
         """
-        Give the last C{LATELY_SECONDS}.
+        Return the counts of the last C{LATELY_SECONDS}.
         """
         return next(stretches(self.points(), LATELY_SECONDS), Point(0))
 
     def latest(self) -> Point:
         """
-        Give the last sample.
+        Return the last sample.
         """
         return merged(self.points()[-1:])
 
 
 def merged(points: Iterable[Point]) -> Point:
     """
-    Add points up.
+    Add up points.
     """
     rows = [astuple(each) for each in points]
     return Point(sum(row[0] for row in rows), *_sum(Sample(*row[1:]) for row in rows)) if rows else Point(0)
@@ -228,7 +228,7 @@ def merged(points: Iterable[Point]) -> Point:
 
 def stretches(points: Iterable[Point], seconds: int) -> Iterator[Point]:
     """
-    Add up the points of each C{seconds}, the newest first.
+    Add up points to intervals of C{seconds}, newest first.
     """
     gathered: list[Point] = []
     for point in reversed(list(points)):
@@ -242,7 +242,7 @@ def stretches(points: Iterable[Point], seconds: int) -> Iterator[Point]:
 
 class Sampler(Service):
     """
-    Takes the samples of a L{History}.
+    Takes samples for a L{History}.
     """
 
     def __init__(self, history: History, figures: Figures, clock: IReactorTime) -> None:

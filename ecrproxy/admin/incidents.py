@@ -1,5 +1,5 @@
 """
-The last warnings and errors of the log, for the operator to look at. Bounded, and as free of secrets as the log.
+The last warnings and errors in the log, for the status page. Bounded, and without secrets, like the log.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 KEPT: Final = 20
 LONGEST: Final = 300
-"""Characters that are kept of a text."""
+"""Maximum characters of a text that are kept."""
 
 
 Row = tuple[float, str, str, int, str, str]
-"""An incident and its kind, as processes tell it."""
+"""An incident and its kind, as processes exchange them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Incident:
     """
-    Something that went wrong.
+    A warning or error.
 
     @ivar when: the last time, in seconds since the epoch.
-    @ivar level: as the log has it: warn, error or critical.
-    @ivar times: how often it, or what is similar to it, went wrong.
+    @ivar level: as in the log: warn, error or critical.
+    @ivar times: number of equal or similar events.
     """
 
     when: float
@@ -47,9 +47,9 @@ class Incident:
 @implementer(ILogObserver)
 class Incidents(Service):
     """
-    Keeps the last of them, while it runs; called from any thread.
+    Keeps the last incidents while it runs. Thread-safe.
 
-    @param now: seconds since the epoch.
+    @param now: returns seconds since the epoch.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -66,7 +66,7 @@ class Incidents(Service):
 
     def __call__(self, event: LogEvent) -> None:
         """
-        Look at what is logged.
+        Process a log event.
         """
         level = event.get("log_level")
         if level is None or level < LogLevel.warn:
@@ -76,7 +76,7 @@ class Incidents(Service):
 
     def _keep(self, kind: Kind, incident: Incident) -> None:
         """
-        Keep an incident as the newest, in the place of a similar one.
+        Keep an incident as the newest, replacing a similar one.
         """
         incident = replace(incident, text=_encodable(incident.text))
         with self._lock:
@@ -88,14 +88,14 @@ class Incidents(Service):
 
     def latest(self) -> tuple[Incident, ...]:
         """
-        Give them, the newest first.
+        Return the incidents, newest first.
         """
         with self._lock:
             return tuple(incident for _, incident in reversed(self._kept))
 
     def take(self) -> list[Row]:
         """
-        Return those since the last call, the oldest first.
+        Return the incidents since the last call, oldest first.
         """
         with self._lock:
             rows = [(each.when, each.level, each.text, each.times, *kind) for kind, each in self._kept]
@@ -104,7 +104,7 @@ class Incidents(Service):
 
     def add(self, rows: Iterable[Row]) -> None:
         """
-        Add what another process has kept.
+        Add the incidents of another process.
         """
         for when, level, text, times, told, once in rows:
             self._keep(Kind(told, once), Incident(when, level, text, times))
@@ -112,18 +112,18 @@ class Incidents(Service):
 
 def _encodable(text: str) -> str:
     """
-    Escape the surrogates that JSON and the names of files can have, and UTF-8, which the page is written in, can't.
+    Escape surrogates, which JSON and file names may have, but the page's UTF-8 may not.
     """
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _similar(kept: Sequence[tuple[Kind, str]], kind: Kind, text: str) -> int | None:
     """
-    Find the incident to which another one is added: one that says the same, or one of its format if there are too many.
+    Find the incident to merge another one into: one with the same text, or one with its format if there are too many.
 
-    What an event is said once for may be a client's choice.
+    The C{once} of an event may be chosen by a client.
 
-    @param kept: kind and text of each, the newest last.
+    @param kept: kind and text of each incident, newest last.
     """
     alike = [at for at, (other, _) in enumerate(kept) if other.told == kind.told]
     same = [at for at in alike if kept[at][0] == kind and (kind.once or kept[at][1] == text)]

@@ -1,8 +1,7 @@
 """
-The history in a file of the cache directory, so that a restart does not begin a new one.
+The history in a file of the cache directory, so that it survives restarts.
 
-What is lost with it is charts, so nothing waits for it: it is written each minute in a thread, and what can't be read
-is begun anew.
+Only charts depend on it, so nothing waits for it: a thread writes it each minute, and an unreadable file is replaced.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ log = Logger()
 NAME: Final = "history.json"
 WRITE_SECONDS: Final = 60
 LARGEST_FILE: Final = 2**20
-"""Bytes. It has some 20,000, and twice that where all counts are large."""
+"""In bytes. Usual size: 20,000; twice that if all counts are large."""
 LARGEST_COUNT: Final = 2**63
-"""More is no count: a file that somebody wrote could have numbers that take seconds to add up."""
+"""Larger numbers are invalid: adding up huge numbers from a forged file could take seconds."""
 
 
 def told(history: History, when: float) -> bytes:
     """
-    Write a history.
+    Serialize a history.
 
     @param when: now, in seconds since the epoch.
     """
@@ -50,9 +49,9 @@ def told(history: History, when: float) -> bytes:
 
 def recalled(data: bytes, when: float) -> History:
     """
-    Read what L{told} wrote. In the time since then there was nothing; if that is in the future, no time has passed.
+    Parse what L{told} serialized. The time since then counts as idle; a time in the future counts as now.
 
-    @raise ValueError: if it is anything else.
+    @raise ValueError: if it is invalid.
     """
     try:
         document = json.loads(data)
@@ -82,7 +81,7 @@ def _count(number: object, most: int = LARGEST_COUNT) -> int:
 
 def read(root: Path, when: float) -> History:
     """
-    Read the history of a cache directory; a new one if there is none, or none that can be read. Blocks.
+    Read the history of a cache directory; return an empty one if it is missing or invalid. Blocks.
     """
     try:
         with open_file(root / NAME) as file:
@@ -90,16 +89,16 @@ def read(root: Path, when: float) -> History:
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as problem:
-        said = "The status page begins a new history: {file} can't be read: {problem}"
+        said = "The status page starts with an empty history: {file} can't be read: {problem}"
         log.warn(said, file=f"{root}/{NAME}", problem=problem)
     return History()
 
 
 def write(root: Path, data: bytes) -> None:
     """
-    Put C{data} in the place of the history of a cache directory, unless another process is about to. Blocks.
+    Replace the history of a cache directory by C{data}, unless another process is writing it. Blocks.
 
-    @raise OSError: if that can't be done; what was there stays.
+    @raise OSError: if that fails; the previous file stays.
     """
     draft = f"{root}/{NAME}.new"
     file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -118,10 +117,10 @@ def write(root: Path, data: bytes) -> None:
 
 class KeptHistory(Service):
     """
-    Writes a history now and then.
+    Writes a history regularly.
 
     @param root: the cache directory.
-    @param now: seconds since the epoch.
+    @param now: returns seconds since the epoch.
     """
 
     def __init__(

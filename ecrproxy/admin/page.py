@@ -3,10 +3,10 @@ The status page: a snapshot as HTML, in the template C{page.xml}. Pure.
 
 Rules:
 
-- Whatever a client or upstream can choose is text: the template escapes it, and L{units.clean} has taken out what could
-  not be shown.
-- A browser that runs no scripts shows all of it, and loads it again by itself.
-- There is nothing in it that is not served by this port, and no style or script that is not a file of its own.
+- Text that clients or upstream can choose is escaped by the template, and L{units.clean} has replaced unprintable
+  characters.
+- A browser without scripts shows the whole page, and reloads it regularly.
+- Everything in it is served by this port, and all styles and scripts are separate files.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def part(name: str) -> bytes:
 
 class Page(Element):
     """
-    The page of one moment: of the daemon, or of one of its registries.
+    The page of the daemon, or of one of its registries.
 
-    @param whole: whether it is of the daemon.
+    @param whole: True for the page of the daemon.
 
-    In the template, C{values} fills in what there is once; a table's row is named by what it lists, and is there once
-    for each; C{with_} and C{without_} before that name stand at what is there only if there are any, or none.
+    In the template, C{values} fills in single values. A table row is named after what it lists, and is repeated for
+    each item; C{with_} or C{without_} before that name marks elements shown only if there are items, or none.
     """
 
     loader = XMLString(part("page.xml"))
@@ -57,7 +57,7 @@ class Page(Element):
 
     def lookupRenderMethod(self, name: str) -> Callable[[Any, Tag], Flattenable]:
         """
-        Give what fills in the part of the template that is called C{name}.
+        Return the renderer of the template's part C{name}.
         """
 
         def fill(_: object, tag: Tag) -> Flattenable:
@@ -73,7 +73,7 @@ class Page(Element):
 
 def health(snapshot: Snapshot) -> tuple[str, str]:
     """
-    Say how the daemon is: as a level, and in a few words.
+    Return the daemon's status as a level and a few words.
     """
     if not snapshot.can_serve:
         return "bad", "Not ready"
@@ -87,7 +87,7 @@ def health(snapshot: Snapshot) -> tuple[str, str]:
 
 def values_of(snapshot: Snapshot) -> Values:
     """
-    Write what is on the page once.
+    Return the single values of the page.
     """
     level, words = health(snapshot)
     return {
@@ -185,7 +185,7 @@ def _ecr(snapshot: Snapshot) -> Values:
 
 def rows_of(snapshot: Snapshot) -> Mapping[str, Sequence[Values]]:
     """
-    Write what there may be any number of, by what it is.
+    Return the rows of the page's tables and lists, by name.
     """
     most = max((each.bytes for each in snapshot.repositories), default=0)
     upstream = snapshot.upstream
@@ -312,7 +312,7 @@ def _saving(saving: Saving, most: int) -> Values:
 
 def _outcomes(host: str, outcomes: Mapping[str, int]) -> Values:
     """
-    Write how requests to a kind of host came out, in four words.
+    Summarize the outcomes of requests to a kind of host, in four classes.
     """
     throttled = outcomes.get("429", 0)
     good = sum(count for outcome, count in outcomes.items() if outcome[0] in "123")

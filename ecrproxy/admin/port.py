@@ -1,15 +1,15 @@
 """
-The operator's port: what there is on it, and from where a browser may ask for it.
+The admin port: its resources, and which names a browser may use for it.
 
 Rules:
 
-- Nothing here is for other sites: no header lets their scripts read an answer, and no answer may be put into a frame.
-- A name can be made to lead here by whoever owns it (DNS rebinding), and his scripts would then be of this site. So
-  whoever asks has to call this port by an address, by C{localhost}, by the machine's name, or by one that the operator
-  says is his. Programs may use any name without a dot, as of a container or a Service; a page could have one from
-  whoever answers for names on its reader's network.
-  Whoever names nothing is no browser: HTTP/1.0 without a Host is answered.
-  What Prometheus and probes ask for is open to any name: they know daemons by all sorts of them.
+- Nothing here is for other sites: no header lets their scripts read a response, and no response may be framed.
+- The owner of a name can make it resolve to this address (DNS rebinding); scripts from there would then be same-origin.
+  So requests must use an address, C{localhost}, the machine's name, or a name in PROXY_ADMIN_HOSTS. Programs may use
+  any name without a dot, as containers and Services have. Browsers may not: a name server on the user's network could
+  resolve such a name.
+  A request without a name is not from a browser: HTTP/1.0 without Host is answered.
+  The resources for Prometheus and probes are open to any name, because these use all sorts of names.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ecrproxy.readiness import Readiness
 
 TEXT_FORMAT: Final = "text/plain; version=0.0.4; charset=utf-8"
-"""Prometheus' own name for what its servers are given: Prometheus docs, "Exposition formats"."""
+"""Prometheus' text format: Prometheus docs, "Exposition formats"."""
 PARTS: Final = {
     "style.css": "text/css; charset=utf-8",
     "script.js": "text/javascript; charset=utf-8",
@@ -49,9 +49,9 @@ PARTS: Final = {
 }
 API: Final = b"api"
 OPEN: Final = frozenset({b"metrics", b"healthz", b"readyz"})
-"""What may be asked for under any name of this port."""
+"""Resources that may be requested under any name."""
 CONNECTIONS: Final = 32
-"""Connections to this port, of all who ask: descriptors are for clients. A few beyond them are answered."""
+"""Maximum connections to this port: descriptors are for clients. A few further connections are answered."""
 HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self';"
     " img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -64,26 +64,26 @@ HEADERS: Final = {
 
 class OperatorsSite(RegistrySite):
     """
-    What serves the operator's port.
+    The site of the admin port.
     """
 
-    NAME = "The operator's port"
+    NAME = "The admin port"
     body_limit = BODY_LIMIT
 
 
 class MetricsSite(RegistrySite):
     """
-    What serves the port for metrics.
+    The site of the metrics port.
     """
 
-    NAME = "The port for metrics"
+    NAME = "The metrics port"
 
 
 class OperatorsRoot(Resource):
     """
-    The top of the tree, for who calls it by a name of ours. Only C{api} has paths below it.
+    The root resource, for requests that use an accepted name. Only C{api} has paths below it.
 
-    @param hosts: names that are ours, beside those that need no telling.
+    @param hosts: accepted names, in addition to those that are always accepted.
     """
 
     def __init__(self, hosts: frozenset[str]) -> None:
@@ -102,19 +102,19 @@ class OperatorsRoot(Resource):
 
     def getChild(self, path: bytes, request: Request) -> Resource:  # noqa: ARG002
         """
-        Whatever else is asked for is not there.
+        Return 404 for all other paths.
         """
         return Missing()
 
 
 class Unknown(Answering):
     """
-    Refuses who came by a name that may be a stranger's.
+    Refuses requests under a name that an attacker may own.
     """
 
     async def respond(self, request: Request) -> None:  # noqa: ARG002
         """
-        Say so.
+        Return the refusal.
         """
         raise RegistryError(
             403, "DENIED", "ask for this by address, as localhost, or by a name that is in PROXY_ADMIN_HOSTS"
@@ -123,9 +123,9 @@ class Unknown(Answering):
 
 class Metrics(Answering):
     """
-    The figures, for Prometheus to fetch; can_serve and can_fetch are found out for each page.
+    The metrics for Prometheus; can_serve and can_fetch are determined for each scrape.
 
-    @param gather: asks workers for their figures, before these are told.
+    @param gather: fetches the workers' figures first.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Metrics(Answering):
 
     async def respond(self, request: Request) -> None:
         """
-        Give them.
+        Send the metrics.
         """
         found = Deferred.fromCoroutine(self._readiness())
         if self._gather is not None:
@@ -152,7 +152,7 @@ class Metrics(Answering):
 
 class Document(Answering):
     """
-    How the daemon stands, for programs to read.
+    The daemon's status for programs.
     """
 
     def __init__(self, status: Status) -> None:
@@ -161,7 +161,7 @@ class Document(Answering):
 
     async def respond(self, request: Request) -> None:
         """
-        Give a snapshot.
+        Send a snapshot.
         """
         snapshot = await self._status.snapshot(scale=_scale(request))
         await send_body(request, 200, "application/json", snapshot.to_json())
@@ -169,7 +169,7 @@ class Document(Answering):
 
 class StatusPage(Answering):
     """
-    How the daemon stands, for people to see.
+    The daemon's status for people.
     """
 
     def __init__(self, status: Status) -> None:
@@ -178,9 +178,9 @@ class StatusPage(Answering):
 
     async def respond(self, request: Request) -> None:
         """
-        Give a page of a snapshot, of one registry if the query names it, for as long as it says.
+        Send the page, of the registry and the time range in the query.
 
-        @raise RegistryError: if there is none of that name, or no such time.
+        @raise RegistryError: if the registry or the range is unknown.
         """
         named = query_values(cast(RegistryRequest, request).target.query).get("registry")
         name = None if named is None else unquote(named)
@@ -194,9 +194,9 @@ class StatusPage(Answering):
 
 def _scale(request: Request) -> Scale:
     """
-    Tell how far back a history is wanted.
+    Return the time range that a request asks for.
 
-    @raise RegistryError: if it goes back as far at no scale.
+    @raise RegistryError: if there is no such range.
     """
     named = query_values(cast(RegistryRequest, request).target.query).get("range", SCALES[0].name)
     scale = next((each for each in SCALES if each.name == named), None)
@@ -208,7 +208,7 @@ def _scale(request: Request) -> Scale:
 
 class Part(Answering):
     """
-    A file that the page is made of.
+    A static file of the page.
     """
 
     def __init__(self, name: str, content_type: str) -> None:
@@ -217,7 +217,7 @@ class Part(Answering):
 
     async def respond(self, request: Request) -> None:
         """
-        Give it.
+        Send the file.
         """
         await send_body(request, 200, self._content_type, self._body)
 
@@ -231,12 +231,12 @@ def make_admin_site(
     hosts: frozenset[str] = frozenset(),
 ) -> RegistrySite:
     """
-    Build the Resource tree of the operator's port, and what serves it.
+    Make the site of the admin port.
 
     @param ready: answers /readyz.
-    @param status: asked by the page and /status.json.
-    @param api: answers what is below /api/.
-    @param hosts: names under which the port may be asked for, beside those that need no telling.
+    @param status: source of the page and of /status.json.
+    @param api: answers below /api/.
+    @param hosts: accepted names, in addition to those that are always accepted.
     """
     root = OperatorsRoot(hosts)
     root.putChild(b"", StatusPage(status))
@@ -252,7 +252,7 @@ def make_admin_site(
 
 def make_metrics_site(metrics: Metrics, ready: Resource, reactor: Any) -> RegistrySite:  # noqa: ANN401
     """
-    Build what serves /metrics, /readyz and /healthz alone: whoever may scrape them may purge nothing.
+    Make a site with /metrics, /readyz and /healthz only, for scrapers that must not purge.
     """
     root = OperatorsRoot(frozenset())
     root.putChild(b"metrics", metrics)

@@ -1,8 +1,8 @@
 """
-What the parts of the daemon know about themselves, as figures.
+The figures of the daemon's parts.
 
-With workers each of them knows its own parts. L{FIGURES} says how theirs become the daemon's: most add up; of what each
-finds out about the same thing, the cache directory or the registry, the one that matters is told.
+With workers, each reports its own. The C{combine} of L{FIGURES} says how to merge them: most are added up; of several
+views of the same thing, such as the cache directory or a registry, the most relevant one is used.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from ecrproxy.readiness import Readiness
 
 CACHE_FILES: Final = Figure("cache_files", "Files of content in the cache", combine=max)
-CACHE_BYTES: Final = Figure("cache_bytes", "Bytes of disk that content and the index take", combine=max)
+CACHE_BYTES: Final = Figure("cache_bytes", "Bytes of disk used by content and index", combine=max)
 CACHE_RESERVED: Final = Figure(
     "cache_reserved_bytes",
-    "Bytes of disk promised to what is arriving, or taken by what transfers have left",
+    "Bytes of disk reserved for running downloads, or used by interrupted ones",
     combine=max,
 )
-CACHE_LIMIT: Final = Figure("cache_limit_bytes", "The most bytes that the cache may hold", combine=min)
+CACHE_LIMIT: Final = Figure("cache_limit_bytes", "Maximum size of the cache in bytes", combine=min)
 EVICTIONS: Final = Figure("cache_evictions_total", "Files evicted to make room")
 INDEX_BUSY: Final = Figure("cache_index_busy_total", "Changes of the index that waited for another process")
 OLDEST_USE: Final = Figure(
-    "cache_oldest_use_timestamp_seconds", "When the least recently used file was used last", combine=max
+    "cache_oldest_use_timestamp_seconds", "Last use of the least recently used file", combine=max
 )
 DISK_TROUBLE: Final = Figure(
     "disk_trouble",
@@ -47,51 +47,49 @@ DISK_TROUBLE: Final = Figure(
     max,
 )
 TOKEN_EXPIRY: Final = Figure("token_expiry_timestamp_seconds", "When the token expires", "registry", min)
-TOKEN_FAILURES: Final = Figure("token_refresh_failures_total", "Refreshes of the token that failed", "registry")
+TOKEN_FAILURES: Final = Figure("token_refresh_failures_total", "Failed token refreshes", "registry")
 QUEUE_FULL: Final = Figure(
-    "upstream_queue_full_total", "Questions refused because too many wait already", "registry,call"
+    "upstream_queue_full_total", "Requests refused because too many are waiting", "registry,call"
 )
-WAITING: Final = Figure("upstream_waiting", "Questions that wait for their turn within ECR's quotas", "registry,call")
-RETRIES: Final = Figure("upstream_retries_total", "Questions asked again after a failure", "registry")
+WAITING: Final = Figure("upstream_waiting", "Requests that wait because of ECR's quotas", "registry,call")
+RETRIES: Final = Figure("upstream_retries_total", "Requests retried after a failure", "registry")
 CIRCUIT: Final = Figure(
-    "circuit_state", "1 for the state of the circuit for all questions to a registry", "registry,state", max
+    "circuit_state", "1 for the current state of a registry's circuit breaker", "registry,state", max
 )
 OPEN_REPOSITORIES: Final = Figure(
-    "circuit_open_repositories", "Repositories that are left alone, each by itself", "registry", max
+    "circuit_open_repositories", "Repositories whose own circuit is open", "registry", max
 )
-TRANSFERS: Final = Figure("transfers", "Blobs on their way from upstream")
-AHEAD: Final = Figure(
-    "read_ahead_bytes_total", "Bytes of layers that were begun before anybody had asked for them", combine=sum
-)
+TRANSFERS: Final = Figure("transfers", "Blobs being downloaded from upstream")
+AHEAD: Final = Figure("read_ahead_bytes_total", "Bytes of layers read ahead of client requests", combine=sum)
 UNASKED: Final = Figure(
-    "read_ahead_unasked_bytes_total", "Those of them that nobody asked for within ten minutes", combine=sum
+    "read_ahead_unasked_bytes_total", "Bytes read ahead that no client requested within ten minutes", combine=sum
 )
-CONNECTIONS: Final = Figure("client_connections", "Connections of clients")
-CONNECTIONS_LIMIT: Final = Figure("client_connections_limit", "Maximum number of connections of clients")
-SENDING: Final = Figure("client_transfers", "Blobs and answers of more than 64 KiB on their way to clients")
-LIMITS: Final = Figure("client_limits_total", "Connections and requests that met a limit, by which", "limit")
+CONNECTIONS: Final = Figure("client_connections", "Open client connections")
+CONNECTIONS_LIMIT: Final = Figure("client_connections_limit", "Maximum number of client connections")
+SENDING: Final = Figure("client_transfers", "Blobs, and other responses of more than 64 KiB, being sent to clients")
+LIMITS: Final = Figure("client_limits_total", "Connections and requests that reached a limit", "limit")
 LOOP_STALL: Final = Figure(
     "loop_stall_seconds",
-    "The longest time for which the event loop stood still within the last minutes, five at most",
+    "Longest event-loop stall in the last 2.5 to 5 minutes, in seconds",
     combine=max,
 )
 CERTIFICATE_EXPIRY: Final = Figure(
     "certificate_expiry_timestamp_seconds",
-    "When the certificate that is served ends, the first if there are several, in seconds since the epoch",
+    "Expiry of the served certificate, the earliest of several, in seconds since the epoch",
 )
-CAN_SERVE: Final = Figure("can_serve", "1 if the daemon can serve clients, as /readyz tells")
-CAN_FETCH: Final = Figure("can_fetch", "1 if the daemon can fetch from ECR, as /readyz tells")
+CAN_SERVE: Final = Figure("can_serve", "1 if the daemon can serve clients, as in /readyz")
+CAN_FETCH: Final = Figure("can_fetch", "1 if the daemon can fetch from ECR, as in /readyz")
 FIGURES: Final = (
     *(CACHE_FILES, CACHE_BYTES, CACHE_RESERVED, CACHE_LIMIT, EVICTIONS, INDEX_BUSY, OLDEST_USE, TOKEN_EXPIRY),
     *(TOKEN_FAILURES, QUEUE_FULL, WAITING, RETRIES, CIRCUIT, OPEN_REPOSITORIES, TRANSFERS, CONNECTIONS),
     *(CONNECTIONS_LIMIT, SENDING, LIMITS, LOOP_STALL, DISK_TROUBLE, AHEAD, UNASKED),
 )
-"""Those that workers know; of the others the parent knows by itself."""
+"""Figures that workers report; the parent reads the others itself."""
 
 
 def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
     """
-    Tell how full the cache is.
+    Return readings of the cache's size.
     """
     index = store.index
     return [
@@ -107,7 +105,7 @@ def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
 
 def of_disk(condition: Condition) -> list[Reading]:
     """
-    Tell what is wrong with the cache directory's disk.
+    Return readings of the problems of the cache directory's disk.
     """
 
     def found() -> dict[str, float]:
@@ -118,9 +116,9 @@ def of_disk(condition: Condition) -> list[Reading]:
 
 def of_registries(askings: Callable[[], Iterable[Asking]]) -> list[Reading]:
     """
-    Tell how good the tokens are, and how well the registries answer.
+    Return readings of tokens and registries.
 
-    @param askings: those that were asked by now.
+    @param askings: returns the registries used so far.
     """
 
     def of_each(
@@ -129,7 +127,7 @@ def of_registries(askings: Callable[[], Iterable[Asking]]) -> list[Reading]:
         combine: Callable[[Iterable[float]], float] | None = None,
     ) -> Reading:
         """
-        Read a figure of each, by the words of its further label; what a wildcard stands for is one.
+        Return the reading of a figure for each registry, by a further label; a wildcard's registries are merged.
         """
 
         def found() -> dict[str, float]:
@@ -158,9 +156,9 @@ def _told(figure: float | None) -> dict[str, float]:
 
 def of_readiness(latest: Callable[[], Readiness | None]) -> list[Reading]:
     """
-    Tell what C{/readyz} tells.
+    Return readings of C{/readyz}.
 
-    @param latest: what was found last.
+    @param latest: returns the last result.
     """
 
     def can(what: str) -> float | None:
@@ -172,7 +170,7 @@ def of_readiness(latest: Callable[[], Readiness | None]) -> list[Reading]:
 
 def of_transfers(pull_through: PullThrough) -> list[Reading]:
     """
-    Tell what is on its way from upstream.
+    Return readings of downloads from upstream.
     """
     ahead = pull_through.ahead
     return [
@@ -184,10 +182,9 @@ def of_transfers(pull_through: PullThrough) -> list[Reading]:
 
 def of_clients(crowd: Crowd, most: int | None) -> list[Reading]:
     """
-    Tell who is connected, and who was refused or let go.
+    Return readings of connections and refusals.
 
-    @param most: connections that may be open at once, by the settings and by the descriptors that there are; none if
-        nothing limits them.
+    @param most: maximum open connections, by the settings and the available descriptors; None if unlimited.
     """
 
     def met() -> dict[str, float]:
@@ -203,13 +200,13 @@ def of_clients(crowd: Crowd, most: int | None) -> list[Reading]:
 
 def of_loop(stall: LoopStall) -> list[Reading]:
     """
-    Tell how long the event loop stood still.
+    Return readings of event-loop stalls.
     """
     return [Reading(LOOP_STALL, lambda: stall.lately)]
 
 
 def of_certificates(expires: Callable[[], float | None]) -> list[Reading]:
     """
-    Tell when the certificate ends that clients are shown.
+    Return readings of the expiry of the certificate for clients.
     """
     return [Reading(CERTIFICATE_EXPIRY, expires)]

@@ -1,7 +1,7 @@
 """
-How the daemon stands at one moment, as plain data: what the status page shows and /status.json tells. Pure.
+The state of the daemon at one moment as plain data, for the status page and /status.json. Pure.
 
-A L{Standing} is what one process knows; L{together} makes one of those of several.
+A L{Standing} is the state of one process; L{together} merges those of several.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ecrproxy.ranking import SAVING
 from ecrproxy.readiness import Readiness, judge_all
 
 TRANSFERS: Final = 100
-"""The most transfers that are told."""
+"""Maximum number of transfers that are listed."""
 _GRAVEST: Final = ("open", "probing", "closed")
 
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
     """
-    A file of the cache that is among the next to be evicted.
+    A file of the cache that is to be evicted soon.
 
     @ivar kind: content or unfinished.
     @ivar name: a digest.
@@ -43,12 +43,12 @@ class Leaving:
 @dataclass(frozen=True, slots=True)
 class Fill:
     """
-    How full the cache is.
+    The size of the cache.
 
-    @ivar bytes: bytes of disk that content and the index take.
-    @ivar reserved: those that are promised to what is arriving, or taken by what transfers have left.
-    @ivar evicted: how many files went since the start.
-    @ivar next: the next to go, the first first.
+    @ivar bytes: disk space of content and index.
+    @ivar reserved: disk space reserved for running downloads, or used by interrupted ones.
+    @ivar evicted: number of files evicted since the start.
+    @ivar next: the files to be evicted next, in order.
     """
 
     bytes: int
@@ -62,13 +62,13 @@ class Fill:
 @dataclass(frozen=True, slots=True)
 class Clients:
     """
-    How much clients ask of the daemon.
+    The load by clients.
 
-    @ivar connected: their connections.
-    @ivar limit: the most that may be; none if nothing limits them.
-    @ivar sending: blobs and long answers that they are being sent.
-    @ivar stall: the longest time for which an event loop stood still within the last minutes, in seconds.
-    @ivar processes: how many serve them.
+    @ivar connected: open connections.
+    @ivar limit: maximum connections; None if unlimited.
+    @ivar sending: blobs and long responses being sent.
+    @ivar stall: the longest event-loop stall within the last minutes, in seconds.
+    @ivar processes: number of processes that serve clients.
     """
 
     connected: int = 0
@@ -81,13 +81,13 @@ class Clients:
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """
-    A blob on its way from upstream.
+    A blob that is being downloaded from upstream.
 
-    @ivar repository: the one that it was asked for in first.
-    @ivar size: in bytes; none if upstream did not say.
-    @ivar received: how many of them can be read by who follows.
-    @ivar followers: how many clients do.
-    @ivar kept: whether it goes to the cache.
+    @ivar repository: the first repository that it was requested in.
+    @ivar size: in bytes; None if upstream did not say.
+    @ivar received: bytes that clients can read.
+    @ivar followers: number of clients that read the blob.
+    @ivar kept: True if the blob goes to the cache.
     """
 
     repository: str
@@ -101,7 +101,7 @@ class Transfer:
 @dataclass(frozen=True, slots=True)
 class Saving:
     """
-    What clients got of a repository without its being fetched for them.
+    What clients received of a repository from the cache.
     """
 
     repository: str
@@ -112,10 +112,10 @@ class Saving:
 @dataclass(frozen=True, slots=True)
 class TokenState:
     """
-    How good the token for ECR is.
+    The state of the token for ECR.
 
-    @ivar problem: why ECR can't be asked, if so.
-    @ivar expires: seconds since the epoch, if there is one.
+    @ivar problem: why ECR can't be used; None if it can.
+    @ivar expires: seconds since the epoch; None without a token.
     @ivar refresh_seconds: until the next refresh.
     @ivar failures: refreshes that failed since the start.
     """
@@ -129,14 +129,14 @@ class TokenState:
 @dataclass(frozen=True, slots=True)
 class UpstreamState:
     """
-    How well ECR answers.
+    How ECR responds.
 
-    @ivar circuit: for all questions: closed, open or probing.
-    @ivar open_repositories: how many repositories, or their lists, are left alone, each by itself.
-    @ivar answered_seconds: since ECR answered last, if it ever did.
-    @ivar waiting: questions that queue for their quota, by kind.
-    @ivar retries: questions that were asked again.
-    @ivar outcomes: requests by kind of host, then by status or C{failed}: of all registries.
+    @ivar circuit: state of the circuit for all requests: closed, open or probing.
+    @ivar open_repositories: number of repositories, or their lists, whose own circuits are open.
+    @ivar answered_seconds: since ECR's last response; None if there was none.
+    @ivar waiting: requests that wait for their quota, by kind.
+    @ivar retries: requests that were retried.
+    @ivar outcomes: requests by kind of host, then by status or C{failed}; of all registries.
     """
 
     circuit: str
@@ -150,7 +150,7 @@ class UpstreamState:
 @dataclass(frozen=True, slots=True)
 class Answers:
     """
-    How many answers there were, and their bytes.
+    Number of responses, and their bytes.
     """
 
     count: int
@@ -160,10 +160,10 @@ class Answers:
 @dataclass(frozen=True, slots=True)
 class RegistryState:
     """
-    How a registry stands.
+    The state of a registry.
 
-    @ivar name: as the operator calls it: a wildcard's, for all that it stands for.
-    @ivar answers: with content, by the word of X-Cache-Status; counted, as the outcomes, for all processes.
+    @ivar name: the operator's name for it; a wildcard has one for all its registries.
+    @ivar answers: responses with content, by X-Cache-Status; of all processes, like the outcomes.
     """
 
     name: str
@@ -174,14 +174,14 @@ class RegistryState:
     @property
     def saved(self) -> int:
         """
-        Count the bytes that clients got without their being fetched for them.
+        Return the bytes that clients received from the cache.
         """
         return sum(each.bytes for status, each in self.answers.items() if status in SAVING)
 
     @property
     def errors(self) -> int:
         """
-        Count the requests that failed, were throttled, or were answered with an error of the server's.
+        Return the number of requests that failed, were throttled, or got a server error.
         """
         told = [each for outcomes in self.upstream.outcomes.values() for each in outcomes.items()]
         return sum(count for outcome, count in told if outcome == "429" or outcome[0] not in "1234")
@@ -190,7 +190,7 @@ class RegistryState:
 @dataclass(frozen=True, slots=True)
 class Standing:
     """
-    How one process stands.
+    The state of one process.
 
     @ivar registries: the default first.
     """
@@ -204,9 +204,9 @@ class Standing:
 
 def together(standings: Sequence[Standing], expected: int) -> Standing:
     """
-    Make one of the standings of all processes.
+    Merge the states of all processes.
 
-    @param expected: how many there should be. What is to be told of none at all is that nobody answers.
+    @param expected: how many processes should run. Without any state, the result says that none answers.
     """
     readiness = judge_all([each.readiness for each in standings], expected)
     return Standing(
@@ -220,7 +220,7 @@ def together(standings: Sequence[Standing], expected: int) -> Standing:
 
 def of_process(states: Iterable[RegistryState]) -> tuple[RegistryState, ...]:
     """
-    Make one of the states that have a name in common: a wildcard's. They have one token.
+    Merge the states of a wildcard's registries, which share a name and a token.
     """
     found: dict[str, list[RegistryState]] = {}
     for each in states:
@@ -265,7 +265,7 @@ def _registries(found: Sequence[Sequence[RegistryState]]) -> Iterator[RegistrySt
 
 def _of_all(several: Sequence[Clients]) -> Clients:
     """
-    Each process has its own limit.
+    Add up the limits: each process has its own.
     """
     limits = [each.limit for each in several if each.limit is not None]
     return Clients(
@@ -279,7 +279,7 @@ def _of_all(several: Sequence[Clients]) -> Clients:
 
 def _filled(fills: Sequence[Fill]) -> Fill:
     """
-    All read the same index, at most a second late; each has evicted for itself.
+    Merge: all processes read the same index, at most a second late, but evict independently.
     """
     return Fill(
         max((each.bytes for each in fills), default=0),
@@ -293,7 +293,7 @@ def _filled(fills: Sequence[Fill]) -> Fill:
 
 def _token(states: Sequence[TokenState]) -> TokenState:
     """
-    Each process has its own: the one that is worst off counts.
+    Return the worst state: each process has its own token.
     """
     problems = [each.problem for each in states if each.problem is not None]
     return TokenState(
@@ -321,7 +321,7 @@ def _least(figures: Iterable[float | None]) -> float | None:
 
 def _is_of(host: str, name: str) -> bool:
     """
-    Return True if a registry is the one of this name in the configuration, or one that this name stands for.
+    Return True if a registry has this name in the configuration, or belongs to the wildcard of this name.
     """
     return fnmatchcase(host, name) if name.startswith("*") else host == name
 
@@ -329,23 +329,23 @@ def _is_of(host: str, name: str) -> bool:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
     """
-    All of it.
+    The whole state.
 
-    @ivar host: the machine's name, or the pod's.
+    @ivar host: the name of the machine or pod.
     @ivar registry: ECR's URL.
-    @ivar when: the moment, in seconds since the epoch.
+    @ivar when: time of the snapshot, in seconds since the epoch.
     @ivar uptime: seconds since the start.
-    @ivar can_serve: whether it can serve clients.
-    @ivar can_fetch: whether it can fetch from ECR.
-    @ivar reasons: what is wrong, if anything is.
-    @ivar token: of the default registry, as C{upstream} is.
-    @ivar registries: all of them, the default first.
-    @ivar answers: with content, by the word of X-Cache-Status.
+    @ivar can_serve: True if the daemon can serve clients.
+    @ivar can_fetch: True if the daemon can fetch from ECR.
+    @ivar reasons: all problems.
+    @ivar token: of the default registry, as is C{upstream}.
+    @ivar registries: all registries, the default first.
+    @ivar answers: responses with content, by X-Cache-Status.
     @ivar now: the last few seconds.
     @ivar lately: the last minutes.
-    @ivar scale: how far back C{history} goes.
-    @ivar failed: what clients asked for in vain, what failed last first.
-    @ivar incidents: the newest first.
+    @ivar scale: the time range of C{history}.
+    @ivar failed: failed requests, latest first.
+    @ivar incidents: newest first.
     """
 
     version: str
@@ -373,10 +373,10 @@ class Snapshot:
 
     def narrowed(self, name: str, most: int) -> Snapshot:
         """
-        Leave what is about one registry; history, cache and incidents are those of all.
+        Return the snapshot for one registry; history, cache and incidents stay those of all.
 
-        @param most: repositories.
-        @raise LookupError: if there is none of that name.
+        @param most: maximum number of repositories.
+        @raise LookupError: if there is no registry of that name.
         """
         names = [each.name for each in self.registries]
         found = self.registries[names.index(name)] if name in names else None
@@ -403,6 +403,6 @@ class Snapshot:
 
     def to_json(self) -> bytes:
         """
-        Write it as /status.json has it.
+        Return the JSON of /status.json.
         """
         return json.dumps(asdict(self)).encode() + b"\n"

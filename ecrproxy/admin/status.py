@@ -1,5 +1,5 @@
 """
-Asks the parts of the daemon how they stand.
+Collects the state of the daemon's parts.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ if TYPE_CHECKING:
     from ecrproxy.threads import InThread
 
 NEXT: Final = 6
-"""How many files that would be evicted next are told."""
+"""Number of files listed as next to be evicted."""
 TOP: Final = 10
-"""How many repositories are told."""
+"""Number of repositories listed."""
 _NO_TOKEN: Final = TokenState(None, None, 0.0, 0)
 _NOBODY: Final = RegistryState("", _NO_TOKEN, UpstreamState("closed", 0, None, {}, 0))
-"""What is told while no worker answers."""
+"""The state shown while no worker answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asking:
     """
-    What asks a registry: its parts that know how that goes.
+    The parts that send requests to a registry, and know its state.
 
     @ivar name: of the registry.
-    @ivar label: its name in the configuration, which several have that a wildcard stands for.
-    @ivar tokens: AWS's for it, which those of a wildcard share; none where it takes others, or none.
+    @ivar label: its name in the configuration, shared by a wildcard's registries.
+    @ivar tokens: AWS's tokens, shared by a wildcard's registries; None for registries that don't use them.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Asking:
 
     def token(self) -> TokenState:
         """
-        Tell how good AWS's token is, never the token.
+        Return the state of AWS's token, without the token.
         """
         tokens = self.tokens
         if tokens is None:
@@ -87,13 +87,13 @@ class Asking:
 
     def source(self) -> Source:
         """
-        Tell what keeps it from being fetched from.
+        Return what prevents fetching from the registry.
         """
         return Source(self.name, self.token().problem, self.circuit.problem(), self.label)
 
     def state(self) -> RegistryState:
         """
-        Tell how it stands.
+        Return the state of the registry.
         """
         answered = self.circuit.answered_at
         upstream = UpstreamState(
@@ -111,11 +111,11 @@ class Process:
     """
     The parts of one process that serves clients.
 
-    @ivar askings: the registries that were asked by now, the default first.
-    @ivar called: gives what people call a repository.
-    @ivar readiness: asks what it can do.
-    @ivar in_thread: calls what asks the disk.
-    @ivar clients: tells how much they ask of it.
+    @ivar askings: the registries used so far, the default first.
+    @ivar called: returns the name of a repository for people.
+    @ivar readiness: returns what the process can do.
+    @ivar in_thread: runs disk accesses.
+    @ivar clients: returns the load by clients.
     """
 
     store: Store
@@ -129,7 +129,7 @@ class Process:
 
     async def standing(self) -> Standing:
         """
-        Tell how it stands.
+        Return the state of the process.
         """
         readiness = await self.readiness()
         leaving = await self.in_thread(next_to_go, self.store, NEXT)
@@ -158,17 +158,17 @@ class Process:
 @dataclass
 class Status:
     """
-    What a snapshot is made of: how all processes stand, and what was counted.
+    The sources of a snapshot: the state of all processes, and the counts.
 
     @ivar registry: ECR's URL.
-    @ivar readiness: asks all processes what the daemon can do.
-    @ivar standing: asks them how they stand.
-    @ivar incidents: what went wrong in all processes.
-    @ivar now: seconds since the epoch.
-    @ivar clock: the one that timers go by.
-    @ivar host: the machine's name, or the pod's.
-    @ivar history: what went through, also before the start.
-    @ivar services: what keeps notes for the next snapshots, while it runs.
+    @ivar readiness: returns what the daemon can do, all processes together.
+    @ivar standing: returns the state of all processes.
+    @ivar incidents: the incidents of all processes.
+    @ivar now: returns seconds since the epoch.
+    @ivar clock: the clock of timers.
+    @ivar host: the name of the machine or pod.
+    @ivar history: recent traffic, including before the start.
+    @ivar services: background parts that collect data for snapshots.
     """
 
     registry: str
@@ -187,11 +187,11 @@ class Status:
 
     async def snapshot(self, registry: str | None = None, scale: Scale = SCALES[0]) -> Snapshot:
         """
-        Take one.
+        Take a snapshot.
 
-        @param registry: to have what is about this one; None for all.
-        @param scale: how far back its history goes.
-        @raise LookupError: if there is none of that name.
+        @param registry: limit it to this registry; None for all.
+        @param scale: the time range of its history.
+        @raise LookupError: if there is no registry of that name.
         """
         standing = await self.standing()
         readiness = standing.readiness
@@ -235,7 +235,7 @@ class Status:
 
     def _outcomes(self) -> dict[str, dict[str, dict[str, int]]]:
         """
-        Tell by registry how requests came out, by kind of host.
+        Return the outcomes of upstream requests, by registry and kind of host.
         """
         outcomes: dict[str, dict[str, dict[str, int]]] = {}
         for (host, outcome, registry), count, _, _, _ in self.figures.upstream.rows():
@@ -244,7 +244,7 @@ class Status:
 
     def _answers(self) -> dict[str, dict[str, Answers]]:
         """
-        Tell by registry what clients were given.
+        Return the responses to clients, by registry.
         """
         counted: dict[str, dict[str, Answers]] = {}
         for (_, _, _, cache, registry), count, size, _, _ in self.figures.served.requests.rows():
@@ -257,7 +257,7 @@ class Status:
 
 def next_to_go(store: Store, count: int) -> list[Leaving]:
     """
-    Tell which files would be evicted next. Called in a thread.
+    Return the files that would be evicted next. Blocks; call in a thread.
     """
     with contextlib.suppress(OSError):
         return [_leaving(each) for each in islice(store.candidates(), count)]

@@ -1,5 +1,5 @@
 """
-How figures read for people. Pure.
+Numbers and times formatted for people. Pure.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from ecrproxy.metrics import BUCKETS
 NONE: Final = "\N{EN DASH}"
 _DIGEST: Final = re.compile(r"(sha\d+:[0-9a-f]{10})[0-9a-f]{20,}")
 _MANY: Final = 10
-"""From so many of a unit on, what is behind the point is noise."""
+"""From this value on, numbers are shown without decimals."""
 
 
 def clean(text: str) -> str:
     """
-    Put a mark for what can't be shown, among it what would turn the direction of writing round.
+    Replace characters that can't be shown, including those that change the writing direction.
     """
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def size(count: float) -> str:
     """
-    Write bytes.
+    Format a number of bytes.
     """
     unit = 0
-    while count >= 1023.5 and unit < 4:  # noqa: PLR2004 (what would be rounded to 1024)
+    while count >= 1023.5 and unit < 4:  # noqa: PLR2004 (would be rounded to 1024)
         count, unit = count / 1024, unit + 1
     name = ("B", "KiB", "MiB", "GiB", "TiB")[unit]
     return f"{count:.1f} {name}" if unit and count < _MANY else f"{count:,.0f} {name}"
@@ -37,14 +37,14 @@ def size(count: float) -> str:
 
 def rate(count: int, seconds: int) -> str:
     """
-    Write bytes in a time as bytes a second.
+    Format bytes within a time as bytes per second.
     """
     return f"{size(count / seconds if seconds else 0)}/s"
 
 
 def share(part: int, whole: int) -> str:
     """
-    Write a part in percent; only all is 100, only nothing is 0.
+    Format a share in percent; only the whole is shown as 100, only nothing as 0.
     """
     if not whole:
         return NONE
@@ -55,7 +55,7 @@ def share(part: int, whole: int) -> str:
 
 def span(seconds: float) -> str:
     """
-    Write how long something takes.
+    Format a duration.
     """
     whole = max(0, int(seconds))
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
@@ -68,7 +68,7 @@ def span(seconds: float) -> str:
 
 def ago(seconds: float) -> str:
     """
-    Write how long ago something was, in one unit.
+    Format how long ago something was, in one unit.
     """
     whole = int(seconds)
     if whole < 1:
@@ -81,14 +81,14 @@ def ago(seconds: float) -> str:
 
 def moment(when: float) -> str:
     """
-    Write a time of today, or of any other day.
+    Format a time of day, with the date if it is not today.
     """
     return f"{_at(when):%H:%M:%S} UTC"
 
 
 def stamp(when: float) -> str:
     """
-    Write a time for programs.
+    Format a time for programs.
     """
     return f"{_at(when):%Y-%m-%dT%H:%M:%SZ}"
 
@@ -96,20 +96,20 @@ def stamp(when: float) -> str:
 def _at(when: float) -> datetime:
     try:
         return datetime.fromtimestamp(when, UTC)
-    except (ValueError, OverflowError, OSError):  # a file of the cache may have any time
+    except (ValueError, OverflowError, OSError):  # files of the cache may have any timestamp
         return datetime.fromtimestamp(0, UTC)
 
 
 def short(digest: str) -> str:
     """
-    Write as much of a digest as tells it from the others at hand.
+    Shorten a digest to what usually distinguishes it.
     """
     return _DIGEST.sub(r"\1…", digest)
 
 
 def within(point: Point, part: float) -> str:
     """
-    Write in how many seconds so large a part of requests was answered: the first bound that so many kept.
+    Format the time within which this share of requests was answered: the first bucket bound that covers the share.
     """
     if not point.asked:
         return NONE
@@ -123,6 +123,6 @@ def within(point: Point, part: float) -> str:
 
 def hit_ratio(point: Point) -> str:
     """
-    Write how many requests for content were hits.
+    Format the share of content requests that were hits.
     """
     return share(point.hits, point.asked)

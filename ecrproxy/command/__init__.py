@@ -1,5 +1,5 @@
 """
-C{ecr-proxy}: what a person does with a daemon that runs.
+The command line tool C{ecr-proxy}, for use with a running daemon.
 
-Each subcommand is a module of its own. Importing one costs little: what is large is imported when it is used.
+Each subcommand is a module that imports quickly: large modules are imported when they are used.
 """

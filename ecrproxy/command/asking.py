@@ -1,5 +1,5 @@
 """
-Ask the daemon on its operator's port.
+Requests to the daemon's admin port.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from ecrproxy.healthcheck import Place, connect, place_at
 
 OK: Final = 200
 SILENT_SECONDS: Final = 60.0
-"""How long the daemon may say nothing: each of its answers begins at once, and goes on in small steps."""
+"""Timeout without data from the daemon: responses start at once, and are sent in small steps."""
 SHOWN: Final = "X-Ecrproxy-Api"
-"""The header by which the daemon knows that no web page asks."""
+"""A header that web pages can't send."""
 _PORT: Final = 5001
 
 
 class UnreachableError(Exception):
     """
-    The daemon can't be asked, or breaks off.
+    The daemon can't be reached, or the connection broke.
     """
 
 
 class RefusedError(Exception):
     """
-    The daemon has answered that it does not.
+    The daemon refused the request.
 
-    @ivar status: of its answer.
+    @ivar status: of the response.
     """
 
     def __init__(self, status: int, words: str) -> None:
@@ -43,9 +43,9 @@ class RefusedError(Exception):
 @dataclass(frozen=True, slots=True)
 class Answer:
     """
-    What the daemon answers.
+    A response of the daemon.
 
-    @ivar lines: its body, as it comes.
+    @ivar lines: the body, as it arrives.
     """
 
     status: int
@@ -53,30 +53,30 @@ class Answer:
 
 
 Exchange = Callable[[str, str, Mapping[str, str], bytes], Answer]
-"""Sends method, path, headers and body, and gives the answer. Raises C{OSError} or C{HTTPException}."""
+"""Sends method, path, headers and body, and returns the response. Raises C{OSError} or C{HTTPException}."""
 
 
 def place_of(url: str | None, admin_listen: EndpointString | None) -> Place:
     """
-    Tell where the daemon's operator's port is.
+    Return the address of the daemon's admin port.
 
-    @param url: what the caller said, if he did.
+    @param url: given by the caller, if any.
     @param admin_listen: the daemon's own setting.
-    @raise ValueError: if there is none, or it can't be told.
+    @raise ValueError: if the port is off, or its address is unknown.
     """
     if url is not None:
         return _from_url(url)
     if admin_listen is None:
-        raise ValueError("PROXY_ADMIN_LISTEN is off, so the daemon can't be asked; set it, and start the daemon again")
+        raise ValueError("PROXY_ADMIN_LISTEN is off, so the daemon can't be reached; set it, and restart the daemon")
     place = place_at(admin_listen)
     if place is None:
-        raise ValueError(f"PROXY_ADMIN_LISTEN={admin_listen.text!r} does not tell where to ask; give --admin-url")
+        raise ValueError(f"PROXY_ADMIN_LISTEN={admin_listen.text!r} does not give an address; give --admin-url")
     return place
 
 
 def _from_url(url: str) -> Place:
     """
-    Read C{http://host:port}, or C{unix:} and a path.
+    Parse C{http://host:port}, or C{unix:} and a path.
     """
     if url.startswith("unix:/"):
         return Place(url.removeprefix("unix:"))
@@ -92,7 +92,7 @@ def _from_url(url: str) -> Place:
 
 def over_http(place: Place) -> Exchange:
     """
-    Ask over a connection of its own each time.
+    Return a function that opens a connection for each request.
     """
 
     def exchange(method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
@@ -108,7 +108,7 @@ def over_http(place: Place) -> Exchange:
 
 class Daemon:
     """
-    A daemon that runs.
+    A running daemon.
     """
 
     def __init__(self, exchange: Exchange, place: Place) -> None:
@@ -117,19 +117,19 @@ class Daemon:
 
     def ask(self, method: str, path: str, document: object = None) -> Any:  # noqa: ANN401 (what JSON holds)
         """
-        Ask for one JSON document.
+        Request one JSON document.
 
-        @raise UnreachableError: if nobody answers.
-        @raise RefusedError: if it does not.
+        @raise UnreachableError: if there is no response.
+        @raise RefusedError: if the daemon refuses.
         """
         return self._read(b"".join(self._lines(method, path, document)))
 
     def listen(self, method: str, path: str, document: object = None) -> Iterator[Any]:
         """
-        Ask for many JSON documents, a line each, as they come.
+        Request many JSON documents, one per line; yield them as they arrive.
 
-        @raise UnreachableError: if nobody answers, or the answer breaks off.
-        @raise RefusedError: if it does not.
+        @raise UnreachableError: if there is no response, or it ends early.
+        @raise RefusedError: if the daemon refuses.
         """
         return map(self._read, self._lines(method, path, document))
 
@@ -143,7 +143,7 @@ class Daemon:
                 raise RefusedError(answer.status, _words(self._read(b"".join(answer.lines))))
             yield from answer.lines
         except HTTPException as problem:
-            raise UnreachableError(f"the answer from {self._where} broke off, or is no HTTP") from problem
+            raise UnreachableError(f"the response from {self._where} ended early, or is not HTTP") from problem
         except OSError as problem:
             why = problem.strerror or problem
             raise UnreachableError(f"no daemon answers at {self._where}: {why}; is it running?") from problem
@@ -152,7 +152,7 @@ class Daemon:
         try:
             return json.loads(data)
         except ValueError:
-            raise UnreachableError(f"what answers at {self._where} is no ecr-proxy, or another version") from None
+            raise UnreachableError(f"the server at {self._where} is not ecr-proxy, or another version") from None
 
 
 def _words(told: Any) -> str:  # noqa: ANN401

@@ -1,13 +1,13 @@
 """
-Which entries and which content a purge removes. Pure.
+Selecting the entries and content that a purge removes. Pure.
 
 Rules:
 
-- What is named goes, and what it alone leads to. What anything else in its repository leads to stays.
-- Content goes when no entry is left, of any repository, that leads to it.
-- With an age, everything is judged by its own last use instead, as when room is made: an old layer of a young image
-  goes, for nobody has fetched it in that time.
-- What was never named by an entry, such as what is just arriving, is touched only by its digest or by its age.
+- Named entries are removed, with what only they reference. What other entries of the repository reference stays.
+- Content is removed when no entry of any repository references it.
+- With an age, each file is selected by its own last use instead, as for eviction: an old layer of a recent image is
+  removed, because no client has fetched it in that time.
+- Content that never had an entry, such as a running download, is only selected by its digest or age.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ALL = Pattern("*")
 @dataclass(frozen=True, slots=True)
 class Target:
     """
-    What a person wants purged. Repository and tag are patterns; what is none matches all.
+    What the user wants to purge. Repository and tag are patterns; None matches all.
     """
 
     repository: Pattern = _ALL
@@ -41,16 +41,16 @@ class Target:
     @classmethod
     def parse(cls, text: str, naming: Naming) -> Target:
         """
-        Read C{repository}, C{repository:tag}, C{repository@digest} or C{digest}; each repository may have a registry.
+        Parse C{repository}, C{repository:tag}, C{repository@digest} or C{digest}; a repository may have a registry.
 
-        @raise ValueError: if it is none of these.
+        @raise ValueError: if the text is invalid.
         """
         if text.startswith(("sha256:", "sha512:")):
             return cls(digest=str(Digest.parse(text)))
         repository, at, digest = text.partition("@")
         if at:
             return cls(naming.meant(_named(repository)), digest=str(Digest.parse(digest)))
-        folder, slash, last = text.rpartition("/")  # a host may have a port
+        folder, slash, last = text.rpartition("/")  # a host may have a port, with a colon
         repository, colon, tag = last.partition(":")
         if (colon and not tag) or ":" in tag:
             raise ValueError(f"{text!r}: give a repository, repository:tag, repository@digest or a digest")
@@ -58,7 +58,7 @@ class Target:
 
     def names(self, entry: Held) -> bool:
         """
-        Tell whether it names an entry of its repository.
+        Return True if the target includes an entry of its repository.
         """
         if self.digest is not None:
             return self.digest in entry.digests
@@ -73,9 +73,9 @@ def _named(repository: str) -> str:
 
 def parse_age(text: str) -> int:
     """
-    Read an age, in seconds.
+    Parse an age, in seconds.
 
-    @raise ValueError: if it is none.
+    @raise ValueError: if the text is invalid.
     """
     found = _AGE.fullmatch(text)
     if not found:
@@ -86,7 +86,7 @@ def parse_age(text: str) -> int:
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """
-    What would go.
+    The entries and content to remove.
     """
 
     entries: Sequence[Held]
@@ -95,10 +95,10 @@ class Chosen:
 
 def chosen(survey: Survey, targets: Sequence[Target], naming: Naming, before: float | None = None) -> Chosen:
     """
-    Choose what goes.
+    Select what to remove.
 
-    @param targets: what is named; nothing for everything.
-    @param before: what was used after this moment stays, if there is one.
+    @param targets: what the user named; empty for everything.
+    @param before: keep what was used after this time; None to ignore the age.
     """
     repositories = survey.by_repository(naming.called).values()
     entries = [each for entries in repositories for each in _named_by(survey, targets, naming, entries)]
@@ -118,7 +118,7 @@ def chosen(survey: Survey, targets: Sequence[Target], naming: Naming, before: fl
 
 def _named_by(survey: Survey, targets: Sequence[Target], naming: Naming, entries: Sequence[Held]) -> list[Held]:
     """
-    Choose among one repository's entries those that are named, and those of what they alone lead to.
+    Select from one repository's entries the named ones, and those that only they reference.
     """
     here = [each for each in targets if naming.is_of(each.repository, entries[0].repository)]
     if not targets or any(each.tag is None and each.digest is None for each in here):

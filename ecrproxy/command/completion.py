@@ -1,5 +1,5 @@
 """
-C{ecr-proxy completion}: scripts by which shells complete the command line.
+C{ecr-proxy completion}: print shell completion scripts.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from ecrproxy.registries import Registries
 from ecrproxy.settings.config import ConfigError, registries_of
 
 REPOSITORIES: Final = "repositories"
-"""What a script asks for, when it needs them."""
+"""The argument with which scripts request repository names."""
 SECONDS: Final = 1.0
-"""How long somebody who has pressed a key waits."""
+"""Timeout for repository names: the user is waiting after a key press."""
 MOST: Final = 500
 _NAME = re.compile(r"[a-z0-9][a-z0-9._/-]*")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """
-    Say what it can be called with.
+    Add the arguments to the parser.
     """
-    parser.add_argument("shell", choices=[*SHELLS, REPOSITORIES], help="for which shell; or what the scripts ask for")
+    parser.add_argument("shell", choices=[*SHELLS, REPOSITORIES], help="the shell; repositories is for the scripts")
 
 
 def run(call: Call) -> int:
     """
-    Write the script.
+    Run the subcommand; return the exit status.
     """
     shell = call.options.shell
     if shell == REPOSITORIES:
@@ -45,7 +45,7 @@ def run(call: Call) -> int:
 
 def _repositories(call: Call) -> list[str]:
     """
-    Name the repositories of the cache, as far as they are quickly told; none where no daemon tells.
+    Return the names of the cached repositories; empty if no daemon answers quickly.
     """
     found: dict[str, None] = {}
     until = call.world.seconds() + SECONDS
@@ -56,12 +56,12 @@ def _repositories(call: Call) -> list[str]:
             name = str(entry.get("repository"))
             if registries is not None:
                 name = registries.called(Repository(RegistryId(str(entry.get("registry"))), name))
-            if _NAME.fullmatch(name):  # bash looks for commands in words
+            if _NAME.fullmatch(name):  # bash expands commands in words
                 found[name] = None
             if len(found) >= MOST or call.world.seconds() > until:
                 break
     except (CommandError, ConfigError, RefusedError, UnreachableError):
-        pass  # nobody who presses a key wants to read why
+        pass  # an error message would disturb the user's prompt
     return sorted(found)
 
 
@@ -69,13 +69,13 @@ COMPLETION: Final = Subcommand(
     name="completion",
     summary="complete the command line in bash, zsh or fish",
     description=(
-        "Writes a script that a shell reads to complete subcommands, flags, choices, files, and, where a daemon tells\n"
-        "them, the names of repositories."
+        "Prints a script for a shell that completes subcommands, flags, choices, files, and, if a daemon is running,\n"
+        "the names of repositories."
     ),
     examples=(
-        ("ecr-proxy completion bash > /etc/bash_completion.d/ecr-proxy", "for bash, with its package bash-completion"),
-        ("source <(ecr-proxy completion bash)", "for this bash alone; zsh takes the same"),
-        ("ecr-proxy completion zsh > ~/.zfunc/_ecr-proxy", "for zsh, where ~/.zfunc is in its fpath"),
+        ("ecr-proxy completion bash > /etc/bash_completion.d/ecr-proxy", "for bash, with the package bash-completion"),
+        ("source <(ecr-proxy completion bash)", "for the current bash only; zsh likewise"),
+        ("ecr-proxy completion zsh > ~/.zfunc/_ecr-proxy", "for zsh, if ~/.zfunc is in fpath"),
         ("ecr-proxy completion fish > ~/.config/fish/completions/ecr-proxy.fish", "for fish"),
     ),
     settings=(*ASKS, *REGISTRIES),

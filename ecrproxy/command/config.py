@@ -1,7 +1,7 @@
 """
-C{ecr-proxy config}: the settings and registries as the daemon would have them, and where each value comes from.
+C{ecr-proxy config}: show the settings and registries that a daemon would use, and the source of each value.
 
-No secret is among them: passwords and keys are named by their files, and a URL with a password is refused.
+The output has no secrets: passwords and keys are given by file name, and URLs with a password are rejected.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ecrproxy.settings.values import region_of
 
 def add_arguments(parser: ArgumentParser) -> None:
     """
-    Say what it can be called with.
+    Add the arguments to the parser.
     """
-    parser.add_argument("--check", action="store_true", help="write what is wrong with them, and nothing else")
+    parser.add_argument("--check", action="store_true", help="print errors and warnings only")
 
 
 def run(call: Call) -> int:
     """
-    Write the settings as a configuration file, and what is wrong with them together to stderr.
+    Print the settings as a configuration file, and problems of their combination to stderr.
     """
     sources = call.flags, call.world.variables, call.file
     config = load(*sources)
@@ -44,7 +44,7 @@ def run(call: Call) -> int:
 
 def _lines(call: Call) -> list[str]:
     """
-    Write each setting that has a value, and in a comment where it comes from.
+    Return a line for each setting that has a value, with its source in a comment.
     """
     sources = call.flags, call.world.variables, call.file
     chosen, texts = given(*sources), texts_of(*sources)
@@ -58,7 +58,7 @@ def _lines(call: Call) -> list[str]:
 
 def _tables(call: Call, config: Config) -> Iterator[str]:
     """
-    Write the table of each registry, and in comments where its values come from.
+    Yield the lines of each registry's table, with sources in comments.
     """
     sources = call.flags, call.world.variables, call.file
     chosen = {name: source for name, (_, source) in given(*sources).items()}
@@ -78,7 +78,7 @@ def _tables(call: Call, config: Config) -> Iterator[str]:
 
 def _settings_of(table: RegistryTable, *, in_file: bool) -> Mapping[str, str]:
     """
-    Return which settings the keys of a table come from that the file does not have.
+    Return the setting that gives each key of a table that is not in the file.
     """
     always = {"default": "ecr-endpoint", "namespaces": "namespace-pattern"}
     if in_file:
@@ -89,7 +89,7 @@ def _settings_of(table: RegistryTable, *, in_file: bool) -> Mapping[str, str]:
 
 def _toml(value: Any) -> str:  # noqa: ANN401
     """
-    Write a value as TOML 1.0 has it, in ASCII. It is JSON's way, but has no pairs of surrogates.
+    Format a value as TOML 1.0, in ASCII. Like JSON, but without surrogate pairs.
     """
     return re.sub("[^ -~]", lambda found: f"\\U{ord(found[0]):08x}", json.dumps(value, ensure_ascii=False))
 
@@ -98,13 +98,13 @@ CONFIG_COMMAND: Final = Subcommand(
     name="config",
     summary="show the settings and registries, and where each value comes from",
     description=(
-        "Writes the settings and registries that a daemon has with this file, environment and these flags,\n"
-        "as a configuration file, each value with where it comes from. What is wrong with them goes to\n"
-        "standard error; the exit status is 1 if the daemon would not start, and 2 if a setting can't be read."
+        "Prints the settings and registries that a daemon would use with this file, environment and these flags, as\n"
+        "a configuration file with the source of each value. Problems go to standard error. The exit status is 1 if\n"
+        "the daemon would not start, and 2 if a setting is invalid."
     ),
     examples=(
-        ("ecr-proxy config --config ecr-proxy.toml", "show what a file comes to, with this environment"),
-        ("ecr-proxy config --check --config ecr-proxy.toml", "see whether a daemon would start with it, for CI"),
+        ("ecr-proxy config --config ecr-proxy.toml", "show the result of a file and this environment"),
+        ("ecr-proxy config --check --config ecr-proxy.toml", "check in CI whether a daemon would start"),
     ),
     settings=[each.name for each in SETTINGS],
     add_arguments=add_arguments,

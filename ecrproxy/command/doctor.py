@@ -1,5 +1,5 @@
 """
-C{ecr-proxy doctor}: all that the daemon stands on, looked at from where it runs, a line each.
+C{ecr-proxy doctor}: check everything that the daemon depends on.
 """
 
 from __future__ import annotations
@@ -11,50 +11,50 @@ from ecrproxy.command.subcommand import Call, Subcommand
 from ecrproxy.settings.config import SETTINGS
 
 SECONDS: Final = 30.0
-"""How long all of it may take."""
+"""Timeout for all checks together."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """
-    Say what it can be called with.
+    Add the arguments to the parser.
     """
     add = parser.add_argument
     image = parser.add_mutually_exclusive_group()
     image.add_argument(
-        "--repository", metavar="NAME[:TAG]", help="an image to try each permission on; nothing of it is pulled or kept"
+        "--repository", metavar="NAME[:TAG]", help="an image to test each permission with; it is not pulled or kept"
     )
     image.add_argument(
         "--image",
         metavar="NAME:TAG",
-        help="the same, and hold what the daemon assumes of ECR against how it answers about that image",
+        help="the same, and compare what the daemon assumes about ECR with ECR's responses for that image",
     )
     add(
         "--report",
         metavar="FILE",
-        help="write what came of --image to a file, without names, digests and secrets; - is the standard output",
+        help="write the results of --image to a file, without names, digests and secrets; - is the standard output",
     )
-    add("--seconds", metavar="NUMBER", default=str(SECONDS), help=f"for all of it together [default: {SECONDS:g}]")
-    add("--json", action="store_true", help="write what was found as JSON")
+    add("--seconds", metavar="NUMBER", default=str(SECONDS), help=f"timeout for all checks [default: {SECONDS:g}]")
+    add("--json", action="store_true", help="print the findings as JSON")
 
 
 def _run(call: Call) -> int:
-    from ecrproxy.command.checkup.doctor import run  # noqa: PLC0415 (imported by who uses it)
+    from ecrproxy.command.checkup.doctor import run  # noqa: PLC0415 (slow to import)
 
     return run(call)
 
 
 DOCTOR: Final = Subcommand(
     name="doctor",
-    summary="look at all that the daemon stands on",
+    summary="check everything that the daemon depends on",
     description=(
-        "Looks at credentials, permissions, registry, bucket, names, clock, cache directory, ports and settings, from\n"
-        "where it is run, as whom it is run: that should be the daemon's machine and user. Writes a line for each\n"
-        "thing: ok, warning, failed or skipped, and below it what to do. The exit status is 1 if something failed."
+        "Checks credentials, permissions, registry, bucket, DNS, clock, cache directory, ports and settings. Run it\n"
+        "on the daemon's machine, as its user. Prints one line for each check: ok, warning, failed or skipped,\n"
+        "and below it what to do. The exit status is 1 if a check failed."
     ),
     examples=(
-        ("ecr-proxy doctor --repository team/app:1.2", "try each permission on an image as well"),
-        ("ecr-proxy doctor --image team/app:1.2 --report ecr.txt", "see whether ECR does what the daemon assumes"),
-        ("docker exec PROXY ecr-proxy doctor", "with the settings of a daemon in a container"),
+        ("ecr-proxy doctor --repository team/app:1.2", "also test each permission with an image"),
+        ("ecr-proxy doctor --image team/app:1.2 --report ecr.txt", "check that ECR behaves as the daemon assumes"),
+        ("docker exec PROXY ecr-proxy doctor", "use the settings of a daemon in a container"),
     ),
     settings=[each.name for each in SETTINGS],
     add_arguments=add_arguments,

@@ -1,5 +1,5 @@
 """
-What a cache holds, looked at and worked on: through the daemon that runs, or in its directory while none does.
+Access to the contents of a cache: through the running daemon, or directly in the directory.
 """
 
 from __future__ import annotations
@@ -23,68 +23,68 @@ if TYPE_CHECKING:
     from ecrproxy.cache.inventory import Inventory
 
 SETTINGS: Final = (*ASKS, "cache-dir", *REGISTRIES)
-"""The settings of a subcommand that looks at a cache."""
+"""The settings of subcommands that access a cache."""
 _TOGETHER: Final = 400
 _TOGETHER_BYTES: Final = 48 * 2**10
-"""How many names, and bytes of names, go into one request: the daemon takes 64 KiB."""
+"""Maximum bytes of names in one request: the daemon accepts 64 KiB."""
 
 
 class Holdings(Protocol):
     """
-    What a cache holds.
+    The contents of a cache.
     """
 
     def entries(self) -> Iterator[Any]:
         """
-        Yield the documents of its entries.
+        Yield a document for each entry.
         """
 
     def content(self) -> Iterator[Any]:
         """
-        Yield the documents of its content, in the order of the digests.
+        Yield a document for each file of content, sorted by digest.
         """
 
     def remove(self, entries: Sequence[str], content: Sequence[str], unused_since: float | None) -> Iterator[Any]:
         """
-        Remove what is named, but for what was used after C{unused_since}. Yields what became of it, some at a time.
+        Remove what is named, except what was used after C{unused_since}. Yields results batch by batch.
         """
 
     def verify(self, digests: Sequence[str], rate: float | None, *, keep: bool) -> Iterator[Any]:
         """
-        Hold content against its digests. Yields steps and verdicts.
+        Verify digests. Yields steps and verdicts.
         """
 
 
 def add_offline(parser: ArgumentParser) -> None:
     """
-    Let the caller choose.
+    Add the flag --offline.
     """
     parser.add_argument(
         "--offline",
         action="store_true",
-        help="work on the cache directory itself and ask no daemon; those that run on it see what is changed",
+        help="access the cache directory without a daemon; running daemons notice the changes",
     )
 
 
 def holdings_of(call: Call) -> Holdings:
     """
-    Give what the caller means.
+    Return the cache that the caller selected.
 
-    @raise CommandError: if it is not there.
+    @raise CommandError: if it does not exist.
     """
     if not call.options.offline:
         return Running(call.daemon())
-    from ecrproxy.cache.inventory import Inventory  # noqa: PLC0415 (it brings Twisted)
+    from ecrproxy.cache.inventory import Inventory  # noqa: PLC0415 (imports Twisted)
     from ecrproxy.cache.scrub import scrub  # noqa: PLC0415
     from ecrproxy.cache.store import Store  # noqa: PLC0415
 
     root = Path(call.settings["cache_dir"])
-    try:  # who may not read it would take it for empty
+    try:  # without permission to read, the directory would look empty
         next((root / "content").iterdir(), None)
     except OSError as problem:
-        raise CommandError(f"{root}: not a cache directory that can be read: {problem.strerror}") from problem
+        raise CommandError(f"{root}: not a readable cache directory: {problem.strerror}") from problem
     store = Store(root, call.world.now)
-    with contextlib.suppress(OSError):  # who may not write it sees what a daemon has noted
+    with contextlib.suppress(OSError):  # without permission to write, the index is used as it is
         for _ in scrub(store, lambda: None):
             pass
     return Idle(Inventory(store), call.world.sleep)
@@ -92,7 +92,7 @@ def holdings_of(call: Call) -> Holdings:
 
 def survey_of(call: Call, holdings: Holdings) -> Survey:
     """
-    Look at all of it; who waits is told how far it is.
+    Read the whole contents, and show progress.
     """
     progress = Progress(call.terminal, "Reading", None, call.world.seconds, lambda count: counted(int(count), "file"))
 
@@ -107,9 +107,9 @@ def survey_of(call: Call, holdings: Holdings) -> Survey:
 
 def naming_in(call: Call, survey: Survey) -> Naming:
     """
-    Tell what the repositories of a cache are called.
+    Return the displayed names for a cache.
 
-    @raise CommandError: if no default registry is known.
+    @raise CommandError: if the default registry is unknown.
     """
     tables = registries_of(call.flags, call.world.variables, call.file)
     try:
@@ -120,9 +120,9 @@ def naming_in(call: Call, survey: Survey) -> Naming:
 
 def targets_of(texts: Sequence[str], naming: Naming) -> list[Target]:
     """
-    Read what the caller names.
+    Parse the caller's targets.
 
-    @raise CommandError: if that is no name.
+    @raise CommandError: if one is invalid.
     """
     try:
         return [Target.parse(each, naming) for each in texts]
@@ -132,7 +132,7 @@ def targets_of(texts: Sequence[str], naming: Naming) -> list[Target]:
 
 class Running:
     """
-    What a daemon's cache holds.
+    The contents of a running daemon's cache.
     """
 
     def __init__(self, daemon: Daemon) -> None:
@@ -140,19 +140,19 @@ class Running:
 
     def entries(self) -> Iterator[Any]:
         """
-        Yield the documents of its entries.
+        Yield a document for each entry.
         """
         return self._daemon.listen("GET", "/api/entries")
 
     def content(self) -> Iterator[Any]:
         """
-        Yield the documents of its content.
+        Yield a document for each file of content.
         """
         return self._daemon.listen("GET", "/api/content")
 
     def remove(self, entries: Sequence[str], content: Sequence[str], unused_since: float | None) -> Iterator[Any]:
         """
-        Remove what is named: content first, which makes room on a full disk.
+        Remove what is named: content first, which frees space on a full disk.
         """
         for kind, names in (("content", content), ("entries", entries)):
             for some in _batches(names):
@@ -160,7 +160,7 @@ class Running:
 
     def verify(self, digests: Sequence[str], rate: float | None, *, keep: bool) -> Iterator[Any]:
         """
-        Hold content against its digests.
+        Verify digests.
         """
         for some in _batches(digests):
             yield from self._daemon.listen("POST", "/api/verify", {"digests": some, "rate": rate, "keep": keep})
@@ -168,7 +168,7 @@ class Running:
 
 class Idle:
     """
-    What a cache directory holds.
+    The contents of a cache directory.
     """
 
     def __init__(self, inventory: Inventory, sleep: Callable[[float], object]) -> None:
@@ -176,13 +176,13 @@ class Idle:
 
     def entries(self) -> Iterator[Any]:
         """
-        Yield the documents of its entries.
+        Yield a document for each entry.
         """
         return self._inventory.entries()
 
     def content(self) -> Iterator[Any]:
         """
-        Yield the documents of its content.
+        Yield a document for each file of content.
         """
         return self._inventory.content()
 
@@ -199,7 +199,7 @@ class Idle:
 
     def verify(self, digests: Sequence[str], rate: float | None, *, keep: bool) -> Iterator[Any]:
         """
-        Hold content against its digests.
+        Verify digests.
         """
         for digest in _parsed(digests):
             for told in self._inventory.verify(digest, keep=keep):
@@ -215,7 +215,7 @@ def _batches(names: Iterable[str]) -> Iterator[list[str]]:
             yield batch
             batch, size = [], 0
         batch.append(name)
-        size += len(name) + 4  # quotes, a comma and a space
+        size += len(name) + 4  # quotes, comma and space
     if batch:
         yield batch
 

@@ -1,5 +1,5 @@
 """
-C{ecr-proxy ls}: what the cache holds.
+C{ecr-proxy ls}: list the contents of the cache.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ _SHORT: Final = len("sha256:") + 12
 
 def add_arguments(parser: ArgumentParser) -> None:
     """
-    Say what it can be called with.
+    Add the arguments to the parser.
     """
     parser.add_argument(
         "repositories",
         metavar="REPOSITORY",
         nargs="*",
-        help="only this one, [REGISTRY/]NAME[:TAG]; it may have * and ?",
+        help="list only this repository, [REGISTRY/]NAME[:TAG], which may have * and ?",
     )
     parser.add_argument("--digests", action="store_true", help="show the digests of the manifests")
     parser.add_argument(
-        "--json", action="store_true", help="write JSON: times in seconds since the epoch, sizes in bytes"
+        "--json", action="store_true", help="print JSON: times in seconds since the epoch, sizes in bytes"
     )
     add_offline(parser)
 
 
 def run(call: Call) -> int:
     """
-    List them.
+    Run the subcommand; return the exit status.
     """
     options, holdings = call.options, holdings_of(call)
     survey = survey_of(call, holdings)
@@ -48,7 +48,7 @@ def run(call: Call) -> int:
         if named:
             repositories[naming.called(repository)] = named
     if targets and not repositories:
-        call.terminal.say(f"ecr-proxy: the cache has nothing of {' '.join(options.repositories)}")
+        call.terminal.say(f"ecr-proxy: nothing in the cache matches {' '.join(options.repositories)}")
     told = [_told(survey, name, entries) for name, entries in repositories.items()]
     total = survey.size(_all(survey, [each for entries in repositories.values() for each in entries]))
     if options.json:
@@ -93,24 +93,24 @@ def _print(call: Call, images: Sequence[tuple[str, Image]], repositories: int, t
     for line in table(rows, right=[len(rows[0]) - 2]):
         call.terminal.print(line)
     held = f"{counted(len(images), 'image')} of {counted(repositories, 'repository', 'repositories')}"
-    call.terminal.print(f"{held}, {size_in_words(total)}; what several share counts once")
+    call.terminal.print(f"{held}, {size_in_words(total)}; shared content counts once")
 
 
 LS: Final = Subcommand(
     name="ls",
-    summary="list what the cache holds",
+    summary="list the contents of the cache",
     description=(
-        "Lists repositories and their tags, how much of each is in the cache, and when it was last used. Repositories\n"
-        "of other registries than the default are listed with the registry. A manifest that no tag leads to is named\n"
-        "by its digest. What several images share is in the size of each, and once in the total."
+        "Lists repositories and their tags, with size in the cache and last use. Repositories outside the default\n"
+        "registry are listed with the registry. Manifests without a tag are listed by digest. Content that several\n"
+        "images share counts in the size of each image, and once in the total."
     ),
     examples=(
-        ("ecr-proxy ls", "all of it"),
-        ("ecr-proxy ls 'team/*' --digests", "the repositories of a team, with digests"),
-        ("ecr-proxy ls '444455556666.dkr.ecr.us-east-1.amazonaws.com/*'", "what there is of a registry"),
-        ("ecr-proxy ls --json | jq '.repositories[] | {repository, bytes}'", "for a program"),
-        ("ecr-proxy ls --json | jq '.repositories[].images[] | select(.moves != [])'", "the tags that have moved"),
-        ("ecr-proxy ls --offline --cache-dir /var/cache/ecr-proxy", "while no daemon runs"),
+        ("ecr-proxy ls", "list everything"),
+        ("ecr-proxy ls 'team/*' --digests", "list the repositories of a team, with digests"),
+        ("ecr-proxy ls '444455556666.dkr.ecr.us-east-1.amazonaws.com/*'", "list the contents of a registry"),
+        ("ecr-proxy ls --json | jq '.repositories[] | {repository, bytes}'", "output for a program"),
+        ("ecr-proxy ls --json | jq '.repositories[].images[] | select(.moves != [])'", "list the tags that have moved"),
+        ("ecr-proxy ls --offline --cache-dir /var/cache/ecr-proxy", "list a cache without a running daemon"),
     ),
     settings=SETTINGS,
     add_arguments=add_arguments,

@@ -1,12 +1,12 @@
 """
-How people name repositories: as clients name images, with the registry, or of the default registry without it. Pure.
+Repository names on the command line: as in image names, with the registry, or without it for the default one. Pure.
 
 Rules:
 
-- A first component that means a registry to the daemon (its name in any spelling, its path prefix) means it here, too.
-  So does any name of a private registry of ECR: the cache may have something of one that is configured no longer.
-- Anything else is a pattern of what repositories are called. C{*} and C{?} are for any characters, also slashes.
-- A first component with a dot is that of a host, so a pattern that begins so finds the default registry by its host.
+- A first component that the daemon maps to a registry (its name in any spelling, its path prefix) means the same here.
+  So does any name of a private ECR registry: the cache may have content of one that is no longer configured.
+- Anything else is a pattern of displayed names. C{*} and C{?} match any characters, including slashes.
+- A first component with a dot is a host, so patterns with such a component match the default registry by its host.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ecrproxy.settings.registries import Protocol, RegistryTable
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """
-    Some repositories.
+    A set of repositories.
 
-    @ivar text: their names, or, without a registry, what they are called.
+    @ivar text: pattern of the repository names in a registry; without a registry, of displayed names.
     """
 
     text: str
@@ -34,7 +34,7 @@ class Pattern:
 
 class Naming:
     """
-    What repositories are called where there are these registries.
+    The displayed names of repositories, given the registries.
     """
 
     def __init__(self, registries: Registries) -> None:
@@ -43,9 +43,9 @@ class Naming:
 
     def meant(self, text: str) -> Pattern:
         """
-        Understand the name of a repository, or a pattern.
+        Parse the name of a repository, or a pattern.
 
-        @raise ValueError: if it is neither.
+        @raise ValueError: if it is invalid.
         """
         known, rest = self._registries.split(text)
         if rest != text:
@@ -60,14 +60,14 @@ class Naming:
 
     def named(self, called: str) -> Repository:
         """
-        Return the repository that is called so.
+        Return the repository with a displayed name.
         """
         known, name = self._registries.split(called)
         return Repository(known.identity, own_name(known.table, name)[1])
 
     def is_of(self, pattern: Pattern, repository: Repository) -> bool:
         """
-        Return True if a repository is one of those that are meant.
+        Return True if a repository matches a pattern.
         """
         if pattern.registry is not None:
             return repository.registry == pattern.registry and fnmatchcase(repository.name, pattern.text)
@@ -81,16 +81,16 @@ def naming_of(
     tables: Collection[RegistryTable], aliases: Collection[RegistryId], held: Collection[RegistryId]
 ) -> Naming:
     """
-    Name repositories by the configuration; without one, the only registry of a cache is its default.
+    Make the naming for a configuration. Without one, the only registry of the cache is the default.
 
-    @param held: the registries of which the cache has something.
+    @param held: the registries with content in the cache.
     @raise ValueError: if there is no configuration, and the cache has several registries.
     """
     if tables:
         return Naming(Registries(list(tables), aliases))
     if len(held) > 1:
         hosts = ", ".join(sorted(each.host for each in held))
-        raise ValueError(f"the cache has several registries: {hosts}; name the default by --ecr-endpoint, or --config")
+        raise ValueError(f"the cache has several registries: {hosts}; name the default with --ecr-endpoint or --config")
     host = next((each.host for each in held), "none.invalid")
     return Naming(
         Registries([RegistryTable(name=host, protocol=Protocol.OCI, endpoint=f"https://{host}", default=True)])

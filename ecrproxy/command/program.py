@@ -1,7 +1,7 @@
 """
-The console script: understands what it is called with, hands it to a subcommand, and ends with its status.
+The console script: parses the arguments, runs a subcommand, and exits with its status.
 
-No mistake of the caller's ends in a traceback, nor does what stands in the way of the work: it is one line on stderr.
+Invalid arguments and failures of the operation are one line on stderr, never a traceback.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ SUBCOMMANDS: Final[Sequence[Subcommand]] = (
     *(SERVE, LS, PURGE, VERIFY, STATS, PREFETCH),
     *(DOCTOR, CONFIG_COMMAND, COMPLETION),
 )
-"""All of them, in the order of the help."""
+"""All subcommands, in the order of the help."""
 CUT_OFF: Final = 141
-"""What shells give to an end by SIGPIPE."""
+"""The exit status of shells after SIGPIPE."""
 
 
 class _Parser(ArgumentParser):
     """
-    A parser that writes where it is told to, and takes no flag that isn't written out.
+    A parser that prints to the terminal, and accepts no abbreviated flags.
     """
 
     def __init__(self, terminal: Terminal, **how: Any) -> None:  # noqa: ANN401
@@ -66,12 +66,12 @@ class _Parser(ArgumentParser):
 
 def make_parser(terminal: Terminal, subcommands: Sequence[Subcommand] = SUBCOMMANDS) -> ArgumentParser:
     """
-    Make what understands the command line; shells' completion is made from it too.
+    Make the argument parser; shell completion is generated from it, too.
     """
     parser = _Parser(
         terminal,
         prog="ecr-proxy",
-        description="Start an ecr-proxy daemon, or work with one that runs and with its cache.",
+        description="Start an ecr-proxy daemon, or manage a running daemon and its cache.",
         epilog=STATUSES,
     )
     parser.add_argument("--version", action="version", version=f"ecr-proxy {__version__}")
@@ -103,21 +103,21 @@ def _epilog(subcommand: Subcommand) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    import textwrap  # noqa: PLC0415 (argparse imports it when it writes help, not before)
+    import textwrap  # noqa: PLC0415 (argparse imports it only for help)
 
     return textwrap.wrap(text, 100)
 
 
 def _add_settings(parser: ArgumentParser, subcommand: Subcommand) -> None:
     """
-    Add the settings that a subcommand takes, as the daemon's own flags.
+    Add a subcommand's settings as flags.
     """
     if not subcommand.settings:
         return
     named = [each for each in SETTINGS if each.name in (CONFIG, *subcommand.settings)]
-    group = parser.add_argument_group("settings", "The daemon's own, by the same names; a flag wins over its variable.")
+    group = parser.add_argument_group("settings", "The daemon's settings; a flag overrides its variable.")
     about = dict.fromkeys((each.name for each in named), group)
-    if not subcommand.reads:  # so many that they want groups
+    if not subcommand.reads:  # many settings, shown in groups
         for title, names in GROUPS.items():
             about |= dict.fromkeys(names, parser.add_argument_group(title))
     for each in named:
@@ -132,7 +132,7 @@ def _add_settings(parser: ArgumentParser, subcommand: Subcommand) -> None:
         group.add_argument(
             "--admin-url",
             metavar="URL",
-            help="its operator's port, as http://host:port or unix:/path [default: what --admin-listen says]",
+            help="the admin port, as http://host:port or unix:/path [default: from --admin-listen]",
         )
 
 
@@ -142,7 +142,7 @@ def _destination(setting: Setting) -> str:
 
 def _flags(options: Namespace) -> dict[str, str]:
     """
-    Give the settings that were given as flags, as text.
+    Return the settings that were given as flags, as text.
     """
     given = {each.name: getattr(options, _destination(each), None) for each in SETTINGS}
     return {
@@ -154,7 +154,7 @@ def _flags(options: Namespace) -> dict[str, str]:
 
 def main(arguments: Sequence[str], world: World, subcommands: Sequence[Subcommand] = SUBCOMMANDS) -> int:
     """
-    Do what C{arguments} say.
+    Run the command with C{arguments}.
 
     @return: the exit status.
     """
@@ -162,9 +162,9 @@ def main(arguments: Sequence[str], world: World, subcommands: Sequence[Subcomman
         options = make_parser(world.terminal, subcommands).parse_args(arguments)
         status = _call(options, world)
         world.terminal.stdout.flush()
-    except SystemExit as ended:  # argparse has said why
+    except SystemExit as ended:  # argparse has printed the reason
         return ended.code if isinstance(ended.code, int) else MISUSED
-    except BrokenPipeError:  # who reads has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         return CUT_OFF
     except KeyboardInterrupt:
         world.terminal.say("ecr-proxy: interrupted")
@@ -205,7 +205,7 @@ def become_daemon(arguments: Sequence[str]) -> NoReturn:
     """
     Run C{twistd -n --pidfile= ecr-proxy} in this process.
     """
-    from twisted.scripts import twistd  # noqa: PLC0415 (takes longer to import than most subcommands run)
+    from twisted.scripts import twistd  # noqa: PLC0415 (slower to import than most subcommands run)
 
     sys.argv[:] = ["twistd", "-n", "--pidfile=", "ecr-proxy", *arguments]
     twistd.run()
@@ -214,13 +214,13 @@ def become_daemon(arguments: Sequence[str]) -> NoReturn:
 
 def run() -> NoReturn:
     """
-    Be the console script.
+    Run the console script.
     """
     terminal = Terminal(sys.stdin, sys.stdout, sys.stderr)
     os.environ.update(for_botocore(os.environ))
     world = World(os.environ, terminal, time.time, time.monotonic, time.sleep, over_http, become_daemon)
     status = main(sys.argv[1:], world)
-    if status == CUT_OFF:  # else Python would try once more at its end, and complain
+    if status == CUT_OFF:  # else Python would flush again at exit, and print an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(status)
 

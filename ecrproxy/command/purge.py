@@ -1,5 +1,5 @@
 """
-C{ecr-proxy purge}: have the cache forget something.
+C{ecr-proxy purge}: remove entries and content from the cache.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ _OUTCOMES: Final = ("entries", "files", "bytes", "used", "stuck")
 
 def add_arguments(parser: ArgumentParser) -> None:
     """
-    Say what it can be called with.
+    Add the arguments to the parser.
     """
     add = parser.add_argument
     add(
         "targets",
         metavar="TARGET",
         nargs="*",
-        help="[REGISTRY/]REPOSITORY, with :TAG or @DIGEST, or DIGEST; all but digests may have * and ?",
+        help="[REGISTRY/]REPOSITORY, with :TAG or @DIGEST, or DIGEST; all except digests may have * and ?",
     )
-    add("--older-than", metavar="AGE", help="only what was not used for so long: 30d, 12h, 2w")
+    add("--older-than", metavar="AGE", help="only what was not used for this long: 30d, 12h, 2w")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--yes", action="store_true", help="do it, without a question")
-    how.add_argument("--dry-run", action="store_true", help="show what would go, and ask nothing")
-    add("--json", action="store_true", help="write JSON, and ask nothing")
+    how.add_argument("--yes", action="store_true", help="remove without asking")
+    how.add_argument("--dry-run", action="store_true", help="show what would be removed, without asking")
+    add("--json", action="store_true", help="print JSON, without asking")
     add_offline(parser)
 
 
 def run(call: Call) -> int:
     """
-    Show what would go, and remove it if that is wanted.
+    Show what would be removed, and remove it after confirmation.
     """
     options = call.options
     before = _before(call)
@@ -50,14 +50,14 @@ def run(call: Call) -> int:
     going = chosen(survey, targets_of(options.targets, naming), naming, before)
     size = survey.size(going.content)
     if not (going.entries or going.content):
-        call.terminal.say("ecr-proxy: the cache has nothing of it")
+        call.terminal.say("ecr-proxy: nothing in the cache matches")
     wanted = bool(options.yes and (going.entries or going.content))
     if not options.json:
         _show(call, going, size, naming)
         if (going.entries or going.content) and not options.yes and not options.dry_run:
             wanted = call.terminal.asks("Remove it?") is True
             if not wanted:
-                call.terminal.say("ecr-proxy: nothing was removed; --yes removes it")
+                call.terminal.say("ecr-proxy: nothing was removed; give --yes to remove it")
     outcome = _remove(call, holdings, going, size, before) if wanted else Counter()
     if options.json:
         _tell(call, survey, going, size, naming, outcome if wanted else None)
@@ -69,11 +69,11 @@ def run(call: Call) -> int:
 
 def _before(call: Call) -> float | None:
     """
-    Tell since when what stays was used, if only what is older is to go.
+    Return the time before which content must have been used last to be removed; None without an age.
     """
     options = call.options
     if not options.targets and options.older_than is None:
-        raise CommandError("say what to purge: see ecr-proxy purge --help; '*' is everything", MISUSED)
+        raise CommandError("nothing given to purge: see ecr-proxy purge --help; '*' is everything", MISUSED)
     try:
         age = parse_age(options.older_than) if options.older_than is not None else None
     except ValueError as problem:
@@ -114,7 +114,7 @@ def _sum_up(call: Call, outcome: Counter[str]) -> None:
     gone = f"{counted(outcome['entries'], 'entry', 'entries')} and {counted(outcome['files'], 'file')} of content"
     call.terminal.print(f"removed {gone}, {size_in_words(outcome['bytes'])}")
     if outcome["used"]:
-        call.terminal.print(f"{counted(outcome['used'], 'file')} used meanwhile: kept")
+        call.terminal.print(f"{counted(outcome['used'], 'file')} kept: used meanwhile")
     if outcome["stuck"]:
         call.terminal.say(f"ecr-proxy: {counted(outcome['stuck'], 'file')} can't be removed; the daemon's log says why")
 
@@ -141,22 +141,22 @@ def _tell(call: Call, survey: Survey, going: Chosen, size: int, naming: Naming, 
 
 PURGE: Final = Subcommand(
     name="purge",
-    summary="have the cache forget something",
+    summary="remove images and content from the cache",
     description=(
-        "Shows what would go, with its bytes, and removes it after a yes, or with --yes. With a tag goes what only it\n"
-        "leads to, with a repository all that is known of it; content goes when nothing leads to it any more. Who is\n"
-        "being sent something gets all of it. What is pulled next is asked of ECR afresh.\n"
-        "With --older-than each file is judged by its own last use, as when the cache makes room."
+        "Shows what would be removed, with its size, and removes it after confirmation, or with --yes. Purging a tag\n"
+        "also removes what only this tag references; purging a repository removes all its entries. Content is removed\n"
+        "when nothing references it. Responses in progress finish normally. Later pulls ask ECR again.\n"
+        "With --older-than, each file is selected by its own last use, as for eviction."
     ),
     examples=(
-        ("ecr-proxy purge team/app:v1", "show what would go with a tag; at a terminal, ask"),
+        ("ecr-proxy purge team/app:v1", "show what a tag would remove; on a terminal, ask"),
         ("ecr-proxy purge --yes team/app 'team/test-*'", "remove repositories"),
-        ("ecr-proxy purge --yes 'team/app:pr-*'", "remove all tags of a kind"),
+        ("ecr-proxy purge --yes 'team/app:pr-*'", "remove all matching tags"),
         (
             "ecr-proxy purge --yes 444455556666.dkr.ecr.us-east-1.amazonaws.com/team/app:v1",
             "a registry other than the default",
         ),
-        ("ecr-proxy purge --older-than 30d --dry-run", "show what nobody has used for a month"),
+        ("ecr-proxy purge --older-than 30d --dry-run", "show what was not used for a month"),
         ("ecr-proxy purge --yes '*'", "empty the cache"),
     ),
     settings=SETTINGS,

@@ -1,5 +1,5 @@
 """
-C{ecr-proxy serve}: the daemon itself.
+C{ecr-proxy serve}: start the daemon.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ecrproxy.settings.options import arguments_of
 
 def run(call: Call) -> int:
     """
-    Become the daemon, which reads its settings itself.
+    Replace this process by the daemon, which reads its settings itself.
     """
     call.world.become_daemon(arguments_of(call.flags))
 
@@ -21,9 +21,9 @@ SERVE = Subcommand(
     summary="start the daemon",
     description="Start the daemon in the foreground, exactly as: twistd -n --pidfile= ecr-proxy",
     examples=(
-        ("ecr-proxy serve", "with the variables of the environment"),
-        ("ecr-proxy serve --config /etc/ecr-proxy.toml", "with a configuration file"),
-        ("ecr-proxy serve --port 8080 --cache-dir ./cache", "a flag wins over its variable"),
+        ("ecr-proxy serve", "use the environment variables"),
+        ("ecr-proxy serve --config /etc/ecr-proxy.toml", "use a configuration file"),
+        ("ecr-proxy serve --port 8080 --cache-dir ./cache", "flags override variables"),
     ),
     settings=tuple(each.name for each in SETTINGS),
     reads=False,

@@ -1,8 +1,8 @@
 """
-What completes the command line in bash, zsh and fish: scripts made from the parser itself. Pure.
+Completion scripts for bash, zsh and fish, generated from the argument parser. Pure.
 
-A script knows subcommands, flags and choices as it is written. The names of repositories it asks for when they are
-needed, by C{ecr-proxy completion repositories}, which is quick or says nothing.
+Subcommands, flags and choices are written into the script. Repository names are queried on completion, with C{ecr-proxy
+completion repositories}, which returns quickly or prints nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ASK: Final = "ecr-proxy completion repositories 2>/dev/null"
 
 class Value(enum.Enum):
     """
-    What kind of a value something takes.
+    The kind of an argument's value.
     """
 
     NONE = enum.auto()
@@ -31,16 +31,16 @@ class Value(enum.Enum):
 _FILES: Final = ("FILE", "LIST", "PATH")
 _REPOSITORIES: Final = ("REPOSITORY", "IMAGE", "NAME[:TAG]", "NAME:TAG")
 _PATHS: Final = re.compile(r"--(ssl-key|ssl-certificate|client-ca|htpasswd|cache-dir)")
-"""The settings that are paths; their values are called VALUE."""
+"""Settings whose value is a path, although their metavar is VALUE."""
 
 
 @dataclass(frozen=True, slots=True)
 class Argument:
     """
-    A flag, or what a subcommand takes without one.
+    A flag, or a positional argument.
 
-    @ivar flags: none for the latter.
-    @ivar choices: what may stand there, if it is no open set.
+    @ivar flags: empty for positional arguments.
+    @ivar choices: all valid values; empty if any value is.
     """
 
     flags: Sequence[str]
@@ -62,23 +62,23 @@ class Word:
     @property
     def flags(self) -> Iterator[Argument]:
         """
-        Give those of its arguments that are flags.
+        Yield the flags.
         """
         return (each for each in self.arguments if each.flags)
 
     @property
     def rest(self) -> Argument | None:
         """
-        Give what it takes without a flag.
+        Return the positional argument; None if there is none.
         """
         return next((each for each in self.arguments if not each.flags), None)
 
 
 def words_of(parser: ArgumentParser) -> list[Word]:
     """
-    Read the subcommands from the parser; the first, which has no name, is the program itself.
+    Return the subcommands of a parser; the first, without a name, is the program itself.
     """
-    (choices,) = (each for each in parser._actions if each.dest == "subcommand")  # noqa: SLF001 (there is no public way)
+    (choices,) = (each for each in parser._actions if each.dest == "subcommand")  # noqa: SLF001 (no public API)
     inner: Mapping[str, ArgumentParser] = dict(choices.choices or {})
     summaries = {each.dest: each.help or "" for each in choices._get_subactions()}  # type: ignore[attr-defined]  # noqa: SLF001
     words = [Word("", "", _arguments([each for each in parser._actions if each is not choices]))]  # noqa: SLF001
@@ -91,7 +91,7 @@ def _arguments(actions: Iterable[Action]) -> list[Argument]:
 
 def _argument(action: Action) -> Argument:
     choices = [str(each) for each in action.choices or ()]
-    # What follows in brackets are variable and default: too much for a line of a menu.
+    # Leave out variable and default (in brackets): too long for a menu.
     told = re.split(r" \[|; ", (action.help or "").replace("%%", "%"))[0]
     return Argument(list(action.option_strings), told, _value(action), choices)
 
@@ -110,7 +110,7 @@ def _value(action: Action) -> Value:
 
 def for_bash(words: Sequence[Word]) -> str:
     """
-    Write the script for bash.
+    Generate the script for bash.
     """
     values = [
         f"    '{word.name} {flag}') {_bash_value(each)} ;;"
@@ -178,7 +178,7 @@ complete -F _ecr_proxy ecr-proxy
 
 def for_zsh(words: Sequence[Word]) -> str:
     """
-    Write the script for zsh: to be sourced, or to be found as C{_ecr-proxy} in its C{fpath}.
+    Generate the script for zsh: to be sourced, or installed as C{_ecr-proxy} in C{fpath}.
     """
     named = [word for word in words if word.name]
     lines = [_ZSH_HEAD, "    _arguments -C \\"]
@@ -249,7 +249,7 @@ fi
 
 def for_fish(words: Sequence[Word]) -> str:
     """
-    Write the script for fish.
+    Generate the script for fish.
     """
     lines = ["# fish completion for ecr-proxy", "complete -c ecr-proxy -f"]
     for word in words:
@@ -283,7 +283,7 @@ def _fish_quoted(text: str) -> str:
 
 def _quoted(text: str) -> str:
     """
-    Write a word as bash and zsh read it.
+    Quote a word for bash and zsh.
     """
     return "'" + text.replace("'", "'\\''") + "'"
 

@@ -1,5 +1,5 @@
 """
-C{ecr-proxy stats}: how the daemon stands.
+C{ecr-proxy stats}: show the state of the daemon.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from ecrproxy.settings.config import registries_of
 from ecrproxy.settings.values import parse_patience
 
 _ANEW: Final = "\x1b[H\x1b[2J"
-"""Has a terminal begin a page."""
+"""Clears a terminal."""
 _HASH: Final = 19
-"""So much of a digest tells it from others."""
+"""Characters of a digest that are shown."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """
-    Say what it can be called with.
+    Add the arguments to the parser.
     """
     parser.add_argument(
         "repositories",
         metavar="REPOSITORY",
         nargs="*",
-        help="tell of these alone, [REGISTRY/]NAME; it may have * and ?",
+        help="show only these repositories, [REGISTRY/]NAME, which may have * and ?",
     )
-    parser.add_argument("--json", action="store_true", help="write what /status.json says")
+    parser.add_argument("--json", action="store_true", help="print the contents of /status.json")
     parser.add_argument(
-        "--watch", metavar="SECONDS", nargs="?", const="2", help="again and again, each 2 seconds or so many"
+        "--watch", metavar="SECONDS", nargs="?", const="2", help="repeat at this interval, by default 2 seconds"
     )
 
 
 def run(call: Call) -> int:
     """
-    Tell it.
+    Run the subcommand; return the exit status.
     """
     options, daemon = call.options, call.daemon()
     try:
@@ -64,7 +64,7 @@ def run(call: Call) -> int:
 
 def _narrowed(call: Call, status: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Leave the transfers and the repositories that are named.
+    Keep only the transfers and repositories that the caller named.
     """
     tables = registries_of(call.flags, call.world.variables, call.file)
     default = {RegistryId.of_url(status["registry"])} if status["registry"] else set()
@@ -94,7 +94,7 @@ def _ready(status: Mapping[str, Any]) -> str:
 
 def _lines(status: Mapping[str, Any]) -> list[str]:
     cache, token, upstream, now = status["cache"], status["token"], status["upstream"], status["now"]
-    share = 100 * cache["bytes"] // (cache["limit"] or 1)  # no limit is known while no worker answers
+    share = 100 * cache["bytes"] // (cache["limit"] or 1)  # the limit is unknown while no worker answers
     fill = f"{size_in_words(cache['bytes'])} of {size_in_words(cache['limit'])} ({share} %)"
     rows = [
         ("registry", f"{status['registry']}, ecr-proxy {status['version']}, up for {_time(status['uptime'])}"),
@@ -144,7 +144,7 @@ def _upstream(upstream: Mapping[str, Any]) -> str:
 
 def _registries(status: Mapping[str, Any]) -> Iterator[str]:
     """
-    Tell how each registry is, if there are several.
+    Yield a line for each registry, if there are several.
     """
     if len(status["registries"]) > 1:
         yield ""
@@ -179,16 +179,16 @@ def _repositories(status: Mapping[str, Any]) -> Iterator[str]:
 
 STATS: Final = Subcommand(
     name="stats",
-    summary="tell how the daemon stands",
+    summary="show the state of the daemon",
     description=(
-        "Tells how full the cache is, how often and how much it saved, what is being transferred, and how token and\n"
-        "upstream are. Status 1 says that the daemon is not ready."
+        "Shows the size of the cache, its hits and savings, current transfers, and the state of token and upstream.\n"
+        "The exit status is 1 if the daemon is not ready."
     ),
     examples=(
         ("ecr-proxy stats", "once"),
-        ("ecr-proxy stats 'team/*'", "of the repositories of a team"),
-        ("ecr-proxy stats --watch", "until interrupted, each two seconds"),
-        ("ecr-proxy stats --json | jq .cache.bytes", "for a program"),
+        ("ecr-proxy stats 'team/*'", "show the repositories of a team"),
+        ("ecr-proxy stats --watch", "repeat every two seconds until interrupted"),
+        ("ecr-proxy stats --json | jq .cache.bytes", "output for a program"),
     ),
     settings=(*ASKS, *REGISTRIES),
     add_arguments=add_arguments,

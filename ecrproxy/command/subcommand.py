@@ -1,5 +1,5 @@
 """
-What a subcommand is made of, and what it is handed.
+The interface of subcommands.
 """
 
 from __future__ import annotations
@@ -16,22 +16,19 @@ from ecrproxy.settings.config import Filed
 
 FINE: Final = 0
 WRONG: Final = 1
-"""Something was found that is not as it should be."""
+"""Problems were found."""
 MISUSED: Final = 2
 UNDONE: Final = 3
-"""What was asked for could not be done."""
+"""The operation failed."""
 INTERRUPTED: Final = 130
-"""What shells give to an end by SIGINT."""
+"""The exit status of shells after SIGINT."""
 
-STATUSES: Final = (
-    "exit status: 0 all is well; 1 something was found wrong; 2 the command was used wrongly;"
-    " 3 it could not be done; 130 it was interrupted"
-)
+STATUSES: Final = "exit status: 0 success; 1 problems found; 2 invalid arguments; 3 operation failed; 130 interrupted"
 
 
 class CommandError(Exception):
     """
-    Why it can't be done, in one line, with what to do about it.
+    An operation failed. One line says why, and what to do.
 
     @ivar status: the exit status.
     """
@@ -44,15 +41,15 @@ class CommandError(Exception):
 @dataclass(frozen=True, slots=True)
 class World:
     """
-    What the command meets of the world.
+    The command's interface to the outside world.
 
-    @ivar variables: of the environment.
-    @ivar terminal: who called it.
-    @ivar now: seconds since the epoch.
-    @ivar seconds: seconds on a clock that is never set.
-    @ivar sleep: waits for so many seconds.
-    @ivar exchange: asks a daemon.
-    @ivar become_daemon: runs C{twistd ecr-proxy} in this process, with the flags given.
+    @ivar variables: environment variables.
+    @ivar terminal: the caller's terminal.
+    @ivar now: returns seconds since the epoch.
+    @ivar seconds: a monotonic clock.
+    @ivar sleep: sleeps for a number of seconds.
+    @ivar exchange: sends requests to a daemon.
+    @ivar become_daemon: runs C{twistd ecr-proxy} in this process, with the given flags.
     """
 
     variables: Mapping[str, str]
@@ -67,12 +64,12 @@ class World:
 @dataclass(frozen=True, slots=True)
 class Call:
     """
-    One call of a subcommand.
+    One invocation of a subcommand.
 
-    @ivar options: what it was called with.
-    @ivar flags: the settings among it as text, by setting name: what C{Config.load} takes.
-    @ivar file: what the configuration file says.
-    @ivar settings: the values of the settings that it names, by attribute of C{Config}; none if it does not read them.
+    @ivar options: the parsed arguments.
+    @ivar flags: the settings among them as text, by name, as for C{Config.load}.
+    @ivar file: the configuration file's contents.
+    @ivar settings: the values of the subcommand's settings, by attribute of C{Config}; empty if it does not read them.
     """
 
     options: Namespace
@@ -84,15 +81,15 @@ class Call:
     @property
     def terminal(self) -> Terminal:
         """
-        Who called.
+        The caller's terminal.
         """
         return self.world.terminal
 
     def daemon(self) -> Daemon:
         """
-        The daemon, to be asked on its operator's port. Needs C{ASKS} among the subcommand's settings.
+        Return the daemon, reached by its admin port. Needs C{ASKS} among the subcommand's settings.
 
-        @raise CommandError: if it has no such port.
+        @raise CommandError: if the admin port is off.
         """
         try:
             place = place_of(self.options.admin_url, self.settings["admin_listen"])
@@ -102,10 +99,10 @@ class Call:
 
 
 ASKS: Final = ("admin-listen",)
-"""The settings of a subcommand that asks the daemon on its operator's port."""
+"""The settings of subcommands that use the daemon's admin port."""
 
 REGISTRIES: Final = ("ecr-endpoint", "registry-aliases")
-"""The settings of a subcommand that is told of repositories."""
+"""The settings of subcommands that take repository names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,14 +110,13 @@ class Subcommand:
     """
     One subcommand.
 
-    @ivar summary: what it does, in half a line.
-    @ivar description: what it does, in a few sentences.
-    @ivar examples: command lines, each with what it does.
-    @ivar settings: the names of the settings that it takes as flags, with the daemon's own names and variables.
-    @ivar reads: whether it needs their values.
-    @ivar add_arguments: adds what else it takes.
-    @ivar run: does it.
-    @return: the exit status.
+    @ivar summary: half a line of help.
+    @ivar description: a few sentences of help.
+    @ivar examples: command lines with explanations.
+    @ivar settings: names of the daemon's settings that it takes as flags and variables.
+    @ivar reads: True if it needs their values.
+    @ivar add_arguments: adds its other arguments.
+    @ivar run: runs it; returns the exit status.
     """
 
     name: str

@@ -1,5 +1,5 @@
 """
-A cache as people think of it: repositories, images with and without a tag, what leads to what. Pure.
+The contents of a cache as users see them: repositories, tagged and untagged images, and their references. Pure.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ecrproxy.oci import Kind
 
 class Held(NamedTuple):
     """
-    An entry: that a repository's reference led to something.
+    An entry: a reference in a repository, and what it resolved to.
 
-    @ivar name: tells it from all others.
-    @ivar tag: the reference, if it is none by digest.
-    @ivar digests: what it leads to.
-    @ivar used: its last use, in seconds since the epoch.
-    @ivar moves: where a tag led before, the newest first.
+    @ivar name: unique name of the entry.
+    @ivar tag: the reference, unless it is a digest.
+    @ivar digests: what it resolves to.
+    @ivar used: last use, in seconds since the epoch.
+    @ivar moves: what a tag resolved to before, newest first.
     """
 
     name: str
@@ -46,10 +46,10 @@ class File(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Image:
     """
-    What a person calls an image: a tag, or a manifest that no tag and no index leads to.
+    A tag, or a manifest without a tag that no index lists.
 
-    @ivar digests: of its manifests: several, where clients were given it in several forms.
-    @ivar bytes: in the cache, of all that it leads to.
+    @ivar digests: of its manifests; several if clients requested different media types.
+    @ivar bytes: size in the cache of everything that it references.
     """
 
     repository: Repository
@@ -63,9 +63,9 @@ class Image:
 @dataclass(slots=True)
 class Survey:
     """
-    What a cache held when it was looked at.
+    The contents of a cache at one time.
 
-    @ivar lists: what each manifest lists.
+    @ivar lists: what each manifest references.
     """
 
     entries: list[Held] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Survey:
     @classmethod
     def of(cls, entries: Iterable[Any], content: Iterable[Any]) -> Survey:
         """
-        Read what was told.
+        Make a survey from the daemon's documents.
         """
         survey = cls()
         for told in content:
@@ -102,7 +102,7 @@ class Survey:
 
     def reached(self, roots: Iterable[str]) -> set[str]:
         """
-        Follow C{roots} to all that they lead to, themselves among it.
+        Return C{roots} and everything that they reference, directly or not.
         """
         reached: set[str] = set()
         waiting = list(roots)
@@ -115,19 +115,19 @@ class Survey:
 
     def size(self, digests: Iterable[str]) -> int:
         """
-        Add up what is in the cache of C{digests}, each once.
+        Return the bytes in the cache for C{digests}, each counted once.
         """
         return sum(self.content[each].bytes for each in set(digests) if each in self.content)
 
     def registries(self) -> set[RegistryId]:
         """
-        Tell of which registries there is something.
+        Return the registries that have entries.
         """
         return {each.registry for each in self._repositories.values()}
 
     def by_repository(self, called: Callable[[Repository], str]) -> dict[Repository, list[Held]]:
         """
-        Give the entries of each repository, in the order of what they are called.
+        Return the entries of each repository, sorted by displayed name.
         """
         found: defaultdict[Repository, list[Held]] = defaultdict(list)
         for each in self.entries:
@@ -136,7 +136,7 @@ class Survey:
 
     def images(self, entries: Iterable[Held]) -> list[Image]:
         """
-        Tell the images among one repository's entries, those with a tag first.
+        Return the images among one repository's entries, those with a tag first.
         """
         tags: defaultdict[str, list[Held]] = defaultdict(list)
         single: defaultdict[str, list[Held]] = defaultdict(list)
@@ -158,5 +158,5 @@ class Survey:
     def _image(self, tag: str | None, entries: Sequence[Held]) -> Image:
         digests = sorted({digest for each in entries for digest in each.digests})
         used = max(each.used for each in entries)
-        moves = entries[0].moves if tag is not None else ()  # those of a tag are the same, whatever the cache key
+        moves = entries[0].moves if tag is not None else ()  # a tag's moves are the same for all cache keys
         return Image(entries[0].repository, tag, digests, self.size(self.reached(digests)), used, moves)

@@ -1,5 +1,5 @@
 """
-What people and programs read of the command: lines, tables, progress, and figures in words.
+Input and output of the command: lines, tables, progress bars, and formatted numbers.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ _KIBI: Final = 1024
 _TEN: Final = 10
 _AGES: Final = ((86400 * 2, 86400, "day"), (3600 * 2, 3600, "hour"), (60 * 2, 60, "minute"), (0, 1, "second"))
 _DRAWN_SECONDS: Final = 0.1
-"""How often a bar is drawn at the most."""
+"""Minimum interval between redraws of a bar."""
 _TOLD_SECONDS: Final = 10.0
-"""How often a log is told of progress."""
+"""Interval between progress lines in logs."""
 _BAR: Final = 24
 _NARROW: Final = 80
 
 
 def size_in_words(size: float) -> str:
     """
-    Write a number of bytes for people, in powers of 1024 as the settings have it.
+    Format a number of bytes in powers of 1024, like the settings.
     """
     for unit in _UNITS:
         if abs(size) < _KIBI or unit == _UNITS[-1]:
@@ -35,28 +35,28 @@ def size_in_words(size: float) -> str:
 
 def counted(count: int, one: str, many: str = "") -> str:
     """
-    Write how many there are of something.
+    Format a count with its noun.
 
-    @param many: its plural, if that has more than an s behind C{one}.
+    @param many: the plural, if it is not C{one} with an s.
     """
     return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def age_in_words(seconds: float) -> str:
     """
-    Write how long ago something was.
+    Format how long ago something was.
     """
     for least, unit, name in _AGES:
         if seconds >= least:
             return f"{counted(int(seconds // unit), name)} ago"
-    return "just now"  # by a clock that was set back
+    return "just now"  # negative if the clock was set back
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """
-    Write rows below each other, the first of which names the columns.
+    Format rows as a table; the first row has the headings.
 
-    @param right: the columns whose ends are below each other, as those of figures.
+    @param right: the columns to align right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -71,7 +71,7 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]
 @dataclass(frozen=True, slots=True)
 class Terminal:
     """
-    Who called the command: what he types, and what he reads.
+    The caller's standard input, output and error.
     """
 
     stdin: TextIO
@@ -81,14 +81,14 @@ class Terminal:
     @property
     def watched(self) -> bool:
         """
-        Tell whether a person reads stderr.
+        Return True if stderr is a terminal.
         """
         return self.stderr.isatty()
 
     @property
     def columns(self) -> int:
         """
-        Tell how many characters a line of stderr has.
+        Return the width of stderr in characters.
         """
         try:
             return os.get_terminal_size(self.stderr.fileno()).columns or _NARROW
@@ -97,26 +97,26 @@ class Terminal:
 
     def print(self, line: str = "") -> None:
         """
-        Write a line of the answer.
+        Print a line of output.
         """
         self.stdout.write(printable(line) + "\n")
 
     def tell(self, document: object, *, in_one_line: bool = False) -> None:
         """
-        Write the answer for a program: JSON, in ASCII.
+        Print output for programs: JSON, in ASCII.
         """
         self.stdout.write(json.dumps(document, indent=None if in_one_line else 2) + "\n")
 
     def say(self, line: str) -> None:
         """
-        Write a line about the work itself.
+        Print a message to stderr.
         """
         self.stderr.write(printable(line) + "\n")
         self.stderr.flush()
 
     def asks(self, question: str) -> bool | None:
         """
-        Ask for a yes; none if nobody is there to answer.
+        Ask for confirmation; None if stdin is not a terminal.
         """
         if not (self.stdin.isatty() and self.watched):
             return None
@@ -128,21 +128,21 @@ class Terminal:
 
 def printable(line: str) -> str:
     """
-    Take from a line what would be a terminal's commands: names come from elsewhere.
+    Remove control characters from a line: names may come from an attacker.
     """
     return line if line.isprintable() else "".join(each if each.isprintable() else "?" for each in line)
 
 
 class Progress:
     """
-    How far something is: a bar that is drawn again and again for people, a line now and then for logs.
+    Progress of an operation: a bar on terminals, a line now and then in logs.
 
-    To be used with C{with}: whatever ends the work, the bar does not stay behind.
+    Use as a context manager, so that the bar is erased however the operation ends.
 
-    @param what: is being done.
-    @param total: bytes in all; none while that isn't known.
-    @param seconds: a clock that is never set.
-    @param in_words: writes an amount, where it is none of bytes.
+    @param what: name of the operation.
+    @param total: total bytes; None if unknown.
+    @param seconds: a monotonic clock.
+    @param in_words: formats an amount, if it is not in bytes.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Progress:
 
     def advance(self, size: int) -> None:
         """
-        Note that so many bytes more are done.
+        Add completed bytes.
         """
         self.done += size
         now = self._seconds()
@@ -176,7 +176,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """
-        Write a line that stays.
+        Print a line above the bar.
         """
         self._wipe()
         self._terminal.say(line)
@@ -204,7 +204,7 @@ class Progress:
 
     def words(self) -> str:
         """
-        Write how far it is, how fast, and how long it will take.
+        Format the progress, the speed and the remaining time.
         """
         rate = self.done / max(self._seconds() - self._began, 1e-3)
         told = f"{self._in_words(self.done)}, {self._in_words(rate)}/s"
@@ -217,7 +217,7 @@ class Progress:
 
 def _clock(seconds: float) -> str:
     """
-    Write a time as clocks do.
+    Format a duration like a clock.
     """
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02}"

@@ -1,5 +1,5 @@
 """
-C{ecr-proxy verify}: hold all content against its digests.
+C{ecr-proxy verify}: verify the digests of all content.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ecrproxy.settings.values import parse_size
 
 def add_arguments(parser: ArgumentParser) -> None:
     """
-    Say what it can be called with.
+    Add the arguments to the parser.
     """
     add = parser.add_argument
-    add("--keep", action="store_true", help="leave what is bad where it is, and only tell of it")
-    add("--rate", metavar="SIZE", help="hash so much a second at the most: 100m")
-    add("--from", dest="first", metavar="DIGEST", help="begin with this one: where a run that was interrupted stopped")
+    add("--keep", action="store_true", help="report corrupt content, but keep it")
+    add("--rate", metavar="SIZE", help="maximum bytes to hash per second: 100m")
+    add("--from", dest="first", metavar="DIGEST", help="start at this digest, to resume an interrupted run")
     add("--json", action="store_true", help="write JSON")
     add_offline(parser)
 
@@ -31,10 +31,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 @dataclass(slots=True)
 class Found:
     """
-    What was found so far.
+    The results so far.
 
-    @ivar at: the digest whose turn it is.
-    @ivar bad: what was told of those that are not good.
+    @ivar at: the current digest.
+    @ivar bad: the reports of corrupt files.
     """
 
     at: str | None = None
@@ -46,7 +46,7 @@ class Found:
 
 def run(call: Call) -> int:
     """
-    Hash them all, and drop what is bad.
+    Hash all content, and drop what is corrupt.
     """
     options = call.options
     try:
@@ -74,7 +74,7 @@ def _verdicts(
     holdings: Holdings, digests: Sequence[str], rate: float | None, found: Found, *, keep: bool
 ) -> Iterator[Any]:
     """
-    Yield what is told, and note it.
+    Yield the reports, and record them.
     """
     left = iter(digests)
     found.at = next(left, None)
@@ -106,16 +106,16 @@ def _sum_up(call: Call, found: Found) -> None:
 
 VERIFY: Final = Subcommand(
     name="verify",
-    summary="hold all content against its digests",
+    summary="verify the digests of all content",
     description=(
-        "Hashes every file of content, and drops what is not what its name says: it is fetched anew when it is asked\n"
-        "for. Status 1 says that there was some. It can be interrupted at any time, and goes on where it was with\n"
-        "--from. The daemon does it beside its work, in small steps; --rate leaves the disk more time."
+        "Hashes every file of content, and drops corrupt ones, which are fetched again on request. The exit status is\n"
+        "1 if there were any. You can interrupt it at any time, and resume with --from. The daemon does the work in\n"
+        "small steps; --rate leaves more of the disk's bandwidth to clients."
     ),
     examples=(
-        ("ecr-proxy verify", "all of it"),
-        ("ecr-proxy verify --rate 50m", "gently, 50 MiB a second"),
-        ("ecr-proxy verify --keep --json", "find out, and change nothing"),
+        ("ecr-proxy verify", "verify everything"),
+        ("ecr-proxy verify --rate 50m", "limit the load to 50 MiB per second"),
+        ("ecr-proxy verify --keep --json", "report only, and change nothing"),
     ),
     settings=SETTINGS,
     add_arguments=add_arguments,

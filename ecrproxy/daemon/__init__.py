@@ -1,3 +1,3 @@
 """
-The process, or processes: ports, certificates, signals, and how all of it ends.
+The daemon's processes: ports, certificates, signals, shutdown.
 """

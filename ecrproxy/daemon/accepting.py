@@ -1,8 +1,8 @@
 """
-When connections are accepted: as long as there are descriptors for them.
+Accepting connections only while there are descriptors for them.
 
-What can't be accepted waits in the kernel's backlog. Twisted instead takes and closes each connection for which there
-is no descriptor, with three lines of log, and would be asked again at once.
+Connections that can't be accepted wait in the kernel's backlog. Twisted would accept and close each connection without
+a descriptor, log three lines, and try again at once.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 log = Logger()
 
 RETRY_SECONDS: Final = 1.0
-"""When to look again for descriptors that no client has given back."""
+"""Interval for retrying when descriptors were exhausted by something other than clients."""
 _NONE_LEFT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Gate:
     """
-    Pauses listening sockets while there are as many connections as there may be, or no descriptor for another.
+    Pauses listening sockets at the maximum number of connections, or when no descriptor is left.
 
-    @param most: connections that may be open at once, through all sockets of this gate.
-    @ivar inside: those that are open.
+    @param most: maximum number of open connections, through all sockets of this gate.
+    @ivar inside: open connections.
     """
 
     def __init__(self, clock: IReactorTime, most: int = sys.maxsize) -> None:
@@ -43,19 +43,19 @@ class Gate:
 
     def guard(self, port: Any) -> None:  # noqa: ANN401
         """
-        Have a port, which listens already, accept by this gate alone.
+        Make a listening port accept through this gate.
         """
         port.socket = _Guarded(port.socket, self)
         self._ports.append(port)
 
     def admit(self, accept: Callable[[], tuple[int, Any]]) -> tuple[int, Any]:
         """
-        Accept a connection; gives its descriptor.
+        Accept a connection; return its descriptor and address.
 
-        @raise BlockingIOError: if there is none, or it has to wait.
+        @raise BlockingIOError: if none is waiting, or the gate pauses.
         """
         if self.inside >= self._most:
-            self._pause(f"{self.inside} connections are open, as many as RLIMIT_NOFILE leaves room for")
+            self._pause(f"{self.inside} connections are open, the maximum for RLIMIT_NOFILE")
             raise BlockingIOError(errno.EAGAIN, "paused")
         try:
             accepted = accept()
@@ -70,7 +70,7 @@ class Gate:
 
     def left(self) -> None:
         """
-        Note that a connection is closed.
+        Record that a connection is closed.
         """
         self.inside -= 1
         self._resume()
@@ -95,7 +95,7 @@ class Gate:
 
 class _Guarded:
     """
-    A listening socket that accepts by a gate.
+    A listening socket that accepts through a gate.
     """
 
     def __init__(self, listening: Any, gate: Gate) -> None:  # noqa: ANN401
@@ -106,14 +106,14 @@ class _Guarded:
         return getattr(self._listening, name)
 
     def accept(self) -> tuple[socket.socket, Any]:
-        # The public accept() makes a socket of the descriptor; another would have to be made of that one.
+        # The public accept() would wrap the descriptor in a socket of the wrong class.
         descriptor, address = self._gate.admit(self._listening._accept)  # noqa: SLF001
         return _Counted(*self._kind, descriptor, self._gate), address
 
 
 class _Counted(socket.socket):
     """
-    A connection's socket, which tells a gate when it is closed.
+    A connection's socket, which notifies a gate when it is closed.
     """
 
     def __init__(self, family: int, kind: int, protocol: int, descriptor: int, gate: Gate) -> None:

@@ -1,11 +1,11 @@
 """
-Connections through a load balancer that speaks the PROXY protocol, versions 1 and 2: HAProxy's doc/proxy-protocol.txt.
+Connections from a load balancer that uses the PROXY protocol, versions 1 and 2: HAProxy's doc/proxy-protocol.txt.
 
-Nothing behind this sees a connection before its header has come: the client's address is known from the first moment,
-and connections without one take nothing from the limits of clients. They have a limit and a deadline of their own.
+The wrapped protocol sees a connection only after its header has arrived: it knows the client's address from the start,
+and connections without a header do not count against the limits for clients. They have their own limit and timeout.
 
-Twisted's wrapper connects what it wraps at once, waits for a header without end, takes no C{PROXY UNKNOWN} without
-addresses nor a header that comes in two pieces, and raises for malformed addresses.
+Twisted's wrapper connects the wrapped protocol at once, waits forever for a header, rejects C{PROXY UNKNOWN} without
+addresses and headers that arrive in two pieces, and raises on malformed addresses.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 log = Logger()
 
 HEADER_SECONDS: Final = 5
-"""Deadline for the header. The protocol's document asks for at least 3, which cover one retransmission."""
+"""Timeout for the header, in seconds. The protocol's specification recommends at least 3, for one retransmission."""
 WAITING: Final = 1024
-"""Connections that may be without a header at once, if there are descriptors for as many."""
+"""Maximum number of connections without a header, if there are enough descriptors."""
 LONGEST: Final = 4096
-"""Bytes that a header of version 2 may have: its addresses take 36, the rest is for what balancers tell besides."""
+"""Maximum bytes of a version 2 header: the addresses take 36, extensions the rest."""
 
 _TEXT: Final = b"PROXY "
 _TEXT_LONGEST: Final = 107
@@ -43,7 +43,7 @@ _SIGNATURE: Final = b"\r\n\r\n\0\r\nQUIT\n"
 _FIXED: Final = 16
 _LOCAL, _PROXY = 0x20, 0x21
 _ADDRESSES: Final = {1: "!4s4s2H", 2: "!16s16s2H"}
-"""The layout of addresses and ports, by family."""
+"""Layout of addresses and ports, by family."""
 _UNIX: Final = 3
 _DATAGRAM: Final = 2
 
@@ -54,9 +54,9 @@ class Header(NamedTuple):
     """
     A PROXY header.
 
-    @ivar size: its length in bytes.
-    @ivar source: the client; none if the balancer speaks for itself, or does not know.
-    @ivar destination: where the client connected to; likewise.
+    @ivar size: length in bytes.
+    @ivar source: the client's address; None if the balancer itself connected, or does not know it.
+    @ivar destination: the address that the client connected to; None likewise.
     """
 
     size: int
@@ -66,9 +66,9 @@ class Header(NamedTuple):
 
 def parse_header(data: bytes) -> Header | None:
     """
-    Parse the header at the start of a connection; none if more bytes are needed.
+    Parse the header at the start of a connection; return None if more bytes are needed.
 
-    @raise ValueError: if there is no valid header.
+    @raise ValueError: if the header is missing or invalid.
     """
     if data.startswith(_SIGNATURE[: len(data)]):
         return _parse_binary(data)
@@ -81,7 +81,7 @@ def _parse_text(data: bytes) -> Header | None:
     end = data.find(b"\r\n", 0, _TEXT_LONGEST)
     if end < 0:
         if len(data) >= _TEXT_LONGEST:
-            raise ValueError("a PROXY header without end")
+            raise ValueError("a PROXY header that does not end")
         return None
     family, *fields = data[len(_TEXT) : end].decode("latin-1").split(" ")
     if family == "UNKNOWN":
@@ -104,13 +104,13 @@ def _ip(family: str, text: str) -> object:
     except ValueError:
         found = None
     if found is None or "%" in text:
-        raise ValueError(f"a PROXY header with an address that is none of {family}")
+        raise ValueError(f"a PROXY header with an address that is not {family}")
     return found
 
 
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or len(text) > len("65535"):
-        raise ValueError("a PROXY header with a port that is none")
+        raise ValueError("a PROXY header with an invalid port")
     return int(text)
 
 
@@ -142,7 +142,7 @@ def _address(found: object, port: int) -> Address:
 @implementer(IHalfCloseableProtocol)
 class Balanced(ProtocolWrapper):
     """
-    One connection. Once its header has come, what is behind it is connected.
+    One connection. The wrapped protocol is connected after the header has arrived.
     """
 
     factory: BalancedFactory
@@ -206,9 +206,9 @@ class Balanced(ProtocolWrapper):
 
     def readConnectionLost(self) -> None:
         """
-        Tell what is behind that the client sends nothing more. Without a header nothing is, and TLS knows no half.
+        Pass the end of the client's data on. Without a header nothing is connected yet, and TLS has no half-close.
         """
-        # What it says that it provides it may have from this very connection, as TLS does.
+        # Ask the class: an instance that proxies its transport's interfaces, such as TLS, may answer for this one.
         if IHalfCloseableProtocol.implementedBy(type(self.wrappedProtocol)):
             self.wrappedProtocol.readConnectionLost()
         else:
@@ -216,7 +216,7 @@ class Balanced(ProtocolWrapper):
 
     def writeConnectionLost(self) -> None:
         """
-        Do nothing: what is behind has asked for it.
+        Do nothing: the wrapped protocol asked for it.
         """
 
     def getPeer(self) -> Any:  # noqa: ANN401, D102
@@ -228,11 +228,11 @@ class Balanced(ProtocolWrapper):
 
 class BalancedFactory(WrappingFactory[Balanced]):
     """
-    Makes them.
+    Builds L{Balanced} connections.
 
-    @param most: connections that may be without a header at once. One too many has the oldest closed: a balancer sends
-        the header at once, whoever is silent has less right to wait the longer it does.
-    @ivar waiting: those that are, the oldest first.
+    @param most: maximum number of connections without a header. At the limit the oldest is closed: balancers send the
+        header at once, so the longest silent connection is the least likely to be one.
+    @ivar waiting: the connections without a header, oldest first.
     """
 
     noisy = False
@@ -247,7 +247,7 @@ class BalancedFactory(WrappingFactory[Balanced]):
 
     def arrived(self, connection: Balanced) -> None:
         """
-        Let a connection wait for its header.
+        Register a connection that waits for its header.
         """
         if len(self.waiting) >= self._most:
             oldest = next(iter(self.waiting))

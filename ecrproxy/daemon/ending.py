@@ -1,11 +1,11 @@
 """
-How the daemon ends, and what it does on signals.
+Shutdown and signals.
 
-It ends part after part, the outermost first. Nobody is let in any more; connections that wait for nothing are closed;
-each response under way goes on and is the last of its connection, up to a limit, after which it is cut. Only then the
-parts that a response may need are stopped.
+Parts stop in order, outermost first. New connections are refused and idle ones closed; each response in flight is
+finished as the last of its connection, up to a time limit, after which it is aborted. Only then the parts that
+responses depend on stop.
 
-Only responses are waited for. What comes in from upstream and has no reader is left where it is.
+Shutdown waits for responses only. Downloads from upstream without a reader are abandoned.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class Connection(Protocol):
 
     def end(self) -> None:
         """
-        Close once the client has the response that it waits for, at once if it waits for none.
+        Close after the response in flight; at once if there is none.
         """
 
     def cut(self) -> None:
         """
-        Close at once, whatever the client waits for.
+        Close at once.
         """
 
 
 class Connections:
     """
-    The client connections of a site.
+    The open client connections of a site.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Connections:
     @property
     def draining(self) -> bool:
         """
-        Whether each response is to be the last of its connection.
+        Whether each response is the last of its connection.
         """
         return self._all_closed is not None
 
@@ -65,20 +65,20 @@ class Connections:
 
     def opened(self, connection: Connection) -> None:
         """
-        Take note of a connection.
+        Add a connection.
         """
         self._open.add(connection)
 
     def closed(self, connection: Connection) -> None:
         """
-        Take note of its end.
+        Remove a connection.
         """
         self._open.discard(connection)
         self._look()
 
     def drain(self) -> Deferred[None]:
         """
-        Have each connection end; fires when none is left.
+        Let each connection end after its response; fires when none is left.
         """
         all_closed: Deferred[None] = Deferred()
         self._all_closed = all_closed
@@ -89,7 +89,7 @@ class Connections:
 
     def cut(self) -> None:
         """
-        Close those that are left.
+        Close the remaining connections at once.
         """
         for each in list(self._open):
             each.cut()
@@ -101,9 +101,9 @@ class Connections:
 
 class Drain(Service):
     """
-    Lets clients have what they are being sent before what it comes from is stopped.
+    Lets responses finish before the parts that they depend on stop.
 
-    @param limit: seconds that they may take.
+    @param limit: maximum seconds.
     """
 
     def __init__(self, connections: Connections, limit: float, clock: IReactorTime) -> None:
@@ -111,30 +111,30 @@ class Drain(Service):
 
     def stopService(self) -> Deferred[None]:
         """
-        Have the connections end.
+        End the connections.
 
-        @return: fires when they have, or were cut.
+        @return: fires when all have ended or were cut.
         """
         super().stopService()
         limit = self._clock.callLater(self._limit, self._cut)
         drained = self._connections.drain().addCallback(lambda _: limit.cancel() if limit.active() else None)
         if left := len(self._connections):
-            log.info("Ending: connections that are let end, for {limit:g} s: {left}", left=left, limit=self._limit)
+            log.info("Shutting down: waiting up to {limit:g} s for {left} connections", left=left, limit=self._limit)
         return drained
 
     def _cut(self) -> None:
-        log.warn("Ending: connections that took too long and are cut: {left}", left=len(self._connections))
+        log.warn("Shutting down: aborted {left} connections that took too long", left=len(self._connections))
         self._connections.cut()
 
 
 class InOrder(MultiService):
     """
-    Parts that stop one after another, the last first: each once those that were added after it have stopped.
+    Services that stop one after another in reverse order: each once those added after it have stopped.
     """
 
     def stopService(self) -> Deferred[None]:
         """
-        Stop them.
+        Stop all services.
 
         @return: fires when the first has stopped.
         """
@@ -145,19 +145,19 @@ class InOrder(MultiService):
         for part in reversed(list(self)):
             try:
                 await maybeDeferred(part.stopService)
-            except Exception:  # noqa: BLE001 (the others are to stop all the same)
+            except Exception:  # noqa: BLE001 (the other services must still stop)
                 log.failure("{part} did not stop in order", part=part)
 
 
 class Signals(Service):
     """
-    What signals do: SIGTERM and SIGINT end the daemon, in order, or at once if it is ending. SIGHUP has it read again.
+    Signal handlers: SIGTERM and SIGINT shut down, or exit at once during a shutdown. SIGHUP reloads.
 
-    Twisted has handlers of its own, after which the process ends by the signal, whatever was done in good order.
+    With Twisted's own handlers the process would die of the signal even after an orderly shutdown.
 
-    @param end: ends the daemon in order.
-    @param at_once: ends it, from within the handler: the reactor may be what hangs.
-    @param reread: reads again what the daemon serves with.
+    @param end: starts the shutdown.
+    @param at_once: exits from within the handler: the reactor may hang.
+    @param reread: reloads files.
     """
 
     def __init__(
@@ -172,22 +172,22 @@ class Signals(Service):
 
     def privilegedStartService(self) -> None:
         """
-        Have the handlers installed before any part that starts says that it is ready.
+        Install the handlers before any part that starts reports that it is ready.
         """
         super().privilegedStartService()
-        self._reactor.callWhenRunning(self._install)  # Twisted's own come with the start of the reactor
+        self._reactor.callWhenRunning(self._install)  # Twisted installs its own when the reactor starts
 
     def _install(self) -> None:
         for number in ENDING:
             signal.signal(number, self.told_to_end)
         signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._reread))
-        if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:  # it means a new log file, and there is none
+        if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:  # its purpose is to rotate a log file, and there is none
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
     def told_to_end(self, number: int, _frame: object = None) -> None:
         """
-        Be told once, or once more.
+        Handle SIGTERM or SIGINT; the second one exits at once.
         """
         if self._told:
             self._at_once(number)

@@ -1,9 +1,9 @@
 """
 Ends a process that has no memory or no threads left.
 
-Such a process neither serves nor ends: each request fails in another place, and so does the event loop. A thread of its
-own asks for a little of either. When that fails, the process gives back the threads that it does not need; when it has
-failed several times in a row, the process ends with one line, for its supervisor to start another.
+Such a process neither serves nor exits: requests and the event loop fail in random places. A separate thread regularly
+tries to get some memory and a thread. If that fails, the process releases threads that it does not need; after several
+failures in a row it exits with one line, so that its supervisor starts another.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from twisted.application.service import Service
 
 PAUSE_SECONDS: Final = 1.0
 TRIES: Final = 5
-"""How often in a row a look has to fail: a moment without memory passes."""
+"""Failures in a row before the process exits: a short lack of memory passes."""
 BEGIN_SECONDS: Final = 10.0
-"""How long a thread that was started may take to begin: on a busy machine it waits for a processor."""
+"""Timeout for a new thread to start running: on a busy machine it waits for a CPU."""
 PIECE: Final = 8 * 2**20
-"""Bytes of memory that are asked for: a thread's stack has as many."""
+"""Bytes of memory to try: as many as a thread's stack."""
 _MEMORY: Final = "Out of memory: ending; raise the limit of memory or address space (MemoryMax, ulimit -v)"
 _THREADS: Final = "No thread can be started: ending; raise the limit of threads (TasksMax, pids.max, ulimit -u)"
 
 
 def look() -> str | None:
     """
-    Tell what this process can't have any more; none if all is well.
+    Return what this process has run out of; None if nothing.
     """
     begun = _thread.allocate_lock()
     begun.acquire()
     try:
-        mmap.mmap(-1, PIECE).close()  # not what Python or malloc may still have in store
+        mmap.mmap(-1, PIECE).close()  # bypasses the free memory that Python and malloc keep
         _thread.start_new_thread(begun.release, ())
     except (MemoryError, OSError):
         return _MEMORY
     except RuntimeError:
         return _THREADS
-    # Not Thread.start(): that waits for ever for a thread that has no memory to begin with.
+    # Not Thread.start(): it waits forever if the thread has no memory to start with.
     return None if begun.acquire(timeout=BEGIN_SECONDS) else _THREADS
 
 
 class Orphaned:
     """
-    A look that finds a worker still there long after its parent has exited: its event loop hangs, and keeps the port.
+    A check for workers that still run long after their parent has exited: the event loop hangs, and keeps the port.
 
     @param limit: seconds for which a worker may outlive its parent.
     @param parent: returns the id of the parent process.
-    @param seconds: the time, on a clock that nobody sets.
+    @param seconds: a monotonic clock.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Orphaned:
 
     def __call__(self) -> str | None:
         """
-        Look at the parent, and at what L{look} looks at.
+        Check the parent, then what L{look} checks.
         """
         if self._parent() == self._first:
             self._since = self._seconds()
@@ -78,12 +78,12 @@ class Orphaned:
 
 class Exhaustion(Service):
     """
-    Looks whether there is memory, and threads, as long as it runs.
+    Checks regularly that memory and threads are available.
 
-    @param end: ends the process; told why, in the thread that looks.
-    @param relieve: gives back what the process can do without. Called in the thread that looks, each time that fails.
+    @param end: exits the process; called with the reason, in the thread that checks.
+    @param relieve: releases resources that the process can do without; called in the same thread after each failure.
     @param look: see L{look}.
-    @param sleep: waits so many seconds.
+    @param sleep: sleeps for a number of seconds.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Exhaustion(Service):
         look: Callable[[], str | None] = look,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        # Not time.sleep(): that may fail while the clock is being set.
+        # Not time.sleep(): it may fail while the clock is being set.
         self._end, self._relieve, self._look, self._sleep = end, relieve, look, sleep or Event().wait
 
     def startService(self) -> None:  # noqa: D102
@@ -102,7 +102,7 @@ class Exhaustion(Service):
 
     def watch(self) -> None:
         """
-        Look again and again. Called in a thread.
+        Check in a loop. Runs in a thread.
         """
         failed = 0
         while self.running:

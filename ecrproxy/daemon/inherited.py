@@ -1,8 +1,8 @@
 """
 The listening sockets that a worker inherits from its parent, instead of binding its own.
 
-All workers share them: the first to call accept(2) gets a connection, and none is lost when a worker ends. With a
-socket for each worker (SO_REUSEPORT), the kernel would reset those that are queued at a worker that ends.
+All workers share them: the first to call accept(2) gets a connection, and no connection is lost when a worker exits.
+With one socket per worker (SO_REUSEPORT), the kernel would reset the queued connections of a worker that exits.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.unix import Port as UNIXPort
 
 VARIABLE: Final = "ECRPROXY_WORKER"
-"""Set in a worker's environment, to the number of listening sockets that it inherits."""
+"""Set in a worker's environment to the number of listening sockets that it inherits."""
 CHANNEL_FD: Final = 3
 """A worker's end of the channel to its parent."""
 SOCKETS_FD: Final = 4
-"""The first of the listening sockets in a worker; the others follow."""
+"""A worker's first listening socket; the others follow."""
 HELD_BACK: Final = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGUSR1})
-"""Signals that are blocked in a worker until it has its handlers. A terminal, or a service manager, sends them to all
-processes at once; the default is to end, with SIGINT in a traceback. SIGTERM is not among them: to end is right."""
+"""Signals that are blocked in a worker until its handlers are installed. A terminal or service manager sends them to
+all processes at once; by default they kill, SIGINT with a traceback. Not SIGTERM: dying of it is right."""
 BACKLOG: Final = 4096
-"""Connections that the kernel may keep waiting for a listening socket; it takes no more than net.core.somaxconn."""
+"""Maximum queue of a listening socket; the kernel limits it to net.core.somaxconn."""
 
 
 def inherited_sockets(environ: Mapping[str, str]) -> int | None:
     """
-    Return the number of listening sockets that this process has inherited; None if it is no worker.
+    Return the number of listening sockets that this process has inherited; None if it is not a worker.
     """
     text = environ.get(VARIABLE, "")
     return int(text) if re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) else None
@@ -52,7 +52,7 @@ class Inherited:
 
     def listen(self, factory: Any) -> Deferred[Any]:  # noqa: ANN401
         """
-        Take the next socket, as an endpoint.
+        Take the next socket, like an endpoint.
         """
         return succeed(self._adopt(factory))
 
@@ -60,8 +60,8 @@ class Inherited:
         """
         Take the next socket.
 
-        The port duplicates the descriptor, and the inherited one is closed: left open, it would keep the address taken,
-        and clients waiting there, after a worker whose parent is gone has stopped listening.
+        The port duplicates the descriptor, and the inherited one is closed. Left open, it would keep the address in
+        use, with clients in its queue, after a worker without a parent has stopped listening.
         """
         with socket.socket(fileno=self._left.pop(0)) as inherited:
             if inherited.family == socket.AF_UNIX:
@@ -70,33 +70,33 @@ class Inherited:
 
     def _adopt_path(self, fd: int, factory: Any) -> Any:  # noqa: ANN401
         """
-        Take a socket that has a path.
+        Take a Unix socket.
 
-        The path is the parent's: Twisted would change its mode now, and unlink it later.
+        The path belongs to the parent: Twisted would change its mode now, and unlink it later.
         """
         port: Any = UNIXPort._fromListeningDescriptor(self._reactor, fd, factory)  # noqa: SLF001 (as the reactor does)
-        port._bindPath = b"\0" + port._bindPath  # noqa: SLF001 (no path, as far as Twisted can see)
-        port._shouldShutdown = False  # noqa: SLF001 (the others go on listening, as with adopted TCP ports)
+        port._bindPath = b"\0" + port._bindPath  # noqa: SLF001 (to Twisted, an abstract socket)
+        port._shouldShutdown = False  # noqa: SLF001 (other workers still listen; likewise for adopted TCP ports)
         port.backlog = BACKLOG
         port.startListening()
         return _until_shut_down(port)
 
     def listenTCP(self, port: int, factory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
         """
-        Take a socket.
+        Take a TCP socket.
         """
         return self._adopt(factory)
 
     def listenUNIX(self, address: str, factory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
         """
-        Take a socket.
+        Take a Unix socket.
         """
         return self._adopt(factory)
 
 
 class _Shared(socket.socket):
     """
-    A listening socket that another process may shut down: nobody comes any more then, and that is no error.
+    A listening socket that another process may shut down. After that no connections come, without an error.
     """
 
     def accept(self) -> tuple[socket.socket, Any]:
@@ -113,9 +113,9 @@ class _Shared(socket.socket):
 
 def _until_shut_down(port: Any) -> Any:  # noqa: ANN401
     """
-    Close a port when its socket is shut down: the parent may do that before this process has stopped.
+    Close a port when its socket is shut down, which the parent may do before this process has stopped.
 
-    Twisted would call accept(2) again and again, and log each failure with a traceback.
+    Twisted would call accept(2) in a loop, and log each failure with a traceback.
     """
     accept, port.socket = port.doRead, _Shared(fileno=port.socket.detach())
     port.socket.settimeout(0)
@@ -124,7 +124,7 @@ def _until_shut_down(port: Any) -> Any:  # noqa: ANN401
     def accept_or_end() -> object:
         if not port.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return CONNECTION_DONE
-        # One at a time: else a burst of clients would come to the worker that wakes first.
+        # One at a time, else the worker that wakes first would get a whole burst of clients.
         port.numberAccepts = 1
         accept()
         return None

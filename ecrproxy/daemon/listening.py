@@ -1,5 +1,5 @@
 """
-What the daemon listens on: made from the settings, and bound before anything else begins.
+Listening sockets: created from the settings, and bound before anything else starts.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ log = Logger()
 
 class Listening(StreamServerEndpointService):
     """
-    Listens from the start, or there is no start.
+    Binds its endpoint at startup; startup fails if that fails.
 
-    @param name: what the operator knows the endpoint by.
-    @param accepts: whether this process accepts connections; if not, its workers do, with the same socket.
-    @param needed: whether the daemon can't do without it.
-    @param gate: pauses it while there is no descriptor for a connection.
+    @param name: the endpoint's name for the operator.
+    @param accepts: True if this process accepts connections; otherwise its workers do, with the same socket.
+    @param needed: True if the daemon can't run without the endpoint.
+    @param gate: pauses the endpoint while there are no descriptors.
     """
 
     _raiseSynchronously = True
@@ -63,7 +63,7 @@ class Listening(StreamServerEndpointService):
 
     def fileno(self) -> int:
         """
-        Hand out the socket.
+        Return the socket's descriptor.
         """
         number: int = self._port.fileno()
         return number
@@ -76,30 +76,30 @@ class Listening(StreamServerEndpointService):
 
     def use(self, loaded: Loaded | None) -> bool:
         """
-        Use what was read for new connections; what can't be used changes nothing.
+        Use loaded files for new connections. If they are invalid, nothing changes.
 
-        @return: whether there is something new.
+        @return: True if they are used.
         """
         if self._tls is None or loaded is None:
             return False
         try:
             self._tls.use(loaded)
         except ConfigError as problem:
-            log.error("{problem}; what was read before stays in use", problem=problem)
+            log.error("{problem}; the previous key and certificate stay in use", problem=problem)
             return False
         log.info("{name}: key and certificate were read again", name=self._name)
         return True
 
     def changed(self) -> bool:
         """
-        Return True if key or certificate have other files than were read. Blocks.
+        Return True if the files of key or certificate have changed since they were read. Blocks.
         """
         return self._tls is not None and self._tls.files.changed()
 
     @property
     def expires(self) -> float | None:
         """
-        Return when the certificate that is served ends, in seconds since the epoch; None without TLS.
+        Return when the served certificate expires, in seconds since the epoch; None without TLS.
         """
         return self._tls.expires if self._tls is not None else None
 
@@ -117,16 +117,16 @@ class Listening(StreamServerEndpointService):
             cast("Deferred[Any]", self._waitingForPort).addCallback(self._bound)
         except CannotListenError as problem:
             self._refused(problem.socketError)
-        except OSError as problem:  # two that bind at the same moment learn of each other when they listen
+        except OSError as problem:  # if two processes bind at the same moment, listen(2) fails
             self._refused(problem)
         except OverflowError as problem:
             raise ConfigError(f"{self._name}: can't listen there: give a port from 0 to 65535") from problem
         except (ValueError, LookupError) as problem:
-            raise ConfigError(f"{self._name}: can't listen there: it is no address") from problem
+            raise ConfigError(f"{self._name}: can't listen there: not an address") from problem
 
     def _refused(self, problem: object) -> None:
         why = getattr(problem, "strerror", None) or problem
-        said = f"{self._name}: can't listen there: {why}; give another, or end what uses it"
+        said = f"{self._name}: can't listen there: {why}; give another, or stop what uses it"
         if self._needed:
             raise ConfigError(said)
         log.warn("{said}", said=said)
@@ -134,12 +134,12 @@ class Listening(StreamServerEndpointService):
 
 class LayeredEndpoint:
     """
-    A socket with what is spoken on its connections before HTTP.
+    A socket with the protocols below HTTP.
 
-    A balancer sends its PROXY header before all else: TLS is between the client and this server, the balancer may only
-    pass it on (proxy-protocol.txt, section 2; AWS's NLB, HAProxy and nginx alike).
+    A balancer's PROXY header comes before everything else: TLS is between the client and this server, and the balancer
+    may only pass it on (proxy-protocol.txt, section 2; likewise AWS's NLB, HAProxy and nginx).
 
-    @param header: wraps a factory in one that takes PROXY headers.
+    @param header: wraps a factory in one that parses PROXY headers.
     @ivar tls: None for plain connections.
     """
 
@@ -157,9 +157,9 @@ class LayeredEndpoint:
 
 def endpoints(config: Config, reactor: Any) -> list[tuple[str, LayeredEndpoint]]:  # noqa: ANN401
     """
-    Make what the settings say to listen on, each with the name that the operator knows it by.
+    Make the endpoints that the settings describe, each with its name for the operator.
 
-    @raise ConfigError: if one can't be.
+    @raise ConfigError: if one is invalid.
     """
     if config.listen:
         return [
@@ -177,10 +177,10 @@ def operators_endpoint(
     reactor: Any,  # noqa: ANN401
 ) -> tuple[str, LayeredEndpoint] | None:
     """
-    Make what the operator's pages, or the metrics, are on, if they are to be had.
+    Make the endpoint of the admin or metrics port; None if it is off.
 
-    @param variable: the setting that says where.
-    @raise ConfigError: if it can't be.
+    @param variable: the setting that describes the endpoint.
+    @raise ConfigError: if it is invalid.
     """
     if described is None:
         return None
@@ -189,9 +189,9 @@ def operators_endpoint(
 
 def _described(described: EndpointString, variable: str, config: Config | None, reactor: Any) -> LayeredEndpoint:  # noqa: ANN401
     """
-    Make what a string says.
+    Make the endpoint that a string describes.
 
-    @param config: has the TLS of systemd's sockets, whose strings do not say whether it is spoken there.
+    @param config: provides TLS for systemd's sockets, whose strings do not say whether to use it.
     """
     tls = None
     if described.secure:
@@ -199,7 +199,7 @@ def _described(described: EndpointString, variable: str, config: Config | None, 
     elif described.kind == SYSTEMD and config is not None:
         tls = _own_tls(config)
     if described.kind == SYSTEMD and isinstance(reactor, Inherited):
-        bound: Any = reactor  # systemd handed its sockets to the parent alone
+        bound: Any = reactor  # systemd passed its sockets to the parent only
     else:
         with _as_setting(described, variable):
             bound = serverFromString(reactor, described.socket().to_twisted(backlog=str(BACKLOG)))
@@ -212,12 +212,12 @@ def _taking_headers(reactor: Any, wrapped: Any) -> BalancedFactory:  # noqa: ANN
 
 def _context_of(described: EndpointString, variable: str, reactor: Any) -> SSL.Context:  # noqa: ANN401
     """
-    Read the files that an C{ssl:} or C{tls:} string names, as Twisted does.
+    Read the files of an C{ssl:} or C{tls:} string, as Twisted does.
     """
     with _as_setting(described, variable):
         for path in described.files():
             for each in _pems(path):
-                require_regular(each)  # Twisted opens whatever it is
+                require_regular(each)  # Twisted would also open a FIFO or a device
         endpoint: Any = serverFromString(reactor, described.to_twisted())
         if described.kind == "tls":
             made = endpoint.connectionCreator.defaultContext
@@ -228,7 +228,7 @@ def _context_of(described: EndpointString, variable: str, reactor: Any) -> SSL.C
 
 def _pems(path: str) -> list[str]:
     """
-    List the files that Twisted reads for a path, which may be a directory's.
+    List the files that Twisted reads for a path, which may be a directory.
     """
     if not Path(path).is_dir():
         return [path]
@@ -238,7 +238,7 @@ def _pems(path: str) -> list[str]:
 @contextlib.contextmanager
 def _as_setting(described: EndpointString, variable: str) -> Iterator[None]:
     """
-    Tell of a string that Twisted can't make anything of, or of files that it can't use, as of the setting.
+    Convert Twisted's errors about an endpoint string or its files to errors of the setting.
     """
     try:
         yield
@@ -252,7 +252,7 @@ def _as_setting(described: EndpointString, variable: str) -> Iterator[None]:
 
 def _what_is_wrong(problem: Exception) -> str:
     """
-    Say why Twisted takes no endpoint of a string: its own words, and Python's, are about its code.
+    Return why Twisted rejects an endpoint string. The messages of Twisted and Python are about their code.
     """
     match problem:
         case OSError():
@@ -266,7 +266,7 @@ def _what_is_wrong(problem: Exception) -> str:
 
 def _own_tls(config: Config) -> ServerTLS | None:
     """
-    Make the TLS of C{PROXY_SSL_KEY} and C{PROXY_SSL_CERTIFICATE}, if they are set.
+    Make the TLS of C{PROXY_SSL_KEY} and C{PROXY_SSL_CERTIFICATE}; None if they are not set.
     """
     key, certificate, authorities = config.ssl_key, config.ssl_certificate, config.client_ca
     if key is None or certificate is None:
@@ -282,7 +282,7 @@ def _own_tls(config: Config) -> ServerTLS | None:
 @contextlib.contextmanager
 def _as_settings(key: str, certificate: str, authorities: str | None) -> Iterator[None]:
     """
-    Tell of a certificate that can't be used as of the settings that named it.
+    Convert errors about a certificate to errors of the setting that names it.
     """
     try:
         yield

@@ -1,5 +1,5 @@
 """
-What the process is set to before anything runs in it: files, memory, garbage, the clock of its timers.
+Process-wide setup before anything runs: files, memory, garbage collection, the clock of timers.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ecrproxy.buffers import give_memory_back, map_large_pieces
 from ecrproxy.threads import content_with_few
 
 OWN_FILES: Final = 64
-"""Descriptors that are left for all but clients: listening sockets, AWS, ECR and its buckets, files that arrive."""
+"""Descriptors reserved for all but clients: listening sockets, AWS, ECR and its buckets, files being written."""
 KEPT_FILES: Final = 256
-"""The most files of content that are kept open for a second."""
+"""Maximum number of content files that are kept open for a second."""
 _KEPT_PART: Final = 16
-"""What part of the descriptors they have at the most: the rest is for clients."""
+"""The maximum part of all descriptors for kept files: the rest is for clients."""
 FILES_OF_A_CLIENT: Final = 3
-"""A client's socket, the file that it is sent, and a connection upstream."""
+"""Descriptors per client: its socket, the file being sent, and a connection upstream."""
 GIVEN_BACK_SECONDS: Final = 30.0
-"""How often memory is given back."""
+"""Interval for returning freed memory to the system."""
 STILL_SECONDS: Final = 2.0
-"""The most seconds that count of those in which nobody looked at the clock. A reactor that runs does twice as often."""
+"""Maximum seconds counted between two looks at the clock. A running reactor looks at least twice as often."""
 
 
 def set_up(reactor: Any) -> None:  # noqa: ANN401
     """
-    Do all of it that comes before anything runs.
+    Do all setup that must precede the reactor's start.
     """
     count_steadily(reactor)
     end_each_lookup(reactor)
@@ -48,32 +48,32 @@ def set_up(reactor: Any) -> None:  # noqa: ANN401
 
 def count_steadily(reactor: Any) -> None:  # noqa: ANN401
     """
-    Have a reactor's timers go by a clock that nobody sets, and that stands still with the process.
+    Make a reactor's timers use a monotonic clock that stops while the process is suspended.
 
-    Twisted's reactors count by the time of the day: set forward, it would fire each timer at once; set back, it would
-    freeze all of them, limits of time and the token's refresh among them. No timer has been made yet. A reactor in
-    memory has a clock of its own.
+    Twisted's reactors use the time of day: if that is set forward, all timers fire at once; if it is set back, all
+    timers freeze, including timeouts and the token refresh. Call this before any timer is made. A reactor in memory
+    has its own clock.
     """
     if isinstance(reactor, ReactorBase):
-        reactor.seconds = Running()  # (timers ask the instance, in each reactor)
+        reactor.seconds = Running()  # (timers call the instance's attribute, in each reactor)
         _look_each_second(reactor)
 
 
 def _look_each_second(reactor: Any) -> None:  # noqa: ANN401
     """
-    Have a reactor look at its clock while it waits for a timer that is due later: that is no standstill.
+    Make a reactor look at its clock while it waits for a later timer, so that waiting does not count as a suspension.
     """
     reactor.callLater(STILL_SECONDS / 2, _look_each_second, reactor)
 
 
 class Running:
     """
-    Counts the seconds for which this process runs; of each standstill C{STILL_SECONDS}, for it may be a slow turn.
+    A clock of the seconds for which this process ran. A suspension counts as C{STILL_SECONDS}: it may be a slow turn.
 
-    What was stopped, frozen, or had no processor, would go on with timers that are overdue: they would end each request
-    and each call of the disk, whose answers wait to be read.
+    Otherwise, after the process was stopped, frozen or without a CPU, overdue timers would abort all requests and disk
+    operations whose results are waiting to be read.
 
-    Any thread may ask.
+    Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -81,24 +81,24 @@ class Running:
 
     def __call__(self) -> float:
         """
-        Return the count, in seconds since whenever.
+        Return the count in seconds, from an arbitrary start.
         """
-        last, lost = self._state  # before the time: what another thread counts meanwhile is of a later one
+        last, lost = self._state  # read before the time, so that other threads' updates meanwhile are later
         now = time.monotonic()
         if now - last > STILL_SECONDS:
             lost += now - last - STILL_SECONDS
-        if now > self._state[0]:  # another thread may have been quicker
+        if now > self._state[0]:  # another thread may have been faster
             self._state = now, lost
         return now - lost
 
 
 def end_each_lookup(reactor: Any) -> None:  # noqa: ANN401
     """
-    Have each lookup of a name end, whatever becomes of it.
+    Make sure that each name lookup ends.
 
-    Twisted's resolver never answers where no thread can be started, nor where the lookup fails with anything but
-    C{gaierror}: without a descriptor or memory, or for a name that IDNA does not allow. All who want that name later
-    wait for the same answer: see L{ecrproxy.registry.resolver.SharedLookups}.
+    Twisted's resolver never answers if no thread can be started, or if the lookup fails with anything but C{gaierror}:
+    without a descriptor or memory, or for names that IDNA does not allow. Later lookups of the name would wait for the
+    same answer: see L{ecrproxy.registry.resolver.SharedLookups}.
     """
     if isinstance(reactor, ReactorBase):
         content_with_few(reactor.getThreadPool())
@@ -107,9 +107,9 @@ def end_each_lookup(reactor: Any) -> None:  # noqa: ANN401
 
 def look_up(*question: Any) -> Any:  # noqa: ANN401
     """
-    Look a name up as C{socket.getaddrinfo} does. Blocks.
+    Look up a name like C{socket.getaddrinfo}. Blocks.
 
-    @raise socket.gaierror: if that fails, whatever the reason.
+    @raise socket.gaierror: for all failures.
     """
     try:
         return socket.getaddrinfo(*question)
@@ -121,7 +121,7 @@ def look_up(*question: Any) -> Any:  # noqa: ANN401
 
 def give_memory_back_now_and_then(reactor: Any) -> None:  # noqa: ANN401
     """
-    Have what was freed given back to the system, in a thread of the reactor's.
+    Return freed memory to the system regularly, in a reactor thread.
     """
 
     def go_on() -> None:
@@ -134,18 +134,18 @@ def give_memory_back_now_and_then(reactor: Any) -> None:  # noqa: ANN401
 
 def open_many_files() -> None:
     """
-    Raise the number of files that this process may have open as far as it goes: each client takes up to three.
+    Raise the limit of open files to its maximum: each client needs up to three.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # some sandboxes forbid even this
+    with contextlib.suppress(OSError, ValueError):  # some sandboxes forbid this
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def most_clients(files: int | None = None) -> int:
     """
-    Give the number of connections of clients for which there are descriptors; at least one.
+    Return the number of client connections for which there are descriptors; at least one.
 
-    @param files: how many this process may have; what the system says if it is not given.
+    @param files: the process's limit of open files; the system's limit if not given.
     """
     soft = _most_files(files)
     return max(1, (soft - OWN_FILES - kept_files(soft)) // FILES_OF_A_CLIENT)
@@ -153,7 +153,7 @@ def most_clients(files: int | None = None) -> int:
 
 def kept_files(files: int | None = None) -> int:
     """
-    Return how many files of content may be kept open when nobody is sent them.
+    Return how many content files may be kept open while they are not being sent.
 
     @param files: as for L{most_clients}.
     """
@@ -167,20 +167,20 @@ def _most_files(files: int | None) -> int:
 
 def clients_beside_spare(files: int | None = None) -> int:
     """
-    Give the number of connections that clients may have, so that a few are left to be told that there are no more.
+    Return the maximum number of client connections, minus some spare ones for refusing further clients.
 
     @param files: as for L{most_clients}.
     """
     most = most_clients(files)
-    return most - min(2 * SPARE, most // 2)  # the oldest of the spare ones is closed for the next
+    return most - min(2 * SPARE, most // 2)  # twice: a new spare connection opens before the oldest is closed
 
 
 @cache
 def set_aside_what_was_imported() -> None:
     """
-    Keep the garbage collector from the modules that are there before anything runs.
+    Exempt the modules imported so far from garbage collection.
 
-    It has so much less to look through with the first token: for 10 ms, and not for 40.
+    That shortens the collection at the first token from 40 ms to 10 ms.
     """
     gc.freeze()
 
@@ -188,10 +188,10 @@ def set_aside_what_was_imported() -> None:
 @cache
 def set_aside_what_stays() -> None:
     """
-    Keep the garbage collector from what has come with the first token, and has come to stay.
+    Exempt the objects that the first token created from garbage collection; they stay anyway.
 
-    Among botocore's modules it would stall the event loop again and again. Once only, and garbage first: what is
-    frozen is never collected, whatever becomes of it. Before the first token no transfer can be among it.
+    Scanning botocore's modules would stall the event loop again and again. Call once, after a collection: frozen
+    objects are never freed. No transfer can be among them before the first token.
     """
     gc.collect()
     gc.freeze()

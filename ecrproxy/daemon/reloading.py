@@ -1,5 +1,5 @@
 """
-The configuration file, read again on SIGHUP: its registries are used from then on, without a restart.
+Reload of the configuration file on SIGHUP: new registries are used without a restart.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ log = Logger()
 @dataclass(frozen=True, slots=True)
 class Settings:
     """
-    All settings, as they were read once.
+    All settings, as loaded at one time.
 
-    @ivar texts: what C{config} was loaded from, by setting name.
+    @ivar texts: the texts that C{config} was loaded from, by setting name.
     """
 
     file: Filed
@@ -30,9 +30,9 @@ class Settings:
 
 class Reloading:
     """
-    What becomes of settings that are read again.
+    Reads settings again and applies changes.
 
-    @param begun: those that the daemon started with.
+    @param begun: the settings at startup.
     @param read: reads them; raises L{ConfigError}.
     @param use_registries: called with settings whose registries differ from those in use.
     """
@@ -47,7 +47,7 @@ class Reloading:
         """
         Read the settings. Blocks, and changes nothing.
 
-        @return: them, or what is wrong.
+        @return: the settings, or the error.
         """
         try:
             return self._read()
@@ -56,7 +56,7 @@ class Reloading:
 
     def use(self, read: Settings | ConfigError) -> None:
         """
-        Use what was read. Errors are logged, and change nothing.
+        Apply settings. Errors are logged, and change nothing.
         """
         if isinstance(read, ConfigError):
             for line in read.errors:
@@ -65,7 +65,7 @@ class Reloading:
         others = needing_restart(self._begun.texts, read.texts)
         if others:
             log.warn("These settings have changed; restart the daemon to use them: {names}", names=", ".join(others))
-        found = "no registry has changed"
+        found = "no registry changed"
         if _about_registries(read) != _about_registries(self._used):
             found = differences(self._used.config.registries, read.config.registries)
             self._use_registries(read)
@@ -76,7 +76,7 @@ class Reloading:
 
 def needing_restart(before: Given, now: Given) -> list[str]:
     """
-    Name the settings that differ, but for those that a reload changes. Pure.
+    Return the names of changed settings that a reload does not apply. Pure.
     """
     names = sorted((before.keys() | now.keys()) - RELOADED)
     return [name for name in names if before.get(name, ("",))[0] != now.get(name, ("",))[0]]
@@ -84,7 +84,7 @@ def needing_restart(before: Given, now: Given) -> list[str]:
 
 def differences(before: Sequence[RegistryTable], now: Sequence[RegistryTable]) -> str:
     """
-    Say which registries are new, gone or described otherwise. Pure.
+    Describe which registries were added, removed or changed. Pure.
     """
     old, new = (
         {each.name: (each, each.namespaces and each.namespaces.pattern) for each in every} for every in (before, now)
@@ -100,6 +100,6 @@ def differences(before: Sequence[RegistryTable], now: Sequence[RegistryTable]) -
 
 def _about_registries(settings: Settings) -> object:
     """
-    Give all that registries are made from, as plain text.
+    Return everything that registries are made from, as plain text.
     """
     return settings.file.tables, [settings.texts.get(name, ("",))[0] for name in sorted(RELOADED)]

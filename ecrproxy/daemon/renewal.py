@@ -1,5 +1,5 @@
 """
-Certificates that the daemon has read, and reads again when their files have changed.
+Reloading certificates after their files have changed.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
     from ecrproxy.threads import InThread
 
 LOOK_SECONDS: Final = 60.0
-"""How often the files are looked at."""
+"""Interval for checking the files."""
 PAIRS: Final = "Key and certificate"
-"""What the log calls them."""
+"""Their name in the log."""
 
 
 def generation(seen: Iterable[Sequence[tuple[int, ...]]]) -> str:
     """
-    Name files, of several parts, as they were L{seen}: whoever gets the same name has read the same files. Pure.
+    Return a name for the state of files: the same signatures give the same name. Pure.
     """
     return hashlib.sha256(repr([list(each) for each in seen]).encode()).hexdigest()
 
 
 class Changing(Protocol):
     """
-    Something that was read from files.
+    Something that is loaded from files.
     """
 
     def changed(self) -> bool:
-        """Return True if the files have changed since. Blocks."""
+        """Return True if the files have changed since they were read. Blocks."""
 
 
 class Renewal(Service):
     """
-    Has certificates read again once their files have changed.
+    Reloads certificates after their files have changed.
 
-    @param in_thread: calls what blocks, in the thread that reads the files.
-    @param what: what the log calls the files.
-    @param reread: reads them, as SIGHUP does.
+    @param in_thread: runs blocking calls, in the thread that reads the files.
+    @param what: the files' name in the log.
+    @param reread: reloads them, as SIGHUP does.
     @param clock: a reactor's.
     """
 

@@ -23,16 +23,16 @@ from ecrproxy.threads import Pools
 log = Logger()
 
 LAST_LINES_SECONDS: Final = 2.0
-"""How long the end waits for the last lines of the log to be written."""
+"""Timeout for writing the last log lines at exit, in seconds."""
 
 
 class Daemon(InOrder):
     """
-    All parts of the daemon. What keeps it from listening is one line.
+    All parts of the daemon. If one can't listen, the daemon exits with one line.
 
-    @ivar complain: says it.
-    @ivar writer: writes the log; none for twistd's own.
-    @ivar pools: the first part, for what responses stand on needs threads to its end.
+    @ivar complain: writes that line.
+    @ivar writer: writes the log; None for twistd's own.
+    @ivar pools: the first part, because responses need threads until the end.
     """
 
     complain: Callable[[str], None] = staticmethod(say)
@@ -46,14 +46,14 @@ class Daemon(InOrder):
 
     def add(self, *parts: Service) -> None:
         """
-        Add parts; each stops once those after it have.
+        Add parts. Each stops after those added later.
         """
         for part in parts:
             part.setServiceParent(self)
 
     def setServiceParent(self, parent: Any) -> None:  # noqa: ANN401
         """
-        Become the application's, whose log begins next: twistd looks there for an observer.
+        Become the application's service. Its log starts next: twistd looks for an observer there.
         """
         if self.writer is not None:
             parent.setComponent(ILogObserver, self.writer)
@@ -77,18 +77,18 @@ class Daemon(InOrder):
     @contextlib.contextmanager
     def _threads_needed(self) -> Iterator[None]:
         """
-        End with one line where a thread can't be started.
+        Exit with one line if a thread can't be started.
         """
         try:
             yield
-        except RuntimeError:  # as threading has it
+        except RuntimeError:  # raised by threading
             if (problem := look()) is None:
                 raise
             self.give_up(problem)
 
     def leave(self, number: int) -> NoReturn:
         """
-        End now, with the status that shells give to an end by a signal: a container's first process can't kill itself.
+        Exit now, with the status that shells give to death by a signal: a container's first process can't kill itself.
         """
         try:
             if self.writer is not None:
@@ -98,13 +98,13 @@ class Daemon(InOrder):
 
     def relieve(self) -> None:
         """
-        Have threads given back that are not needed. Called in any thread.
+        Release threads that are not needed. Thread-safe.
         """
         self._reactor.callFromThread(self.pools.give_back)
 
     def give_up(self, problem: str) -> None:
         """
-        End now, with one line that says why. Called in a thread, of a process that may fail at anything.
+        Exit now, with one line that says why. Runs in a thread of a process that may fail at anything.
         """
         try:
             log.critical("{problem}", problem=problem)

@@ -1,13 +1,13 @@
 """
-What a service manager is told of the daemon while it runs: systemd's sd_notify(3).
+Status messages to a service manager: systemd's sd_notify(3).
 
 Rules:
 
-- Ready means that clients' connections are accepted, by all workers if there are any, not that ECR answers: a daemon
-  that starts while ECR is away serves what it has.
-- It is the event loop that tells the watchdog: a loop that stands still is what the watchdog is there to find.
-- Each message tells all: one that the service manager was too busy to take is made up for by the next.
-- To tell never waits, and a service manager that does not listen is no trouble of the daemon's.
+- READY means that client connections are accepted, by all workers if there are any. It does not mean that ECR is
+  reachable: a daemon that starts during an ECR outage serves what is cached.
+- The watchdog messages come from the event loop, because the watchdog exists to find a blocked event loop.
+- Each message has the complete state, so it replaces earlier ones that the service manager could not receive.
+- Sending never blocks; errors of the service manager are ignored.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from ecrproxy.readiness import Readiness
 log = Logger()
 
 BEAT_SECONDS: Final = 5.0
-"""How often the service manager is told at the least."""
+"""Maximum interval between messages to the service manager."""
 _GIB: Final = 2**30
 
 
 class Supervisor:
     """
-    The service manager.
+    The connection to the service manager.
 
-    @param path: its socket; C{@} begins an abstract one.
-    @ivar patience: the seconds of its watchdog, if it has one for this process.
+    @param path: its socket; C{@} means an abstract one.
+    @ivar patience: timeout of its watchdog in seconds; None if there is none for this process.
     """
 
     def __init__(self, path: str, patience: float | None = None) -> None:
         self._address, self.patience = f"\0{path[1:]}" if path.startswith("@") else path, patience
-        # Kept open, so that the daemon is not taken for dead when it has no file descriptor left.
+        # Kept open: when descriptors run out, the watchdog must not consider the daemon dead.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], pid: int) -> Supervisor | None:
         """
-        Read what it has set; none if it wants to be told nothing.
+        Read the service manager's variables; None if it expects no messages.
         """
         path = environ.get("NOTIFY_SOCKET", "")
         if not path.startswith(("/", "@")):
@@ -62,13 +62,13 @@ class Supervisor:
     @property
     def beat(self) -> float:
         """
-        How often to tell, in seconds: twice in the time that the watchdog waits.
+        The interval between messages, in seconds: half the watchdog's timeout at most.
         """
         return BEAT_SECONDS if self.patience is None else min(BEAT_SECONDS, self.patience / 2)
 
     def tell(self, message: Sequence[str]) -> None:
         """
-        Send lines of C{NAME=value}.
+        Send lines of the form C{NAME=value}.
         """
         with contextlib.suppress(OSError):
             self._socket.sendto("\n".join(message).encode(), self._address)
@@ -76,13 +76,13 @@ class Supervisor:
 
 class Supervised(Service):
     """
-    Tells the service manager that the daemon is ready, alive, reading again, ending, and how it is.
+    Notifies the service manager that the daemon is ready, alive, reloading or stopping, and of its status.
 
-    @param supervisor: none to tell nobody.
-    @param describe: says how the daemon is, for people, in one line.
-    @param reactor: counts on a clock that nobody sets.
-    @param ready: fires when the daemon is; none if it is when the reactor runs.
-    @param monotonic: the clock that the service manager has, too.
+    @param supervisor: None to send nothing.
+    @param describe: returns a one-line status for people.
+    @param reactor: has a monotonic clock.
+    @param ready: fires when the daemon is ready; None if it is ready once the reactor runs.
+    @param monotonic: the same clock as the service manager's.
     """
 
     def __init__(
@@ -112,12 +112,12 @@ class Supervised(Service):
 
     def rereading(self, reread: Callable[[], Deferred[Any]]) -> Deferred[None]:
         """
-        Have something read again, and tell when that begins and when all such readings are done.
+        Start a reload, and notify the service manager when it starts and when all reloads have finished.
 
-        @param reread: returns what fires then, within a time that a service manager waits.
+        @param reread: starts the reload; its result must fire within the service manager's timeout.
         """
         self._readings += 1
-        if self._is_up:  # each one is told with its time: a service manager waits for its own
+        if self._is_up:  # send each reload's own timestamp: the service manager waits for it
             self._enter("RELOADING=1", f"MONOTONIC_USEC={int(self._monotonic() * 1e6)}")
         reading = maybeDeferred(reread).addErrback(lambda failure: log.failure("Reading again", failure))
         return reading.addCallback(lambda _: self._have_read())
@@ -150,7 +150,7 @@ class Supervised(Service):
 
     def _beat(self) -> None:
         self._tell()
-        if not self._looking:  # to look may take longer than a beat: it asks the disk
+        if not self._looking:  # a check may take longer than the interval, because it accesses the disk
             self._looking = True
             Deferred.fromCoroutine(self._look()).addErrback(lambda failure: log.failure("The daemon's status", failure))
 
@@ -166,9 +166,9 @@ class Supervised(Service):
 
 def summary(readiness: Readiness, held: int, limit: int) -> str:
     """
-    Say how the daemon is, for people.
+    Return a one-line status for people.
 
-    @param readiness: as C{/readyz} has it.
+    @param readiness: as for C{/readyz}.
     @param held: bytes in the cache.
     """
     reasons = "; ".join(readiness.reasons)

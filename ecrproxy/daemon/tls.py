@@ -1,5 +1,5 @@
 """
-The server's side of TLS: one certificate with its chain, TLS 1.2 and 1.3.
+TLS for servers: one certificate with its chain, TLS 1.2 and 1.3.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ log = Logger()
 
 OWN_BYTES: Final = 2**14
 """
-Bytes that TLS may say of itself on a connection after the handshake: hundreds of answers to clients that change keys.
-
-Those that do so change them after gigabytes.
+Maximum bytes that TLS itself may send on a connection after the handshake: enough for hundreds of key updates. Clients
+update keys after gigabytes.
 """
 
 _MODE_ENABLE_PARTIAL_WRITE: Final = 1
 """OpenSSL's ssl.h."""
 
-# Mozilla's "intermediate" set for TLS 1.2; all of TLS 1.3's suites are good.
+# Mozilla's "intermediate" set for TLS 1.2; all cipher suites of TLS 1.3 are good.
 _CIPHERS = (
     b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:"
     b"ECDHE-RSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305"
@@ -45,7 +44,7 @@ _CIPHERS = (
 
 class CertificateError(Exception):
     """
-    A key and a certificate that can't be used: which file, and why.
+    A key and certificate can't be used; says which file, and why.
 
     @ivar what: C{key}, C{certificate}, C{pair} or C{authorities}.
     """
@@ -58,10 +57,10 @@ class CertificateError(Exception):
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """
-    What was read from files.
+    The result of reading files.
 
-    @ivar seen: the files as they were before they were read: what changes meanwhile is read again.
-    @ivar outcome: what connections are begun with, or why there is nothing.
+    @ivar seen: the files' signatures before they were read, so that changes during the read are noticed.
+    @ivar outcome: the context for new connections, or the error.
     """
 
     seen: Sequence[tuple[int, ...]]
@@ -71,12 +70,12 @@ class Loaded:
 @implementer(IOpenSSLServerConnectionCreator)
 class ServerTLS:
     """
-    TLS as a server speaks it with what some files hold. To read them again takes L{load}, which blocks, and L{use}.
+    A TLS server whose files can be reloaded: L{load} reads them and blocks, L{use} applies them.
 
     @param paths: the files.
-    @param make: makes an OpenSSL context of them; what it raises, this raises.
-    @ivar files: whether they have changed since they were read.
-    @ivar expires: when the certificate ends, in seconds since the epoch.
+    @param make: makes an OpenSSL context from them; its exceptions are passed on.
+    @ivar files: tracks changes of the files since they were read.
+    @ivar expires: when the certificate expires, in seconds since the epoch.
     """
 
     def __init__(self, paths: Iterable[str | None], make: Callable[[], SSL.Context]) -> None:
@@ -90,12 +89,12 @@ class ServerTLS:
         seen = self.files.seen()
         try:
             return Loaded(seen, self._make())
-        except Exception as problem:  # noqa: BLE001 (raised where it is used)
+        except Exception as problem:  # noqa: BLE001 (raised by use())
             return Loaded(seen, problem)
 
     def use(self, loaded: Loaded) -> None:
         """
-        Use what was read for the connections that begin from now on. If it can't be used, all is as it was.
+        Use loaded files for new connections. Raises and changes nothing if they are invalid.
         """
         self.files.note(loaded.seen)
         if isinstance(loaded.outcome, Exception):
@@ -104,18 +103,18 @@ class ServerTLS:
 
     def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:  # noqa: ARG002
         """
-        Begin a connection.
+        Return the OpenSSL connection for a new client.
         """
         return SSL.Connection(self._context, None)
 
 
 class Certificate(ServerTLS):
     """
-    Serve with the key and certificate of two PEM files.
+    TLS with the key and certificate in two PEM files.
 
-    @param authorities_path: PEM file of the CAs that a client's certificate must be of, if it shows one. It need not:
-        who answers requests may ask.
-    @raise CertificateError: if they can't be read, or don't belong together.
+    @param authorities_path: PEM file of CAs to verify client certificates against. Connections without a certificate
+        are accepted; the site that answers requests decides.
+    @raise CertificateError: if the files can't be read, or don't belong together.
     """
 
     def __init__(self, key_path: str, certificate_path: str, authorities_path: str | None = None) -> None:
@@ -125,9 +124,9 @@ class Certificate(ServerTLS):
 
 def server_context(key_path: str, certificate_path: str, authorities_path: str | None = None) -> SSL.Context:
     """
-    Make what connections are begun with, of PEM files as L{Certificate} takes them.
+    Make an OpenSSL context from PEM files, as for L{Certificate}.
 
-    @raise CertificateError: if they can't be read, or don't belong together.
+    @raise CertificateError: if the files can't be read, or don't belong together.
     """
     context = _context(key_path, certificate_path)
     if authorities_path is not None:
@@ -142,10 +141,10 @@ def _context(key_path: str, certificate_path: str) -> SSL.Context:
     context.set_options(SSL.OP_NO_COMPRESSION)
     # Idle connections hold no buffers.
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
-    # One call seals all records of a piece. (pyOpenSSL has one call for each.)
+    # Encrypt a whole piece with one call. (pyOpenSSL otherwise makes one for each record.)
     context.clear_mode(_MODE_ENABLE_PARTIAL_WRITE)
     try:
-        open_file(certificate_path).close()  # OpenSSL's own message does not say what is wrong with a file
+        open_file(certificate_path).close()  # OpenSSL's error does not say why a file can't be read
         context.use_certificate_chain_file(certificate_path)
     except OSError as problem:
         raise CertificateError("certificate", unread(problem)) from None
@@ -161,7 +160,7 @@ def _context(key_path: str, certificate_path: str) -> SSL.Context:
 
 def _expires(context: SSL.Context) -> float:
     """
-    Return when the certificate that C{context} serves ends.
+    Return when the certificate of C{context} expires.
     """
     served = SSL.Connection(context, None).get_certificate()
     return served.to_cryptography().not_valid_after_utc.timestamp() if served is not None else 0.0
@@ -177,7 +176,7 @@ def _ask_for_certificates(context: SSL.Context, path: str) -> None:
     except SSL.Error:
         raise CertificateError("authorities", "holds no PEM certificate") from None
     context.set_verify(SSL.VERIFY_PEER)
-    # A session that is taken up again would be believed without a look at the certificate's dates.
+    # A resumed session would skip the check of the certificate's dates.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_options(SSL.OP_NO_TICKET)
 
@@ -196,10 +195,10 @@ def _key(path: str) -> Any:  # noqa: ANN401 (one of several kinds)
 
 class Secured(BufferingTLSTransport):
     """
-    TLS on one connection. A client that speaks plain HTTP instead is handed to the channel, which says so.
+    TLS on one connection. A plain HTTP client is passed to the channel, which sends an error.
 
-    OpenSSL answers a client that asks for a renegotiation or for new keys, each time, whether or not what it answered
-    before was taken. The channel knows nothing of it, and can't stop it; so a connection has L{OWN_BYTES} of that.
+    OpenSSL responds to every renegotiation and key update, even if the client reads none of the responses. The channel
+    can't see or stop that, so each connection may send at most L{OWN_BYTES} of them.
     """
 
     transport: Any
@@ -209,7 +208,7 @@ class Secured(BufferingTLSTransport):
 
     def dataReceived(self, data: bytes) -> None:  # noqa: D102
         fresh, self._fresh = self._fresh, False
-        if fresh and data[:1].isalpha():  # a TLS record begins with a byte below 32, a request with its method
+        if fresh and data[:1].isalpha():  # TLS records begin with a byte below 32, HTTP requests with the method
             refuse_plain = getattr(self.wrappedProtocol, "refuse_plain", None)
             if refuse_plain is not None:
                 self._plain = True
@@ -226,7 +225,7 @@ class Secured(BufferingTLSTransport):
 
     def _flushSendBIO(self) -> None:
         """
-        Send what OpenSSL wants to send, and count it if it is neither the handshake nor of the application.
+        Send OpenSSL's output; count it if it is neither of the handshake nor application data.
         """
         if self._sends or not self._handshakeDone:
             super()._flushSendBIO()  # type: ignore[no-untyped-call]
@@ -240,13 +239,13 @@ class Secured(BufferingTLSTransport):
             self.transport.write(said)
         elif not self._aborted:
             client = unmapped(str(getattr(self.getPeer(), "host", "")))  # type: ignore[no-untyped-call]
-            log.info("{client} asked TLS for new keys too often, and was cut off", client=client, once=client)
+            log.info("{client} was disconnected: too many TLS key changes", client=client, once=client)
             self.abortConnection()  # type: ignore[no-untyped-call]
 
 
 class SecuredFactory(TLSMemoryBIOFactory):
     """
-    Speaks TLS before what it wraps.
+    Wraps a factory in TLS.
     """
 
     protocol = Secured

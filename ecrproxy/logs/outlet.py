@@ -1,8 +1,8 @@
 """
-A file that never makes its callers wait: a thread writes to it, from a queue that is bounded.
+A file that never blocks its callers: a thread writes to it from a bounded queue.
 
-A pipe or a socket blocks when its reader stops, and a disk may hang. Setting O_NONBLOCK instead would change the pipe
-for every process that shares it.
+A pipe or a socket blocks when its reader stops, and a disk may hang. O_NONBLOCK is no alternative: it would change the
+pipe for all processes that share it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ TICK_SECONDS: Final = 1.0
 
 class File(Protocol):
     """
-    What can be written to.
+    A file that can be written to.
     """
 
     def write(self, data: bytes, /) -> object:
-        """Take bytes, all of them."""
+        """Write all bytes."""
 
     def flush(self) -> object:
-        """Let them go."""
+        """Flush buffers."""
 
 
 class Descriptor:
     """
-    An open file by its descriptor, past any buffer of Python's.
+    An open file by its descriptor, without Python's buffers.
 
     While a thread waits for the lock of C{sys.stdout}'s buffer, the interpreter can't exit.
     """
@@ -42,7 +42,7 @@ class Descriptor:
 
     def write(self, data: bytes) -> None:
         """
-        Write all of C{data}, also where another process has made the file non-blocking.
+        Write all of C{data}, even if another process has made the file non-blocking.
         """
         view = memoryview(data)
         while view:
@@ -55,20 +55,20 @@ class Descriptor:
 
     def flush(self) -> None:
         """
-        Do nothing: nothing is buffered here.
+        Do nothing: there is no buffer.
         """
 
 
 class Outlet:
     """
-    Passes bytes to a file: directly until C{start}, in a thread from then on.
+    Writes bytes to a file: directly until C{start}, then in a thread.
 
-    @param limit: bytes that may wait to be written.
+    @param limit: maximum bytes in the queue.
     """
 
     def __init__(self, file: File, limit: int = QUEUED_BYTES) -> None:
         self._file, self._limit = file, limit
-        self._changed = threading.Condition()  # reentrant: a signal handler may log, too
+        self._changed = threading.Condition()  # reentrant, because a signal handler may log too
         self._queue: deque[bytes | Callable[[], object]] = deque()
         self._bytes = 0
         self._lost: Counter[bool] = Counter()
@@ -76,18 +76,18 @@ class Outlet:
 
     def start(self, tick: Callable[[], object]) -> None:
         """
-        Write in a thread from now on. Not before the daemon has forked: the child would lack the thread.
+        Write in a thread from now on. Call after the daemon has forked: a child would lack the thread.
 
         @param tick: called by that thread about once a second, unless the file blocks.
         """
         threading.Thread(target=self._run, args=(tick,), name="ecrproxy-log", daemon=True).start()
-        self._threaded = True  # not where no thread can be started: that is still to be written
+        self._threaded = True  # after the start: if it fails, the error must still be written
 
     def write(self, data: bytes, *, of_requests: bool = False) -> None:
         """
-        Write whole lines, or count them as lost if too much is waiting already.
+        Queue whole lines, or count them as lost if the queue is full.
 
-        @param of_requests: whether clients make them, who can make any number: a part of the room is not for them.
+        @param of_requests: True for lines that clients cause, in any number: part of the queue is reserved for others.
         """
         room = self._limit * 3 // 4 if of_requests else self._limit
         with self._changed:
@@ -98,15 +98,15 @@ class Outlet:
 
     def call(self, work: Callable[[], object]) -> None:
         """
-        Do something with the file between two writes.
+        Call a function between two writes, for example to replace the file.
         """
         self._enqueue(work, 0)
 
     def take_lost(self) -> tuple[int, int]:
         """
-        Return how many lines were lost since this was last asked, once there is room to tell of them.
+        Return how many lines have been lost since the last call, once there is room to report them.
 
-        @return: all, and those of requests.
+        @return: all lost lines, and those of requests among them.
         """
         with self._changed:
             if self._bytes > self._limit // 2:
@@ -116,7 +116,7 @@ class Outlet:
 
     def drain(self, seconds: float) -> bool:
         """
-        Wait until everything is written, but no longer than C{seconds}; tells whether it is.
+        Wait up to C{seconds} until everything is written; return True if it is.
         """
         with self._changed:
             return self._changed.wait_for(lambda: not self._queue, seconds)
@@ -151,7 +151,7 @@ class Outlet:
                 self._file.flush()
             else:
                 item()
-        except OSError:  # the reader has gone, or the disk is full
+        except OSError:  # the reader has closed, or the disk is full
             if isinstance(item, bytes):
                 with self._changed:
                     self._lost[False] += item.count(b"\n")

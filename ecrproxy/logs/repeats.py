@@ -1,14 +1,14 @@
 """
-Which events become lines: the first of a kind, and after that a count.
+Limits repeated log events: the first ones of a kind are written, further ones counted.
 
 Rules:
 
-- An event with the field C{once} is of the kind (namespace, format, once), and has one line a minute. What it is said
-  once for may be a client's to choose: beyond C{DIFFERENT} kinds of one namespace and format, the others are one.
-- A trouble, which is a warning or graver, is of the kind (namespace, format), and has a few lines a minute.
-- What is left out is counted. The count goes with the next line of that kind, or has a line after the minute.
-- Everything else passes.
-- Memory is bounded: beyond C{MOST} kinds, those of one namespace and format are taken together, then all of them.
+- An event with the field C{once} has the kind (namespace, format, once), and gets one line a minute. Clients may choose
+  the value of C{once}, so beyond C{DIFFERENT} values per namespace and format all others count as one kind.
+- An event at level warning or higher has the kind (namespace, format), and gets a few lines a minute.
+- Omitted events are counted. The count is added to the next line of the kind, or written after the minute.
+- All other events pass.
+- Memory is bounded: beyond C{MOST} kinds, those of one namespace and format are merged, then all.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from twisted.python.failure import Failure
 
 MINUTE: Final = 60.0
 BURST: Final = 5
-"""Lines a minute of a kind of trouble."""
+"""Lines a minute for one kind of warning or error."""
 DIFFERENT: Final = 20
-"""Lines a minute that differ in C{once} alone."""
+"""Lines a minute that differ only in C{once}."""
 MOST: Final = 1000
-"""Kinds that are told apart."""
+"""Maximum number of kinds that are distinguished."""
 LONGEST: Final = 1000
-"""Characters that are kept of an event that is left out."""
+"""Maximum characters kept of an omitted event."""
 
 
 _BARE: Final = re.compile(r"\{\w+\}")
-"""A format that says nothing by itself."""
+"""A format that consists of one field."""
 
 
 class Kind(NamedTuple):
     """
-    What makes two events similar.
+    Events with equal kinds are repeats.
 
     @ivar told: namespace and format.
-    @ivar once: what the event is said once for; empty if it does not say.
+    @ivar once: the event's C{once} field; empty without one.
     """
 
     told: str
@@ -51,12 +51,12 @@ class Kind(NamedTuple):
 
 def kind_of(event: LogEvent) -> Kind:
     """
-    Tell of which kind an event is.
+    Return the kind of an event.
     """
     told = event.get("log_format") or ""
-    if "log_text" in event:  # logged in Twisted's old way: the text is all there is, and may hold a traceback
+    if "log_text" in event:  # Twisted's legacy logging: only the text is available, perhaps with a traceback
         told = str(event.get("why") or event["log_text"]).partition("\n")[0]
-    elif _BARE.fullmatch(told):  # all that is said is in the field
+    elif _BARE.fullmatch(told):  # the field is the whole message
         told = formatEvent({**event, "log_failure": None})
     failure = event.get("log_failure") or event.get("failure")
     if isinstance(failure, Failure):
@@ -67,7 +67,7 @@ def kind_of(event: LogEvent) -> Kind:
 
 def summary_of(event: LogEvent) -> str:
     """
-    Write an event in one line. Of an exception, its type: the log has the rest.
+    Format an event in one line. Of an exception, only the type: the log has the rest.
     """
     failure = event.get("log_failure") or event.get("failure")
     text = " ".join(formatEvent({**event, "log_failure": None}).split()) if event.get("log_format") else ""
@@ -79,9 +79,9 @@ def summary_of(event: LogEvent) -> str:
 @dataclass(slots=True)
 class _Minute:
     """
-    A minute of one kind.
+    The current minute of one kind.
 
-    @ivar last: the first event that was left out, as it is written when the minute is over.
+    @ivar last: the last omitted event, as it is written after the minute.
     """
 
     ends: float
@@ -92,19 +92,19 @@ class _Minute:
 
 class Repeats:
     """
-    Counts events of a kind. Not for several threads at the same time.
+    Counts repeated events. Not thread-safe.
 
-    @param seconds: the time, on a clock that nobody sets.
+    @param seconds: a monotonic clock.
     """
 
     def __init__(self, seconds: Callable[[], float]) -> None:
         self._seconds = seconds
-        self._minutes: dict[Kind, _Minute] = {}  # in the order in which they end
-        self._different: Counter[str] = Counter()  # kinds among them, by what is told
+        self._minutes: dict[Kind, _Minute] = {}  # in order of their ends
+        self._different: Counter[str] = Counter()  # number of kinds in _minutes, by Kind.told
 
     def admit(self, event: LogEvent) -> LogEvent | None:
         """
-        Give the event if it is to be written, with C{log_omitted} if others before it were not.
+        Return the event if it should be written, with C{log_omitted} if others were omitted before.
         """
         limit = _limit(event)
         if limit is None:
@@ -125,7 +125,7 @@ class Repeats:
 
     def due(self, *, at_once: bool = False) -> Iterator[LogEvent]:
         """
-        Yield an event for each kind whose minute is over and had more than was written.
+        Yield a summary event for each kind whose minute is over and had omitted events.
 
         @param at_once: do not wait for the end of the minute.
         """
@@ -152,7 +152,7 @@ class Repeats:
 
     def _tracked(self, kind: Kind) -> Kind:
         """
-        Choose under which kind an event is counted.
+        Return the kind under which to count an event.
         """
         if kind in self._minutes or (len(self._minutes) < MOST and self._different[kind.told] < DIFFERENT):
             return kind
@@ -162,7 +162,7 @@ class Repeats:
 
 def _limit(event: LogEvent) -> int | None:
     """
-    Tell how many lines a minute events of this kind have; none for any number.
+    Return how many lines a minute this kind of event gets; None for no limit.
     """
     if event.get("once") is not None:
         return 1
@@ -176,7 +176,7 @@ def _type_of(failure: Failure) -> str:
 
 def _short(event: LogEvent) -> LogEvent:
     """
-    Keep of an event what fits into a line: it may hold on to much.
+    Reduce an event to one short line: the event may reference large objects.
     """
     kept: LogEvent = {name: event[name] for name in ("log_level", "log_namespace") if name in event}
     return kept | {"log_format": "{summary}", "summary": summary_of(event)}

@@ -1,12 +1,12 @@
 """
-Events as lines: for people, for systemd's journal, or each a JSON object. Pure.
+Formats for log events: text for people, systemd's journal, JSON objects. Pure.
 
 Rules:
 
-- No control character of what was said is written but a tab, and a line break where several lines are allowed.
-- What has several lines, as a traceback, is one object; or its further lines have a tab before them, or in the journal
-  the mark of the first. So nothing that a client or upstream says can pass for a line of its own.
-- An access line is a line, whatever was logged together with it, with the time at which its answer ended.
+- Control characters are escaped, except tabs, and line breaks in formats with several lines.
+- An event with several lines, such as a traceback, is one JSON object. In text, its further lines start with a tab; in
+  the journal, with the first line's priority. So text from clients or upstream can't imitate a log line.
+- Each access line is written as one line, with the end time of its response, even if several are logged together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from twisted.python.failure import Failure
 from ecrproxy.http.access_log import AccessLine, AccessLines
 
 Shape = Callable[[LogEvent, str], list[str]]
-"""Writes an event as lines; the second argument is the id of the request on whose account it is, or nothing."""
+"""Formats an event as lines; the second argument is the id of the request that caused it, or empty."""
 
 PRIORITIES: Final = {
     LogLevel.debug: 7,
@@ -34,7 +34,7 @@ PRIORITIES: Final = {
     LogLevel.error: 3,
     LogLevel.critical: 2,
 }
-"""What the levels are to syslog, the gravest first: sd-daemon(3)."""
+"""Syslog priorities of the levels, most severe first: sd-daemon(3)."""
 
 _REFUSED: Final = 400
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -43,14 +43,14 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 def priority_of(event: LogEvent) -> int:
     """
-    Tell how grave an event is, as syslog does.
+    Return the syslog priority of an event.
     """
     return PRIORITIES.get(event.get("log_level", LogLevel.info), 6)
 
 
 def as_text(event: LogEvent, request: str) -> list[str]:
     """
-    Write it with its time for people.
+    Format an event as text with its time.
     """
     mark, time = _mark(event), event.get("log_time", 0.0)
     if isinstance(lines := event.get("lines"), AccessLines):
@@ -61,7 +61,7 @@ def as_text(event: LogEvent, request: str) -> list[str]:
 
 def as_journal(event: LogEvent, request: str) -> list[str]:
     """
-    Write it for the journal, which knows the time and reads the level from each line: sd-daemon(3).
+    Format an event for the journal, which adds the time and parses the level from each line: sd-daemon(3).
     """
     mark = f"<{priority_of(event)}>{_mark(event)} "
     if isinstance(lines := event.get("lines"), AccessLines):
@@ -72,7 +72,7 @@ def as_journal(event: LogEvent, request: str) -> list[str]:
 
 def as_json(event: LogEvent, request: str) -> list[str]:
     """
-    Write it as docs/log.schema.json has it.
+    Format an event as JSON: docs/log.schema.json.
     """
     time = event.get("log_time", 0.0)
     if isinstance(lines := event.get("lines"), AccessLines):
@@ -98,11 +98,11 @@ def _head(event: LogEvent, time: float) -> dict[str, Any]:
 
 def _access(line: AccessLine, time: float, process: int) -> str:
     """
-    Write a request. By hand, for they come by thousands, and json's own way takes five times as long.
+    Format an access line as JSON. By hand, because the json module takes five times as long for thousands of lines.
     """
     _, client, method, path, status, size, seconds, cache, reason, upstream, request, aborted, registry, _ = line
     method, path = _encode(method)[1:-1], _encode(path)[1:-1]
-    about = f"{method} {path}" if status < _REFUSED else method  # what costs a client nothing is told once
+    about = f"{method} {path}" if status < _REFUSED else method  # limits lines that cost a client nothing
     return (
         f'{{"time":"{_iso(time)}","level":"info","logger":"access","process":{process},'
         f'"message":"{about} {status or "-"}","request":"{request}","client":{_encode(client)},'
@@ -133,7 +133,7 @@ def _moment(second: int) -> str:
 
 def _name(event: LogEvent) -> str:
     name = str(event.get("log_namespace") or "-")
-    return "twisted" if name == "log_legacy" else name  # what Twisted logs in its old way
+    return "twisted" if name == "log_legacy" else name  # Twisted's legacy logging
 
 
 def _mark(event: LogEvent) -> str:
@@ -163,11 +163,11 @@ def _escaped(found: re.Match[str]) -> str:
 
 def _told(event: LogEvent) -> tuple[str, str]:
     """
-    Tell an event's message, and the traceback, if it has one.
+    Return an event's message and traceback; the latter is empty if there is none.
     """
     failure = event.get("log_failure") or event.get("failure")
     if not isinstance(failure, Failure):
         return formatEvent(event), ""
-    # What was logged in the old way has the traceback in its text.
+    # Legacy events have the traceback in their text.
     message = event.get("why") if "log_text" in event else formatEvent(event)
     return str(message or failure.getErrorMessage() or failure.type), failure.getTraceback()

@@ -1,5 +1,5 @@
 """
-Where the lines go: what twistd would write to, in the shape that the operator has chosen.
+The log's writer: to twistd's destination, in the configured format.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ _LOST: Final = (
 @implementer(ILogObserver)
 class LineWriter:
     """
-    Writes events as lines, those that repeat as one line with a count. Called from any thread.
+    Writes events as lines, repeated ones as one line with a count. Thread-safe.
 
-    Worker processes write to the same pipe, and their lines must not mix. Up to PIPE_BUF bytes go in whole:
+    Worker processes write to the same pipe, and their lines must not mix. Writes of up to PIPE_BUF bytes are atomic:
     pipe(7).
 
-    @param limit: the priority of what is still written.
-    @param seconds: the time, on a clock that nobody sets.
+    @param limit: the highest priority number that is written.
+    @param seconds: a monotonic clock.
     """
 
     def __init__(self, outlet: Outlet, shape: Shape, limit: int, seconds: Callable[[], float]) -> None:
         self._outlet, self._shape, self._limit = outlet, shape, limit
         self._repeats = Repeats(seconds)
-        self._lock = threading.RLock()  # reentrant: a signal handler may log, too
+        self._lock = threading.RLock()  # reentrant, because a signal handler may log too
 
     def __call__(self, event: LogEvent) -> None:
         """
-        Write an event, if it is grave enough and not one of many.
+        Write an event, unless its level is too low or it repeats too often.
         """
         if priority_of(event) > self._limit:
             return
@@ -64,7 +64,7 @@ class LineWriter:
 
     def tick(self, *, at_once: bool = False) -> None:
         """
-        Write what a minute has left out, and how many lines were lost.
+        Write the counts of omitted and lost lines that are due.
 
         @param at_once: do not wait for the end of the minute.
         """
@@ -78,7 +78,7 @@ class LineWriter:
 
     def end(self, seconds: float) -> None:
         """
-        Write what is left, and wait for that no longer than C{seconds}.
+        Write the remaining lines; wait up to C{seconds}.
         """
         self.tick(at_once=True)
         self._outlet.drain(seconds)
@@ -92,7 +92,7 @@ def _pieces(lines: Sequence[str]) -> Iterator[bytes]:
     data, start = ("\n".join(lines) + "\n" if lines else "").encode("utf-8", "backslashreplace"), 0
     while start < len(data):
         stop = len(data)
-        if stop - start > select.PIPE_BUF:  # a line that is longer goes by itself
+        if stop - start > select.PIPE_BUF:  # a longer line is written alone
             stop = data.rfind(b"\n", start, start + select.PIPE_BUF) + 1 or data.index(b"\n", start) + 1
         yield data[start:stop]
         start = stop
@@ -100,9 +100,9 @@ def _pieces(lines: Sequence[str]) -> Iterator[bytes]:
 
 def leads_to_journal(told: str | None, output: IO[str] | None) -> bool:
     """
-    Tell whether what is written to C{output} comes to systemd's journal: systemd.exec(5), C{$JOURNAL_STREAM}.
+    Return True if C{output} is connected to systemd's journal: systemd.exec(5), C{$JOURNAL_STREAM}.
 
-    @param told: that variable.
+    @param told: the value of that variable.
     """
     if not told or output is None:
         return False
@@ -117,20 +117,20 @@ def choose_writer(
     twistd: Mapping[str, Any], *, json: bool, limit: int, journal: str | None, later: Callable[..., object]
 ) -> LineWriter | None:
     """
-    Make what writes the log where twistd's own flags say; none where they lead to something that has its own shape.
+    Make the writer for the destination in twistd's flags; None if that has a format of its own.
 
-    @param twistd: its options.
-    @param json: whether lines are JSON.
+    @param twistd: twistd's options.
+    @param json: True for JSON lines.
     @param limit: see L{LineWriter}.
     @param journal: C{$JOURNAL_STREAM}.
-    @param later: has something called by the reactor, as C{callFromThread} does.
+    @param later: schedules a call in the reactor, like C{callFromThread}.
     """
     name = twistd.get("logfile") or ""
     if twistd.get("syslog") or twistd.get("logger"):
         return None
     if name not in ("", "-") or not twistd.get("nodaemon"):
         if name == "-":
-            return None  # twistd refuses this
+            return None  # twistd rejects this
         return LineWriter(_file(name or "twistd.log", later), as_json if json else as_text, limit, time.monotonic)
     output = sys.stdout
     shape = as_json if json else as_journal if leads_to_journal(journal, output) else as_text
@@ -139,7 +139,7 @@ def choose_writer(
 
 def _file(name: str, later: Callable[..., object]) -> Outlet:
     """
-    Open a file as twistd does: SIGUSR1 begins a new one.
+    Open a file as twistd does: SIGUSR1 rotates it.
     """
     file: LogFile = LogFile.fromFullPath(name)
     outlet = Outlet(file)

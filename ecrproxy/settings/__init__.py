@@ -1,3 +1,3 @@
 """
-What the daemon is told: the table of settings, how their texts are read, and what is wrong with them.
+Settings: the table, the parsers, and checks for contradictions.
 """

@@ -1,5 +1,5 @@
 """
-What is wrong with the settings, and how it is said: in one line on stderr, whatever becomes of the log.
+Problems of the settings, and how they are reported: one line on stderr, wherever the log goes.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from typing import IO, Final, NoReturn
 
 _PATIENCE: Final = 1.0
-"""Seconds for which a line waits for room in a pipe."""
+"""Maximum seconds to wait for room in a pipe."""
 
 
 @dataclass(frozen=True, slots=True)
 class Complaint:
     """
-    Something that is wrong with the settings, although each of them can be read.
+    A problem of settings that are valid one by one.
 
     @ivar said: what is wrong, and why.
-    @ivar advice: what to do about it.
-    @ivar grave: whether the daemon must not start: protection would be lost, or the value cannot be meant.
+    @ivar advice: what to do.
+    @ivar grave: True to refuse to start: protection would be lost, or the value can't be intended.
     """
 
     said: str
@@ -35,16 +35,16 @@ def say(line: str, mark: str = "") -> None:
     """
     Write one line to stderr.
 
-    @param mark: comes before it.
+    @param mark: written before the line.
     """
     write(f"{mark}ecr-proxy: {' '.join(line.split())}")
 
 
 def write(line: str) -> None:
     """
-    Write a line to stderr as it is.
+    Write a line to stderr, unchanged.
     """
-    stderr = sys.__stderr__  # twistd makes a log of sys.stderr
+    stderr = sys.__stderr__  # twistd redirects sys.stderr to its log
     if stderr is not None and _takes_a_line(stderr):
         stderr.write(f"{line}\n")
         stderr.flush()
@@ -52,12 +52,12 @@ def write(line: str) -> None:
 
 def _takes_a_line(file: IO[str]) -> bool:
     """
-    Wait until a pipe has room, but not for long: whoever ends is not to wait for a reader that has stopped.
+    Wait briefly until a pipe has room: a reader that has stopped must not delay the exit.
     """
     try:
         fd = file.fileno()
     except OSError:
-        return True  # no pipe
+        return True  # not a pipe
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(_PATIENCE * 1000))

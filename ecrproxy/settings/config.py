@@ -1,9 +1,9 @@
 """
-Everything an operator may set: one table gives flag, variable, default, parser and help.
+All settings: one table gives each setting's flag, variable, default, parser and help text.
 
-A L{Config} is frozen and complete before anything listens. Pure: it is handed flags, environment and what a
-configuration file says, see L{file}. What only the machine can tell (a key that can't be read, a port in use) is
-found by C{tap}.
+A L{Config} is frozen, and is complete before anything listens. Pure: flags, environment and the contents of the
+configuration file (see L{file}) are passed in. Problems that only the machine can show (an unreadable key, a port in
+use) are found by C{tap}.
 """
 
 from __future__ import annotations
@@ -56,21 +56,21 @@ from ecrproxy.settings.variables import service_of
 from ecrproxy.shares import share
 
 Given = Mapping[str, tuple[str, str]]
-"""Settings as text, each with where it was given, by setting name."""
+"""The text of each setting and where it was given, by setting name."""
 CONFIG: Final = "config"
 """The setting that names the configuration file."""
 RELOADED: Final = frozenset({"ecr-endpoint", "region", "instance-auth", "registry-aliases", "namespace-pattern"})
-"""The settings that are about registries, as the file's tables are: a reload changes them."""
+"""The settings that a reload changes, as it changes the file's tables of registries."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filed:
     """
-    What a configuration file says.
+    The contents of a configuration file.
 
-    @ivar settings: those that it has.
-    @ivar registries: its tables of registries.
-    @ivar tables: the same, as they stand there.
+    @ivar settings: the settings in the file.
+    @ivar registries: its tables of registries, parsed.
+    @ivar tables: the same tables as written.
     """
 
     settings: Given = field(default_factory=dict)
@@ -83,10 +83,10 @@ NO_FILE: Final = Filed()
 
 class ConfigError(Exception):
     """
-    Settings are wrong. Of each, one line says which, its value, and what would be right.
+    Settings are invalid. Each line names one setting, its value and a valid value.
 
-    @ivar errors: those lines.
-    @ivar warnings: lines about other settings, which would not keep the daemon from starting.
+    @ivar errors: these lines.
+    @ivar warnings: lines about other settings that would not prevent a start.
     """
 
     def __init__(self, *errors: str, warnings: Iterable[str] = ()) -> None:
@@ -99,9 +99,9 @@ class Setting:
     """
     One row of the table.
 
-    @ivar name: the flag without its dashes; C{Config}'s attribute with underscores.
-    @ivar parse: reads the text; raises C{ValueError} with what would be right.
-    @ivar default: for people to read.
+    @ivar name: the flag without its dashes; with underscores, the attribute of C{Config}.
+    @ivar parse: parses the text; raises C{ValueError} with a message that names valid values.
+    @ivar default: as shown in the help.
     """
 
     name: str
@@ -113,15 +113,15 @@ class Setting:
     @property
     def attribute(self) -> str:
         """
-        The attribute of L{Config} that holds it.
+        The attribute of L{Config} that holds the value.
         """
         return self.name.replace("-", "_")
 
     def read(self, text: str, source: str) -> Any:  # noqa: ANN401
         """
-        Parse C{text}, which C{source} gave.
+        Parse C{text}, which was given in C{source}.
 
-        @raise ConfigError: if it is wrong.
+        @raise ConfigError: if the text is invalid.
         """
         try:
             return self.parse(text)
@@ -133,7 +133,7 @@ class Setting:
 
 
 ADMIN_LISTEN: Final = "tcp:5001:interface=127.0.0.1"
-"""Where the operator's pages are if nobody says otherwise: to be reached from this machine alone."""
+"""The default address of the admin port: reachable from this machine only."""
 
 SETTINGS: Final[Sequence[Setting]] = (
     Setting(
@@ -168,7 +168,7 @@ SETTINGS: Final[Sequence[Setting]] = (
         "PROXY_CACHE_LIMIT",
         parse_limit,
         "64gb",
-        "the most that the cache directory may hold, at least 1m",
+        "maximum size of the cache directory, at least 1m",
     ),
     Setting(
         "cache-dir",
@@ -182,28 +182,28 @@ SETTINGS: Final[Sequence[Setting]] = (
         "PROXY_DNS_RESOLVER",
         parse_resolver,
         "8.8.8.8",
-        "name servers asked for the registry's and buckets' names, or: system",
+        "name servers for the names of registries and buckets, or: system",
     ),
     Setting(
         "namespace-pattern",
         "PROXY_NAMESPACE_PATTERN",
         parse_pattern,
         ".*",
-        "regular expression that a repository's whole name must match",
+        "regular expression that whole repository names must match",
     ),
     Setting(
         "registry-aliases",
         "PROXY_REGISTRY_ALIASES",
         parse_registries,
         "none",
-        "other names of the registry, HOST or HOST:PORT, for clients that say which one they mean (ns=)",
+        "other names of the registry, HOST or HOST:PORT, for clients that send ns=",
     ),
     Setting(
         "unknown-registry-status",
         "PROXY_UNKNOWN_REGISTRY_STATUS",
         parse_unknown_status,
         "404",
-        "answer to requests for registries that are not configured: 404, or 403 where nothing may bypass the proxy",
+        "status for registries that are not configured: 404, or 403 if clients must not bypass the proxy",
     ),
     Setting("port", "PROXY_PORT", parse_port, "5000", "TCP port to listen on"),
     Setting("ssl-key", "PROXY_SSL_KEY", parse_path, "none", "file of the TLS private key"),
@@ -211,28 +211,28 @@ SETTINGS: Final[Sequence[Setting]] = (
         "ssl-certificate", "PROXY_SSL_CERTIFICATE", parse_path, "none", "file of the TLS certificate and its chain"
     ),
     Setting(
-        "client-ca", "PROXY_CLIENT_CA", parse_path, "none", "file of the CAs of which clients must have a certificate"
+        "client-ca", "PROXY_CLIENT_CA", parse_path, "none", "file of CAs; clients need a certificate from one of them"
     ),
     Setting(
         "htpasswd",
         "PROXY_HTPASSWD",
         parse_path,
         "none",
-        "file of names and passwords, made with htpasswd -B, one of which clients must give",
+        "password file, made with htpasswd -B; clients must authenticate",
     ),
     Setting(
         "allow-from",
         "PROXY_ALLOW_FROM",
         parse_networks,
         "none",
-        "networks that clients must be in; all others are refused",
+        "networks of the clients that are allowed; all others are refused",
     ),
     Setting(
         "allow-origin",
         "PROXY_ALLOW_ORIGIN",
         parse_origin,
         "none",
-        "origin of web pages that may ask and read the answers, or: *",
+        "origin of web pages that may read responses (CORS), or: *",
     ),
     Setting("listen", "PROXY_LISTEN", parse_listen, "made from port and TLS files", "Twisted endpoint strings"),
     Setting(
@@ -240,150 +240,150 @@ SETTINGS: Final[Sequence[Setting]] = (
         "PROXY_ADMIN_LISTEN",
         parse_admin,
         ADMIN_LISTEN,
-        "Twisted endpoint string for /metrics and the operator's other pages; off for none",
+        "Twisted endpoint string of the admin port (/metrics, status page, purge), or: off",
     ),
     Setting(
         "metrics-listen",
         "PROXY_METRICS_LISTEN",
         parse_admin,
         "off",
-        "Twisted endpoint string for /metrics, /readyz and /healthz alone, which scrape without being able to purge",
+        "Twisted endpoint string for /metrics, /readyz and /healthz only, for scrapers that must not purge",
     ),
-    Setting("log-format", "PROXY_LOG_FORMAT", parse_log_format, "text", "how the log is written: text or json"),
+    Setting("log-format", "PROXY_LOG_FORMAT", parse_log_format, "text", "log format: text or json"),
     Setting(
         "log-level",
         "PROXY_LOG_LEVEL",
         parse_log_level,
         "info",
-        "what is logged: debug, info, warn, error or critical, and all that is graver",
+        "minimum level that is logged: debug, info, warn, error or critical",
     ),
     Setting(
         "admin-hosts",
         "PROXY_ADMIN_HOSTS",
         parse_hosts,
         "none",
-        "names under which the operator's port may be asked for, beside addresses and the machine's",
+        "host names that requests to the admin port may use, in addition to addresses and the machine's names",
     ),
     Setting(
         "tag-ttl",
         "PROXY_TAG_TTL",
         parse_seconds,
         "0",
-        "seconds for which a tag's digest is taken on trust; 0 asks ECR each time",
+        "seconds to trust the digest of a tag; 0 asks ECR each time",
     ),
     Setting(
         "worker-processes",
         "PROXY_WORKER_PROCESSES",
         parse_workers,
         "1",
-        "processes that serve clients; auto for one a core",
+        "number of processes that serve clients; auto for one per core",
     ),
     Setting(
         "drain-seconds",
         "PROXY_DRAIN_SECONDS",
         parse_seconds,
         "30",
-        "seconds that clients have for what they are being sent when the daemon ends",
+        "seconds to let responses finish on shutdown",
     ),
     Setting(
         "read-ahead",
         "PROXY_READ_AHEAD",
         parse_flag,
         "true",
-        "fetch the layers of an image that lie behind the one that a client fetches",
+        "prefetch the next layers of an image while a client downloads one",
     ),
     Setting(
         "blob-connections",
         "PROXY_BLOB_CONNECTIONS",
         parse_connections,
         "4",
-        "connections over which a large blob comes from its bucket",
+        "parallel connections to the bucket for one large blob",
     ),
     Setting(
         "ecr-connections",
         "PROXY_ECR_CONNECTIONS",
         parse_connections,
         "128",
-        "questions to ECR that may be under way at once",
+        "maximum number of concurrent requests to ECR",
     ),
     Setting(
         "ecr-quotas",
         "PROXY_ECR_QUOTAS",
         Quotas.parse,
         "manifests=2000 blobs=3000 checks=1000 lists=100",
-        "calls a second that ECR allows the account, by kind; more wait here",
+        "requests per second that the account's ECR quotas allow, by kind; more are delayed",
     ),
     Setting(
         "upstream-tries",
         "PROXY_UPSTREAM_TRIES",
         parse_tries,
         "3",
-        "how often ECR or a bucket is asked the same where it fails in a way that may pass",
+        "maximum attempts for requests to ECR or a bucket that fail temporarily (429, 5xx, connection errors)",
     ),
     Setting(
         "upstream-seconds",
         "PROXY_UPSTREAM_SECONDS",
         parse_seconds,
         "10",
-        "seconds after the first try in which the others begin",
+        "time budget for retries, in seconds from the first attempt",
     ),
     Setting(
         "bucket-connections",
         "PROXY_BUCKET_CONNECTIONS",
         parse_connections,
         "64",
-        "connections over which all blobs together may come so",
+        "maximum number of parallel connections to buckets, all blobs together",
     ),
     Setting(
         "stall-seconds",
         "PROXY_STALL_SECONDS",
         parse_patience,
         "30",
-        "seconds in which a bucket must send at least 1 KiB before it is asked again",
+        "seconds in which a bucket must send at least 1 KiB, else the request is retried",
     ),
     Setting(
         "header-seconds",
         "PROXY_HEADER_SECONDS",
         parse_seconds,
         "10",
-        "seconds for the line and the headers of a request; 0 for no limit",
+        "seconds to receive the request line and headers; 0 for no limit",
     ),
     Setting(
         "idle-seconds",
         "PROXY_IDLE_SECONDS",
         parse_seconds,
         "65",
-        "seconds between two requests of a connection; 0 for no limit",
+        "seconds that a connection may be idle between requests; 0 for no limit",
     ),
     Setting(
         "send-seconds",
         "PROXY_SEND_SECONDS",
         parse_seconds,
         "300",
-        "seconds for which a client may take nothing of its answer; 0 for no limit",
+        "seconds without progress while sending to a client; 0 for no limit",
     ),
     Setting(
         "header-bytes",
         "PROXY_HEADER_BYTES",
         parse_header_bytes,
         "16k",
-        "bytes of a request's line and headers together",
+        "maximum bytes of the request line and headers together",
     ),
-    Setting("header-count", "PROXY_HEADER_COUNT", parse_count, "100", "headers of a request; 0 for no limit"),
-    Setting("connections", "PROXY_CONNECTIONS", parse_count, "10000", "connections of clients in all; 0 for no limit"),
+    Setting("header-count", "PROXY_HEADER_COUNT", parse_count, "100", "maximum number of headers; 0 for no limit"),
+    Setting("connections", "PROXY_CONNECTIONS", parse_count, "10000", "maximum client connections; 0 for no limit"),
     Setting(
         "connections-per-address",
         "PROXY_CONNECTIONS_PER_ADDRESS",
         parse_share,
         "auto",
-        "connections from one address; 0 for no limit; auto for half of all there may be, at most 1000",
+        "maximum connections from one address; 0 for no limit; auto for half of all connections, at most 1000",
     ),
     Setting(
         "transfers",
         "PROXY_TRANSFERS",
         parse_count,
         "4096",
-        "answers of more than 64 KiB, and with a blob, that are under way at once; 0 for no limit",
+        "maximum concurrent responses with a blob or of more than 64 KiB; 0 for no limit",
     ),
 )
 
@@ -406,7 +406,7 @@ GROUPS: Final[Mapping[str, Sequence[str]]] = {
     ),
     "Log": ("log-format", "log-level"),
 }
-"""The settings by what they are about, in the order of the help."""
+"""The settings by topic, in the order of the help."""
 
 _WITHOUT_TEXT: Final = ("required", "none")
 
@@ -416,14 +416,14 @@ class Config:
     """
     All settings, checked.
 
-    @ivar dns_resolver: name servers; none for the host's own resolver.
+    @ivar dns_resolver: name servers; None for the host's own resolver.
     @ivar cache_limit: in bytes.
     @ivar tag_ttl: in seconds.
     @ivar allow_origin: as browsers write it, or C{*}.
     @ivar listen: empty to listen on C{port}, with TLS if there is a key.
-    @ivar admin_listen: none to have no such port; so it is with C{metrics_listen}.
-    @ivar admin_hosts: names that lead there, beside those that need no telling.
-    @ivar registries: the default first. Of it, C{ecr_endpoint}, C{region} and C{instance_auth} say the same.
+    @ivar admin_listen: None for no admin port; likewise C{metrics_listen}.
+    @ivar admin_hosts: names of the admin port, in addition to those that are always accepted.
+    @ivar registries: the default first; C{ecr_endpoint}, C{region} and C{instance_auth} are that one's.
     """
 
     config: str | None
@@ -473,9 +473,9 @@ class Config:
 
     def limits(self, room: int = 0) -> Limits:
         """
-        Return what clients may have of one process.
+        Return the limits of clients for one process.
 
-        @param room: connections for which it has descriptors; 0 for no limit.
+        @param room: connections for which the process has descriptors; 0 for no limit.
         """
         given = {each.name: getattr(self, each.name) for each in fields(Limits)}
         limits = Limits(**{name: value for name, value in given.items() if value is not None})
@@ -483,9 +483,9 @@ class Config:
 
     def share(self) -> Config:
         """
-        Return the settings of a worker: its part of what all of them may ask of ECR and buckets together.
+        Return the settings of a worker: its share of the connections to ECR and buckets.
 
-        The cache's limit is that of the directory, which all of them keep to.
+        The cache limit is not divided: it is that of the shared directory.
         """
         count = self.worker_processes
         return replace(
@@ -498,10 +498,10 @@ class Config:
     @classmethod
     def load(cls, flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE) -> Config:
         """
-        Read the settings; a flag wins over its variable, a variable over the file, an empty variable is none.
+        Read the settings. Flags override variables, variables override the file; empty variables are ignored.
 
         @param flags: by setting name.
-        @raise ConfigError: for the first that is wrong.
+        @raise ConfigError: for the first that is invalid.
         """
         texts = texts_of(flags, environ, file)
         values = _values(texts, SETTINGS)
@@ -518,7 +518,7 @@ def config_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> str | N
     """
     Return the path of the configuration file; None if there is none.
 
-    @raise ConfigError: if it is no path.
+    @raise ConfigError: if the path is invalid.
     """
     path: str | None = read_settings([CONFIG], flags, environ)[CONFIG]
     return path
@@ -528,9 +528,9 @@ def read_settings(
     names: Iterable[str], flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE
 ) -> dict[str, Any]:
     """
-    Read a few settings each by itself, by L{Config}'s attribute: for who needs no more, and can do without the others.
+    Read some settings, by L{Config}'s attribute, without checking the others.
 
-    @raise ConfigError: for the first that is wrong.
+    @raise ConfigError: for the first that is invalid.
     """
     return _values(texts_of(flags, environ, file), [each for each in SETTINGS if each.name in set(names)])
 
@@ -539,11 +539,11 @@ def registries_of(
     flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE
 ) -> tuple[RegistryTable, ...]:
     """
-    Return the registries that the settings name, the default first; none if they name none.
+    Return the configured registries, the default first; empty if none are configured.
 
-    For who only names them, and can do without the region of a token.
+    For callers that need only the names: the region may be missing.
 
-    @raise ConfigError: if what they say of them is wrong.
+    @raise ConfigError: if the settings of a registry are invalid.
     """
     texts = texts_of(flags, environ, file)
     values = _values(texts, [each for each in SETTINGS if each.name in ("ecr-endpoint", "region", "instance-auth")])
@@ -556,7 +556,7 @@ def registries_of(
 
 def given(flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE) -> Given:
     """
-    Return what is set, and where: by a flag, a variable, or in the file; defaults are left out.
+    Return the settings that a flag, a variable or the file gives, and where; without defaults.
     """
     by_flag = {each.name: (flags[each.name], f"--{each.name}") for each in SETTINGS if flags.get(each.name) is not None}
     return {**file.settings, **_from_environment(environ), **by_flag}
@@ -564,7 +564,7 @@ def given(flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO
 
 def texts_of(flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE) -> Given:
     """
-    Return the text of each setting, and where it was given; a default as if its variable had it.
+    Return the text of each setting and where it was given; defaults count as given by the variable.
     """
     return {**_defaults(environ), **given(flags, environ, file)}
 
@@ -574,9 +574,6 @@ def _values(texts: Given, settings: Iterable[Setting]) -> dict[str, Any]:
 
 
 def _defaults(environ: Mapping[str, str]) -> Given:
-    """
-    Give the defaults as if they had been set.
-    """
     texts = {each.name: (each.default, each.variable) for each in SETTINGS if each.default not in _WITHOUT_TEXT}
     del texts["region"]
     texts["listen"] = ("", "PROXY_LISTEN")
@@ -608,9 +605,9 @@ def _check_tls(values: Mapping[str, Any]) -> None:
 
 def _registries(values: Mapping[str, Any], texts: Given, tables: Sequence[RegistryTable]) -> tuple[RegistryTable, ...]:
     """
-    Return all registries, the default first: those that PROXY_ECR_ENDPOINT names, and those that have a table.
+    Return all registries, the default first: those in PROXY_ECR_ENDPOINT, and those with a table.
 
-    @raise ConfigError: if there is none, the region of one is not known, or two are not to be told apart.
+    @raise ConfigError: if there is none, a region is unknown, or two can't be distinguished.
     """
     endpoints, default = values["ecr_endpoint"] or (), next((each for each in tables if each.default), None)
     if not endpoints:
@@ -635,9 +632,6 @@ def _registries(values: Mapping[str, Any], texts: Given, tables: Sequence[Regist
 
 
 def _no_default(texts: Given, tables: Sequence[RegistryTable]) -> str:
-    """
-    Say what to do where nothing names the default registry.
-    """
     if not tables:
         return ": give the URL of your ECR registry"
     file = texts.get(CONFIG, ("the configuration file", ""))[0]
@@ -648,15 +642,12 @@ def _check_region(endpoint: str, given: str | None, texts: Given) -> None:
     own = region_of(endpoint)
     if given is not None and own is not None and given != own:
         raise ConfigError(
-            f"{texts['region'][1]}={given!r}: PROXY_ECR_ENDPOINT is in {own}, a token is good in one region; give {own}"
+            f"{texts['region'][1]}={given!r}: PROXY_ECR_ENDPOINT is in {own}; tokens are for one region; give {own}"
         )
 
 
 def _region(endpoint: str, given: str | None) -> str:
-    """
-    Return the region of a registry: its name's, else the one that is C{given}.
-    """
     region = region_of(endpoint) or given
     if region is None:
-        raise ConfigError("AWS_REGION is not set, and PROXY_ECR_ENDPOINT does not tell it: give the registry's region")
+        raise ConfigError("AWS_REGION is not set, and PROXY_ECR_ENDPOINT has none: give the registry's region")
     return region

@@ -1,7 +1,7 @@
 """
-Settings that are right each by itself and wrong together, or probably not meant. Pure.
+Settings that are valid one by one but contradict each other, or are probably a mistake. Pure.
 
-The daemon asks at its start, and does not start if protection would be lost; the doctor asks whenever it is called.
+The daemon checks at startup, and does not start if protection would be lost. C{ecr-proxy doctor} checks, too.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ecrproxy.settings.variables import look_at_variables
 LONG_TAG_TTL: Final = 86400.0
 SMALL_CACHE: Final = 2**30
 _EVERY: Final = {"tcp": "0.0.0.0", "tcp6": "::"}  # noqa: S104 (compared, not bound)
-"""All addresses, by the kind of endpoint that has none."""
+"""The address that means all addresses, by kind of endpoint."""
 _OURS: Final = frozenset({*(each.variable for each in SETTINGS), "AWS_DEFAULT_REGION"})
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """
-    What the settings are held against.
+    The machine's resources that settings are compared with.
 
-    @ivar cores: that this process may use.
-    @ivar disk: bytes of the file system that the cache directory is on; None if that is not known.
+    @ivar cores: CPU cores available to this process.
+    @ivar disk: size of the cache directory's file system in bytes; None if unknown.
     """
 
     cores: int
@@ -42,9 +42,9 @@ class Machine:
 
 def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE) -> Config:
     """
-    Read the settings as L{Config.load} does; the error has misspelt variables too, which may be what is missing.
+    Read the settings as L{Config.load} does. Errors include misspelled variables, which may explain a missing setting.
 
-    @raise ConfigError: if they are wrong.
+    @raise ConfigError: if the settings are invalid.
     """
     try:
         return Config.load(flags, environ, file)
@@ -54,7 +54,7 @@ def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_
 
 def refusal(found: Sequence[Complaint], *errors: str) -> ConfigError:
     """
-    Make the error that tells C{errors}, and of what was found the grave complaints; the others are its warnings.
+    Make an error from C{errors} and the grave complaints; the other complaints become its warnings.
     """
     grave = [str(each) for each in found if each.grave]
     return ConfigError(*errors, *grave, warnings=[str(each) for each in found if not each.grave])
@@ -62,16 +62,16 @@ def refusal(found: Sequence[Complaint], *errors: str) -> ConfigError:
 
 def look_at_environment(environ: Mapping[str, str]) -> list[Complaint]:
     """
-    Find variables that were probably meant as settings.
+    Find variables that were probably meant to be settings.
     """
     return look_at_variables(environ, _OURS)
 
 
 def look_at_settings(config: Config, given: Given, environ: Mapping[str, str], machine: Machine) -> list[Complaint]:
     """
-    Find all that is wrong with the settings; grave complaints come first.
+    Find all problems of the settings, grave ones first.
 
-    @param given: what C{config} was loaded from.
+    @param given: the texts that C{config} was loaded from.
     """
     sources = {name: source for name, (_, source) in given.items()}
     found = [
@@ -89,36 +89,36 @@ def look_at_settings(config: Config, given: Given, environ: Mapping[str, str], m
 
 def look_at_log(config: Config, twistd: Mapping[str, Any]) -> list[Complaint]:
     """
-    Find where twistd's flags lose the log of worker processes, which goes to standard output.
+    Find twistd flags that lose the log of worker processes, which goes to standard output.
 
-    A file of twistd's can't have it: what one process renames when it is full, the others would go on writing to.
+    Workers can't share twistd's log file: after one process rotates it, the others would write to the old file.
 
-    @param twistd: its options; empty if nobody has said where the log goes.
+    @param twistd: twistd's options; empty if unknown.
     """
     if not twistd or config.worker_processes == 1:
         return []
     several = f"PROXY_WORKER_PROCESSES={config.worker_processes}"
     if not twistd.get("nodaemon"):
-        said = f"{several}: without twistd -n, standard output is closed, and the log of all requests goes there"
+        said = f"{several}: workers log to standard output, which twistd closes without -n"
         return [Complaint(said, "start twistd -n, or set PROXY_WORKER_PROCESSES=1", grave=True)]
     flag = next((each for each in ("logfile", "syslog", "logger") if twistd.get(each) and twistd[each] != "-"), None)
     if flag is None:
         return []
-    said = f"{several}: the log of all requests goes to standard output, and twistd's --{flag} has that of the parent"
-    return [Complaint(said, "have standard output kept as well")]
+    said = f"{several}: workers log to standard output, and twistd's --{flag} only gets the parent's log"
+    return [Complaint(said, "keep standard output as well")]
 
 
 def _lost(config: Config) -> Iterator[Complaint]:
     """
-    Find protection that was asked for, and that something else takes away.
+    Find protection that was requested but that another setting disables.
     """
     own_tls = [each for each in config.listen if each.kind == SYSTEMD]
     others = [each for each in config.listen if each.kind != SYSTEMD]
     plain = [each for each in others if not each.secure and not each.is_local]
     if config.client_ca is not None and (config.ssl_key is None or others):
         yield Complaint(
-            f"PROXY_CLIENT_CA={config.client_ca!r}: certificates are asked for where PROXY_SSL_KEY and"
-            " PROXY_SSL_CERTIFICATE make TLS, without PROXY_LISTEN but for systemd:",
+            f"PROXY_CLIENT_CA={config.client_ca!r}: client certificates are only requested with TLS of PROXY_SSL_KEY"
+            " and PROXY_SSL_CERTIFICATE, without PROXY_LISTEN except for systemd",
             "set these two, or unset it",
             grave=True,
         )
@@ -133,67 +133,67 @@ def _lost(config: Config) -> Iterator[Complaint]:
     if admin is not None and "interface" in PARAMETERS[admin.kind] and not admin.interface:
         loopback, every = ("127.0.0.1", "0.0.0.0") if admin.socket().kind == "tcp" else (r"\:\:1", r"\:\:")  # noqa: S104
         yield Complaint(
-            f"PROXY_ADMIN_LISTEN={admin.text!r} would let every network purge the cache",
-            f"give {admin}:interface={loopback}, or, if every network is meant, interface={every}",
+            f"PROXY_ADMIN_LISTEN={admin.text!r} would let clients in all networks purge the cache",
+            f"give {admin}:interface={loopback}, or, if that is intended, interface={every}",
             grave=True,
         )
     if config.allow_from and config.listen and not any(each.has_addresses or each.balanced for each in config.listen):
         yield Complaint(
-            "PROXY_ALLOW_FROM refuses everybody: clients of a socket that has a path have no address",
+            "PROXY_ALLOW_FROM refuses all clients: clients of a Unix socket have no address",
             "unset it, or give an endpoint with addresses in PROXY_LISTEN",
         )
 
 
 def _exposed(config: Config) -> Iterator[Complaint]:
     """
-    Find what others could read, reach or pretend.
+    Find what others could read, reach or forge.
     """
     plain = [each for each in config.listen if not each.secure and (each.kind != SYSTEMD or config.ssl_key is None)]
     in_the_open = [each for each in plain if not each.is_local and not each.balanced]
     if config.htpasswd and (in_the_open or (not config.listen and config.ssl_key is None)):
         yield Complaint(
-            "PROXY_HTPASSWD without TLS: passwords go over the network as they are",
+            "PROXY_HTPASSWD without TLS: passwords are sent unencrypted",
             "set PROXY_SSL_KEY and PROXY_SSL_CERTIFICATE too",
         )
     if config.admin_listen and config.admin_listen.interface and not config.admin_listen.is_local:
         yield Complaint(
             f"PROXY_ADMIN_LISTEN={config.admin_listen} can be reached from other machines, and asks for no password",
-            "let a firewall or a NetworkPolicy keep others from it",
+            "restrict access with a firewall or a NetworkPolicy",
         )
     behind = [each for each in config.listen if each.balanced and not each.is_local]
     if config.allow_from and behind:
         yield Complaint(
-            f"PROXY_ALLOW_FROM believes whatever address is told to PROXY_LISTEN={behind[0]}",
-            "let nobody but the load balancer reach that port",
+            f"PROXY_ALLOW_FROM trusts the addresses in PROXY headers sent to PROXY_LISTEN={behind[0]}",
+            "allow only the load balancer to reach that port",
         )
     if config.allow_from and any(not network.prefixlen for network in config.allow_from):
-        yield Complaint("PROXY_ALLOW_FROM has a network of all addresses, and so keeps nobody out", "name yours")
+        yield Complaint("PROXY_ALLOW_FROM includes all addresses, and so refuses no client", "list only your networks")
     for each in config.registries:
         parts = urlsplit(each.endpoint or "")
         if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
-            said = f"registry {each.name}: its endpoint is http, and the token goes over the network as it is"
+            said = f"registry {each.name}: its endpoint is http, so the token is sent unencrypted"
             yield Complaint(said, "give an https URL")
 
 
 def _at_one_port(config: Config) -> Iterator[Complaint]:
     """
-    Find where one of the daemon's own sockets keeps another from listening.
+    Find conflicts between the daemon's own listening sockets.
     """
     told = set()
     for (one, port, here), (other, others, there) in combinations(_sockets(config), 2):
         if port != others or not _overlap(here, there) or (one, other) in told:
             continue
         told.add((one, other))
-        if other == f"PROXY_ADMIN_LISTEN={ADMIN_LISTEN}":  # where nobody has set it, the daemon goes on without
-            said = f"{other}, the default, is where {one} listens already: there is no operator's port"
+        if other == f"PROXY_ADMIN_LISTEN={ADMIN_LISTEN}":  # the default: the daemon starts without the admin port
+            said = f"{other}, the default, is already used by {one}: the daemon starts without the admin port"
             yield Complaint(said, "give another port there, or set PROXY_ADMIN_LISTEN")
         else:
-            yield Complaint(f"{other} is where {one} listens already", "give one of them another port", grave=True)
+            yield Complaint(f"{other} is already used by {one}", "give one of them another port", grave=True)
 
 
 def _sockets(config: Config) -> Iterator[tuple[str, int, str]]:
     """
-    List the TCP ports that the daemon listens on itself, in the order in which it does: what says so, and the address.
+    List the TCP ports that the daemon listens on, in order of binding: source of the setting, port and address.
     """
     if not config.listen:
         yield from ((f"PROXY_PORT={config.port}", config.port, every) for every in _EVERY.values())
@@ -205,7 +205,7 @@ def _sockets(config: Config) -> Iterator[tuple[str, int, str]]:
 
 def _overlap(one: str, other: str) -> bool:
     """
-    Return True if who listens at one address has the other, too.
+    Return True if a socket bound to one address also takes connections to the other.
     """
     try:
         addresses = ip_address(one), ip_address(other)
@@ -217,23 +217,23 @@ def _overlap(one: str, other: str) -> bool:
 
 def _ignored(config: Config, sources: Mapping[str, str], environ: Mapping[str, str]) -> Iterator[Complaint]:
     """
-    Find what has no effect because of something else.
+    Find settings that another setting makes ineffective.
     """
     if config.listen and "port" in sources:
         listen = sources.get("listen", "PROXY_LISTEN")
-        yield Complaint(f"{sources['port']} is not used, for {listen} says where to listen", "unset one of them")
+        yield Complaint(f"{sources['port']} is not used, because {listen} is set", "unset one of them")
     if config.admin_hosts and config.admin_listen is None:
-        yield Complaint("PROXY_ADMIN_HOSTS is not used, for PROXY_ADMIN_LISTEN is off", "unset one of them")
+        yield Complaint("PROXY_ADMIN_HOSTS is not used, because PROXY_ADMIN_LISTEN is off", "unset one of them")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
         if config.instance_auth and environ.get(name):
-            yield Complaint(f"{name} is not used, for AWS_INSTANCE_AUTH is set", "unset one of them")
+            yield Complaint(f"{name} is not used, because AWS_INSTANCE_AUTH is set", "unset one of them")
     if not config.instance_auth and environ.get("AWS_ACCESS_KEY_ID") and environ.get("AWS_PROFILE"):
-        yield Complaint("AWS_PROFILE's credentials are not used, for AWS_ACCESS_KEY_ID is set", "unset one of them")
+        yield Complaint("AWS_PROFILE's credentials are not used, because AWS_ACCESS_KEY_ID is set", "unset one of them")
 
 
 def _ignored_by_tables(config: Config, given: Given) -> Iterator[Complaint]:
     """
-    Find where AWS_INSTANCE_AUTH does not keep other credentials from being used.
+    Find tables that use other credentials despite AWS_INSTANCE_AUTH.
     """
     text, source = given.get("instance-auth", ("false", ""))
     others = [
@@ -243,13 +243,13 @@ def _ignored_by_tables(config: Config, given: Given) -> Iterator[Complaint]:
     ]
     if others and parse_flag(text):
         named = ", ".join(others[:3]) + (" and others" if len(others) > 3 else "")  # noqa: PLR2004
-        said = f"{source} is not used for {named}: a table says for itself which credentials it has"
+        said = f"{source} is not used for {named}: tables have their own credentials"
         yield Complaint(said, "set instance-auth = true there")
 
 
 def _pointless(config: Config, sources: Mapping[str, str], cores: int) -> Iterator[Complaint]:
     """
-    Find limits that others make pointless; defaults are not complained of.
+    Find limits that other limits make pointless. Defaults are not reported.
     """
     if "blob-connections" in sources and config.bucket_connections < config.blob_connections:
         together = f"all blobs together may have PROXY_BUCKET_CONNECTIONS={config.bucket_connections}"
@@ -260,10 +260,10 @@ def _pointless(config: Config, sources: Mapping[str, str], cores: int) -> Iterat
             yield Complaint(said, "lower it, or set 0")
     if "upstream-tries" in sources and config.upstream_tries > 1 and not config.upstream_seconds:
         yield Complaint(
-            "PROXY_UPSTREAM_SECONDS=0 leaves no time for a second try", "set PROXY_UPSTREAM_TRIES=1, or more seconds"
+            "PROXY_UPSTREAM_SECONDS=0 leaves no time for a retry", "set PROXY_UPSTREAM_TRIES=1, or more seconds"
         )
     if "upstream-seconds" in sources and config.upstream_tries == 1:
-        said = f"{sources['upstream-seconds']} is not used, for there is one try"
+        said = f"{sources['upstream-seconds']} is not used, because there are no retries"
         yield Complaint(said, "unset it, or set PROXY_UPSTREAM_TRIES to more")
     if config.worker_processes > cores:
         yield Complaint(
@@ -273,31 +273,29 @@ def _pointless(config: Config, sources: Mapping[str, str], cores: int) -> Iterat
 
 def _in_doubt(config: Config, disk: int | None) -> Iterator[Complaint]:
     """
-    Find values that are possible, and probably not meant.
+    Find values that are valid but probably not intended.
     """
     for each in config.registries:
         resembles = each.protocol is Protocol.ECR or (each.protocol is Protocol.OCI and ".ecr." in each.name)
         if resembles and each.endpoint is not None and (doubt := endpoint_in_doubt(each.endpoint)):
-            yield Complaint(f"registry {each.name}: {doubt}", "see that it is the name of your registry")
+            yield Complaint(f"registry {each.name}: {doubt}", "check that it is the name of your registry")
     for alias in sorted(map(str, config.registry_aliases or ())):
         host = alias.rpartition(":")[0]
         if is_other_registry(host):
-            said = f"PROXY_REGISTRY_ALIASES has {host}: what clients ask of that registry is answered from ECR"
-            yield Complaint(said, "leave it out, unless ECR's repositories are its copies")
+            said = f"PROXY_REGISTRY_ALIASES has {host}: requests for that registry are answered from ECR"
+            yield Complaint(said, "leave it out, unless ECR has copies of its repositories")
     if config.region not in REGIONS:
-        yield Complaint(
-            f"AWS_REGION={config.region} is a region that this version does not know", "see how it is spelt"
-        )
+        yield Complaint(f"AWS_REGION={config.region} is not a region that this version knows", "check the spelling")
     if doubt := pattern_in_doubt(config.namespace_pattern):
         shown = config.namespace_pattern.pattern[:200]
         yield Complaint(f"PROXY_NAMESPACE_PATTERN={shown!r} {doubt}", "see docs/howto/access.rst")
     if disk is not None and config.cache_limit > disk:
         yield Complaint(
             f"PROXY_CACHE_LIMIT is {config.cache_limit} bytes, the whole file system of PROXY_CACHE_DIR {disk}",
-            "lower it: a full disk keeps nothing new",
+            "lower it: nothing new is cached on a full disk",
         )
     if config.cache_limit < SMALL_CACHE:
         said = f"PROXY_CACHE_LIMIT is {config.cache_limit} bytes: larger layers are fetched again for each client"
-        yield Complaint(said, "give it more, as 64g")
+        yield Complaint(said, "raise it, for example to 64g")
     if config.tag_ttl > LONG_TAG_TTL:
-        yield Complaint(f"PROXY_TAG_TTL={config.tag_ttl:g}: tags may be out of date for so many seconds", "lower it")
+        yield Complaint(f"PROXY_TAG_TTL={config.tag_ttl:g}: tags may be out of date for that many seconds", "lower it")

@@ -1,7 +1,7 @@
 """
 The configuration file: any setting, named like its flag, and tables of registries, in TOML 1.0.
 
-Flags and variables win over it, so that one file can serve many machines.
+Flags and variables override it, so one file can serve many machines.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from ecrproxy.settings.config import CONFIG, NO_FILE, RELOADED, SETTINGS, Config
 from ecrproxy.settings.registries import parse_registries
 
 LIMIT: Final = 2**16
-"""Most bytes of the file: what it says of registries has room in the environment, three times as long there."""
+"""Maximum bytes of the file. Its registries, up to three times as long there, must fit into the environment."""
 REGISTRIES: Final = "ECRPROXY_REGISTRIES"
 """
-The variable in which a worker finds what the file says of registries, see L{about_registries}: the first C{_PIECE}
-characters, what follows in variables of the same name with _1, _2 behind it.
+The variable that passes the file's registries to a worker, see L{about_registries}: the first C{_PIECE} characters. The
+rest follows in variables of the same name with the suffixes _1, _2.
 """
 _PIECE: Final = 100_000
-"""Linux has 128 KiB for a variable: execve(2), MAX_ARG_STRLEN."""
+"""Linux allows 128 KiB per variable: execve(2), MAX_ARG_STRLEN."""
 _NAMES: Final = tuple(each.name for each in SETTINGS if each.name != CONFIG)
 
 
 def read_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> Filed:
     """
-    Read the configuration file that flags or variables name; without one, nothing is given.
+    Read the configuration file that flags or variables name; return nothing if none is named.
 
-    A worker reads none: it has other settings as flags, and what is about registries in a variable.
+    A worker reads no file: it receives the settings as flags, and the registries in a variable.
 
-    @raise ConfigError: if it can't be read, or is wrong.
+    @raise ConfigError: if the file is unreadable or invalid.
     """
     path = config_file(flags, environ)
     if path is None:
@@ -52,7 +52,7 @@ def read_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> Filed:
 
 def for_worker(filed: Filed) -> dict[str, str]:
     """
-    Return the variables of a worker: what it is not to read anew, for the file may say something else by then.
+    Return the variables of a worker. It does not read the file again, because that may have changed since.
     """
     text = about_registries(filed)
     pieces = (text[at : at + _PIECE] for at in range(0, len(text), _PIECE))
@@ -65,7 +65,7 @@ def _names() -> Iterator[str]:
 
 def about_registries(filed: Filed) -> str:
     """
-    Write what a file says of registries, for L{read_handed}: JSON, in ASCII.
+    Serialize a file's registries for L{read_handed}: JSON, in ASCII.
     """
     settings = {name: each for name, each in filed.settings.items() if name in RELOADED}
     return json.dumps([settings, filed.tables])
@@ -73,7 +73,7 @@ def about_registries(filed: Filed) -> str:
 
 def read_handed(text: str) -> Filed:
     """
-    Read what the parent wrote with L{about_registries}; nothing if it is empty.
+    Parse what the parent serialized with L{about_registries}; empty text gives nothing.
     """
     if not text:
         return NO_FILE
@@ -84,18 +84,18 @@ def read_handed(text: str) -> Filed:
 
 def parse_file(name: str, data: bytes) -> Filed:
     """
-    Read a configuration file.
+    Parse a configuration file.
 
-    @param name: of the file, for the errors.
-    @return: the text of each setting, as a flag would have it, and where it stands; and its registries.
-    @raise ConfigError: for all of its keys that are wrong; the texts of settings are judged like those of flags.
+    @param name: the file's name, for errors.
+    @return: the text of each setting, as a flag would have it, with its position; and the registries.
+    @raise ConfigError: for all invalid keys; the texts of settings are checked later, like those of flags.
     """
     if len(data) > LIMIT:
         raise ConfigError(f"{name}: has more than {LIMIT} bytes; give a file of settings")
     try:
         table = tomllib.loads(data.decode())
     except UnicodeDecodeError:
-        raise ConfigError(f"{name}: not UTF-8, as TOML is; write it anew") from None
+        raise ConfigError(f"{name}: not UTF-8, as TOML requires; save it as UTF-8") from None
     except (tomllib.TOMLDecodeError, RecursionError) as problem:
         raise ConfigError(f"{name}: not TOML: {problem}; see docs/reference/daemon.rst") from None
     tables = table.pop("registry", {})
@@ -124,7 +124,7 @@ def _text(value: object) -> str:
     """
     Write a value as a flag has it.
 
-    @raise ValueError: if it is none of a setting.
+    @raise ValueError: if the value has a type that no setting has.
     """
     match value:
         case bool():

@@ -1,5 +1,5 @@
 """
-The command line of C{twistd ecr-proxy}, made from the table of settings.
+The command line of C{twistd ecr-proxy}, generated from the table of settings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _described_setting(setting: Setting) -> str:
 
 def _flag(setting: Setting) -> str:
     """
-    Write how a setting is given on the command line.
+    Format a setting as a command-line flag.
     """
     if setting.parse is parse_flag:
         return f"--{setting.name}, --no-{setting.name}"
@@ -35,7 +35,7 @@ def _flag(setting: Setting) -> str:
 
 def arguments_of(flags: Mapping[str, str]) -> list[str]:
     """
-    Write flags, by setting name, as the command line of a daemon.
+    Format flags, given by setting name, as a daemon's command line.
     """
     written = []
     for each in SETTINGS:
@@ -53,7 +53,7 @@ def arguments_of(flags: Mapping[str, str]) -> list[str]:
 
 class Options(usage.Options):
     """
-    The flags, made from the table of settings.
+    The flags, generated from the table of settings.
     """
 
     synopsis = "[options]"
@@ -73,7 +73,7 @@ class Options(usage.Options):
         if each.parse is parse_flag
         for flag in (
             [each.name, None, _described_setting(each)],
-            [f"no-{each.name}", None, f"the contrary, whatever {each.variable} says"],
+            [f"no-{each.name}", None, f"disable, even if {each.variable} is true"],
         )
     ]
 
@@ -89,7 +89,7 @@ class Options(usage.Options):
 
     def getUsage(self, width: int | None = None) -> str:
         """
-        Write the help: the settings by what they are about.
+        Format the help, with the settings grouped by topic.
         """
         columns = width or WIDTH
         by_name = {each.name: each for each in SETTINGS}
@@ -113,7 +113,7 @@ class Options(usage.Options):
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
         """
-        Read the command line; what is wrong with it is one line.
+        Parse the command line; exit with one line on errors.
         """
         try:
             super().parseOptions(options)
@@ -122,15 +122,15 @@ class Options(usage.Options):
 
     def arguments(self, more: Mapping[str, str]) -> list[str]:
         """
-        Write the flags that were given, as another process is to be given them; not the configuration file.
+        Format the given flags for another process, without the configuration file.
 
-        @param more: of other settings, by name: what that file says.
+        @param more: flags for the settings in that file, by name.
         """
         return arguments_of({name: value for name, value in {**more, **self.flags()}.items() if name != CONFIG})
 
     def flags(self) -> dict[str, str]:
         """
-        Give the flags that were given, by setting name.
+        Return the given flags, by setting name.
         """
         given = {}
         for each in SETTINGS:

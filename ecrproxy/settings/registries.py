@@ -1,8 +1,8 @@
 """
 The tables of registries in the configuration file: C{[registry."NAME"]}. Pure.
 
-A registry is one of three kinds: a private registry of ECR, ECR Public, or any other that speaks the distribution
-protocol. What is reached through ECR's own pull-through cache is a private registry of ECR under another name.
+A registry is a private ECR registry, ECR Public, or any other registry that implements the distribution protocol. An
+upstream of ECR's own pull-through cache is a private ECR registry under another name.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from ecrproxy.settings.values import (
 
 PUBLIC: Final = "public.ecr.aws"
 PUBLIC_REGION: Final = "us-east-1"
-"""Where AWS gives tokens for ECR Public."""
+"""The region that issues tokens for ECR Public."""
 _HUB: Final = "docker.io", "https://registry-1.docker.io"
-"""Docker Hub's name, and where it is."""
+"""Docker Hub's name and endpoint."""
 ROLE: Final = re.compile(r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}", re.ASCII)
 _ANY: Final = "0" * 12
-"""An account, for which no other one stands."""
+"""A placeholder account; no real one has this number."""
 _WILDCARD: Final = re.compile(r"\*\.dkr\.ecr\.([a-z]+(?:-[a-z]+)+-[0-9]+)\.amazonaws\.com(?:\.cn)?")
 
 
 class Protocol(enum.Enum):
     """
-    Whose token a registry takes.
+    How a registry authenticates.
     """
 
     ECR = "ecr"
@@ -57,17 +57,17 @@ class RegistryTable:
     """
     One table, checked.
 
-    @ivar name: as clients call the registry; of a wildcard, with an asterisk for the account.
-    @ivar endpoint: its URL; None for a wildcard, whose registries each have their own.
-    @ivar region: of the token, if ECR's.
-    @ivar default: whether it is meant where a client does not say which one is.
-    @ivar role: an ARN to assume with the credentials that there are; C{external_id} goes with it.
-    @ivar path_prefix: a repository's first component by which clients can say that they mean this one.
-    @ivar hosts: names of this proxy that mean this registry, without ports.
-    @ivar namespaces: what a repository's whole name must match; None for PROXY_NAMESPACE_PATTERN.
-    @ivar anonymous: whether it is asked without an account.
-    @ivar realms: hosts, with their ports, beyond its own domain that may be asked for its tokens.
-    @ivar repository_prefix: what comes before each name at the endpoint: of ECR's own pull-through cache rule.
+    @ivar name: the registry's name for clients; a wildcard's has an asterisk for the account.
+    @ivar endpoint: the registry's URL; None for a wildcard, whose registries each have their own.
+    @ivar region: the region of ECR's token.
+    @ivar default: True for the registry of clients that name none.
+    @ivar role: an ARN to assume with the available credentials; with C{external_id} if given.
+    @ivar path_prefix: first component of a repository by which clients can select this registry.
+    @ivar hosts: host names of this proxy that select this registry, without ports.
+    @ivar namespaces: pattern that whole repository names must match; None for PROXY_NAMESPACE_PATTERN.
+    @ivar anonymous: True to send requests without credentials.
+    @ivar realms: hosts, with their ports, outside the registry's domain that may issue its tokens.
+    @ivar repository_prefix: prefix of each name at the endpoint: that of ECR's own pull-through cache rule.
     """
 
     name: str
@@ -92,24 +92,24 @@ class RegistryTable:
     @property
     def credentials(self) -> tuple[str | bool | None, ...]:
         """
-        What the table says of them.
+        Return the settings of the table that select credentials.
         """
         return self.role, self.external_id, self.profile, self.instance_auth
 
     @property
     def is_wildcard(self) -> bool:
         """
-        Return True if it stands for all accounts of a region.
+        Return True if the table covers all accounts of a region.
         """
         return self.endpoint is None
 
 
 def parse_registries(file: str, tables: object) -> tuple[tuple[RegistryTable, ...], list[str]]:
     """
-    Read all tables.
+    Parse all tables.
 
-    @param file: its name, for the errors.
-    @return: those that are right, and a line for each thing that is wrong.
+    @param file: the file's name, for the errors.
+    @return: the valid tables, and a line for each error.
     """
     if not isinstance(tables, Mapping) or not all(isinstance(each, Mapping) for each in tables.values()):
         return (), [f'{file}: registry: give a table for each registry: [registry."NAME"]']
@@ -127,7 +127,7 @@ def parse_registries(file: str, tables: object) -> tuple[tuple[RegistryTable, ..
 
 def table_at(endpoint: str, tables: Sequence[RegistryTable]) -> RegistryTable | None:
     """
-    Return the table of the registry at C{endpoint}, as the default; None if there is none.
+    Return the table of the registry at C{endpoint}, as the default; None if no table has this endpoint.
     """
     for each in tables:
         if each.endpoint == endpoint and each.repository_prefix is None:
@@ -137,7 +137,7 @@ def table_at(endpoint: str, tables: Sequence[RegistryTable]) -> RegistryTable | 
 
 def table_of_settings(endpoint: str, region: str, *, instance_auth: bool) -> RegistryTable:
     """
-    Make the table of a registry of ECR that the settings name, and no table.
+    Make the table of an ECR registry that is configured by settings only.
     """
     return RegistryTable(
         name=urlsplit(endpoint).netloc,
@@ -151,7 +151,7 @@ def table_of_settings(endpoint: str, region: str, *, instance_auth: bool) -> Reg
 
 def replicas_of(table: RegistryTable) -> list[RegistryTable]:
     """
-    Return the replicas of a registry: asked with its credentials, for a token of their own regions.
+    Return the replicas of a registry: same credentials, but tokens of their own regions.
     """
     return [
         replace(
@@ -168,7 +168,7 @@ def replicas_of(table: RegistryTable) -> list[RegistryTable]:
 
 def keys_of(table: RegistryTable) -> dict[str, bool | str | list[str]]:
     """
-    Return the keys of the table that L{parse_registries} reads as C{table}; keys that say nothing are left out.
+    Return the keys that L{parse_registries} parses to C{table}, without empty ones.
     """
     aws = table.protocol is Protocol.ECR_PUBLIC and ("anonymous" if table.anonymous else "aws")
     keys = {
@@ -210,9 +210,9 @@ def _values(table: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
 
 def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
     """
-    Make a registry of what its table says.
+    Make a registry from the values of its table.
 
-    @raise ValueError: if that contradicts itself.
+    @raise ValueError: if they contradict each other.
     """
     name, endpoint = _placed(name, values.get("endpoint"))
     wildcard = _WILDCARD.fullmatch(name)
@@ -252,10 +252,10 @@ def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
 
 def _placed(name: str, endpoint: str | None) -> tuple[str, str | None]:
     """
-    Return what a registry is called, and where it is: none of a wildcard.
+    Return a registry's name and URL; the URL is None for a wildcard.
 
-    @param endpoint: that the table gives.
-    @raise ValueError: if the name is none.
+    @param endpoint: the URL in the table.
+    @raise ValueError: if the name is invalid.
     """
     wildcard = _WILDCARD.fullmatch(name)
     if wildcard:
@@ -279,19 +279,19 @@ def _placed(name: str, endpoint: str | None) -> tuple[str, str | None]:
 
 def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region: str | None) -> Iterator[str]:
     meaningless = {
-        **dict.fromkeys(_OF_ONE if table.is_wildcard else (), "a wildcard stands for many; give a table for the one"),
+        **dict.fromkeys(_OF_ONE if table.is_wildcard else (), "not for wildcards; add a table for the registry"),
         **dict.fromkeys(
             _FOREIGN[table.protocol], "only a private registry of ECR has that; if it is one, give its region"
         ),
         **({} if table.protocol is Protocol.ECR_PUBLIC else {"credentials": f"is for {PUBLIC}; leave it out"}),
-        **dict.fromkeys(_OF_OTHERS if table.protocol is not Protocol.OCI else (), "AWS gives its tokens; leave it out"),
+        **dict.fromkeys(_OF_OTHERS if table.protocol is not Protocol.OCI else (), "it uses AWS's tokens; leave it out"),
     }
     for key in sorted(values.keys() & meaningless.keys()):
         yield f".{key}: {meaningless[key]}"
     if (why := _not_there(table)) is not None:
         yield f".endpoint: {why}"
     if own_region and table.region != own_region:
-        yield f".region: the registry is in {own_region}, and a token is good in one region; leave it out"
+        yield f".region: the registry is in {own_region}, and tokens are valid in one region; leave it out"
     if table.external_id and not table.role:
         yield ".external-id: goes with a role; set role, or leave it out"
     if table.instance_auth and table.profile:
@@ -306,7 +306,7 @@ def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region:
 
 def _idle_replicas(table: RegistryTable) -> Iterator[str]:
     """
-    Find replicas that are nothing but the registry itself, or one of the others.
+    Find replicas that are the registry itself, or duplicates.
     """
     seen = set() if table.endpoint is None else {RegistryId.of_url(table.endpoint)}
     for each in table.replicas:
@@ -317,7 +317,7 @@ def _idle_replicas(table: RegistryTable) -> Iterator[str]:
 
 def _not_there(table: RegistryTable) -> str | None:
     """
-    Return why an endpoint can't be where a registry is; none if it can.
+    Return why an endpoint can't be a registry; None if it can.
     """
     parts = urlsplit(table.endpoint or "")
     if table.endpoint is None:
@@ -346,11 +346,11 @@ _FOREIGN: Final = {
 
 def clashes(tables: Sequence[RegistryTable]) -> Iterator[str]:
     """
-    Find what several tables claim, so that a client could mean either; a line for each.
+    Find names, prefixes and hosts that several tables claim; one line for each.
     """
     defaults = [each.name for each in tables if each.default]
     if len(defaults) > 1:
-        yield f"registry: {' and '.join(defaults)} are both the default; leave it at one"
+        yield f"registry: {' and '.join(defaults)} are both the default; only one can be"
     claims: dict[str, tuple[str, RegistryTable]] = {}
     told = set()
     for table in tables:
@@ -380,7 +380,7 @@ def clashes(tables: Sequence[RegistryTable]) -> Iterator[str]:
 
 def meaning_of(alias: RegistryId, default: RegistryTable, others: Sequence[RegistryTable]) -> str | None:
     """
-    Say what a name means that is to be another one of the default; None if it may be that.
+    Return what else an alias of the default registry means; None if the alias is free.
     """
     if str(alias) in (word for _, word, _ in _claims(default)):
         return None
@@ -397,7 +397,7 @@ def meaning_of(alias: RegistryId, default: RegistryTable, others: Sequence[Regis
 
 def _in_wildcards(tables: Sequence[RegistryTable], named: Container[str]) -> Iterator[str]:
     """
-    Find prefixes and hosts that name an account of a wildcard without a table of its own; a line for each.
+    Find prefixes and hosts that name an account of a wildcard without its own table; one line for each.
     """
     wildcards = [each for each in tables if each.is_wildcard]
     for table in tables:
@@ -410,7 +410,7 @@ def _in_wildcards(tables: Sequence[RegistryTable], named: Container[str]) -> Ite
 
 def _covers(table: RegistryTable, identity: RegistryId) -> bool:
     """
-    Return True if a table is a wildcard that stands for a registry.
+    Return True if a table is a wildcard that covers a registry.
     """
     return table.is_wildcard and (identity.account_and_region or ("", ""))[1] == table.region
 
@@ -420,7 +420,7 @@ _NAMES: Final = ("name", "endpoint")
 
 def _claims(table: RegistryTable) -> Iterator[tuple[str, str, str]]:
     """
-    List by what names clients, and other tables, mean a registry: the kind of each, what it means, and its text.
+    List the names by which clients and other tables select a registry: kind, meaning and text of each.
     """
     yield "name", table.name if table.is_wildcard else str(RegistryId.of_host(table.name)), table.name
     if table.endpoint is not None and table.repository_prefix is None:

@@ -1,5 +1,5 @@
 """
-How the texts of settings are read: each parser gives the value, or says in a C{ValueError} what would be right. Pure.
+Parsers of settings. Each returns the value, or raises C{ValueError} with a message that says what is valid. Pure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _AWS_HOST = re.compile(
     r".*\.(?:amazonaws\.com|amazonaws\.com\.cn|amazonaws\.eu|on\.aws|on\.amazonwebservices\.com\.cn)"
 )
 _ISOLATED_HOST = re.compile(r".*\.(?:c2s\.ic\.gov|sc2s\.sgov\.gov|cloud\.adc-e\.uk|csp\.hci\.ic\.gov|on\.aws\.\w.*)")
-# A host that ends with a number is read as an address by what connects: 5000 is 0.0.19.136.
+# Resolvers read a host that ends with a number as an address: 5000 is 0.0.19.136.
 _NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)", re.IGNORECASE)
 _NUMBERS: Final = {**dict.fromkeys(range(1, 6), "a port alone"), 12: "an account, not the host of its registry"}
 _OTHER_REGISTRY = re.compile(
@@ -44,7 +44,7 @@ _REGIONS: Final = """
     us-iso-west-1 us-isob-east-1 us-isob-west-1 us-isof-east-1 us-isof-south-1 us-west-1 us-west-2
 """
 REGIONS: Final = frozenset(_REGIONS.split())
-"""The regions that botocore 1.43's partitions.json has: a newer one is only warned of."""
+"""The regions in botocore 1.43's partitions.json. Other regions only cause a warning."""
 LEAST_LIMIT: Final = 2**20
 LEAST_HEADERS: Final = 512
 _NO_LITERALS = re.compile(r"\\.|\[\^?\]?[^]]*\]|\{[0-9,]*\}|\(\?(?:[a-zA-Z-]*[:)]|P?<\w*>|[=!>|]|<[=!])")
@@ -61,13 +61,13 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 class SecretError(ValueError):
     """
-    What would be right, where the text that was given may be a secret and must not be shown.
+    The text may be a secret, so the error must not show it.
     """
 
 
 def parse_endpoint(text: str) -> str:
     """
-    Read the URL of a private registry of ECR; a bare host means https.
+    Parse the URL of a private ECR registry; a bare host means https.
     """
     url = parse_url(text)
     parts = urlsplit(url)
@@ -78,7 +78,7 @@ def parse_endpoint(text: str) -> str:
 
 def parse_url(text: str) -> str:
     """
-    Read a registry's URL; a bare host means https.
+    Parse a registry's URL; a bare host means https.
     """
     if "@" in text:
         raise SecretError(f"holds a name or password; give the URL alone, such as {_EXAMPLE}")
@@ -98,7 +98,7 @@ def parse_url(text: str) -> str:
 
 def parse_endpoints(text: str) -> tuple[str, ...]:
     """
-    Read URLs of registries, separated by whitespace.
+    Parse registry URLs, separated by whitespace.
     """
     words = text.split()
     if "@" in text or len(words) < 2:  # noqa: PLR2004 (of one, the setting's own line says which it is)
@@ -114,7 +114,7 @@ def parse_endpoints(text: str) -> tuple[str, ...]:
 
 def no_registry_of_ecr(scheme: str, host: str) -> str | None:
     """
-    Say why a host is certainly no private registry of ECR; names that are not AWS's may stand for any.
+    Return why a host can't be a private ECR registry; None for names outside AWS, which may be aliases of one.
     """
     first, _, rest = host.partition(".")
     why = None
@@ -137,21 +137,21 @@ def no_registry_of_ecr(scheme: str, host: str) -> str | None:
 
 def is_of_aws(host: str) -> bool:
     """
-    Return True if a host is one of AWS's.
+    Return True if a host belongs to AWS.
     """
     return _AWS_HOST.fullmatch(host) is not None
 
 
 def is_other_registry(host: str) -> bool:
     """
-    Return True if a host is that of a public registry, or another vendor's.
+    Return True for the host of a public registry, or of another vendor's.
     """
     return _OTHER_REGISTRY.fullmatch(host) is not None
 
 
 def endpoint_in_doubt(endpoint: str) -> str | None:
     """
-    Say what is odd about a registry's URL that looks almost like ECR's.
+    Return what is odd about a URL that almost looks like an ECR registry's.
     """
     host = urlsplit(endpoint).hostname or ""
     if "." not in host and host != "localhost" and not is_address(host):
@@ -163,7 +163,7 @@ def endpoint_in_doubt(endpoint: str) -> str | None:
 
 def parse_region(text: str) -> str:
     """
-    Read the name of an AWS region.
+    Parse the name of an AWS region.
     """
     if not _REGION.fullmatch(text):
         raise ValueError("not the name of an AWS region; give one such as eu-west-1")
@@ -172,7 +172,7 @@ def parse_region(text: str) -> str:
 
 def region_of(endpoint: str) -> str | None:
     """
-    Read the region from the host name of an ECR endpoint, if it is one.
+    Return the region in an ECR endpoint's host name; None if there is none.
     """
     found = _ECR_HOST.fullmatch(urlsplit(endpoint).hostname or "")
     return found[2] if found else None
@@ -180,7 +180,7 @@ def region_of(endpoint: str) -> str | None:
 
 def parse_flag(text: str) -> bool:
     """
-    Read yes or no.
+    Parse a boolean.
     """
     if text.lower() in ("true", "yes", "on", "1"):
         return True
@@ -191,7 +191,7 @@ def parse_flag(text: str) -> bool:
 
 def parse_size(text: str) -> int:
     """
-    Read a size as nginx has it, in powers of 1024: 64g, 64gb, 64GiB, 512m, 100k or bytes.
+    Parse a size as in nginx, in powers of 1024: 64g, 64gb, 64GiB, 512m, 100k or bytes.
     """
     found = _SIZE.fullmatch(text.strip())
     if not found or not int(found[1]):
@@ -201,30 +201,30 @@ def parse_size(text: str) -> int:
 
 def parse_limit(text: str) -> int:
     """
-    Read how much the cache may hold.
+    Parse the cache limit.
     """
     size = parse_size(text)
     if size < LEAST_LIMIT:
-        raise ValueError(f"{size} bytes hold no image; give a unit, as in 64g, and 1m at least")
+        raise ValueError(f"{size} bytes are too few for an image; give a unit, as in 64g, and 1m at least")
     return size
 
 
 def parse_header_bytes(text: str) -> int:
     """
-    Read how many bytes the headers of a request may have.
+    Parse the size limit of request headers.
     """
     size = parse_size(text)
     if size < LEAST_HEADERS:
-        raise ValueError(f"{size} bytes hold no client's headers; give a unit, as in 16k, and {LEAST_HEADERS} at least")
+        raise ValueError(f"{size} bytes are too few for headers; give a unit, as in 16k, and {LEAST_HEADERS} at least")
     return size
 
 
 def parse_pattern(text: str) -> regex.Pattern[str]:
     """
-    Read a regular expression that a repository's whole name must match.
+    Parse the regular expression that whole repository names must match.
     """
     if not text:
-        raise ValueError("empty, so that no repository would match; give .* for all")
+        raise ValueError("empty, which matches no repository; give .* for all")
     try:
         return regex.compile(text)  # fullmatch() takes it as one group
     except (regex.error, OverflowError, RecursionError, MemoryError) as problem:
@@ -233,9 +233,9 @@ def parse_pattern(text: str) -> regex.Pattern[str]:
 
 def pattern_in_doubt(pattern: regex.Pattern[str]) -> str | None:
     """
-    Say why a pattern probably matches other names than those that are meant.
+    Return why a pattern probably does not match the intended names.
     """
-    # What is left has no escapes, classes and counts, nor what groups begin with.
+    # Without escapes, classes, counts and the prefixes of groups.
     plain = _NO_LITERALS.sub("\0", pattern.pattern)
     if re.search(r"dkr\\?[.-]ecr", pattern.pattern):
         return "has the registry's host, which is no part of a repository's name"
@@ -252,7 +252,7 @@ def pattern_in_doubt(pattern: regex.Pattern[str]) -> str | None:
 
 def parse_resolver(text: str) -> tuple[Server, ...] | None:
     """
-    Read name servers, address with optional port; none for the host's own resolver.
+    Parse name servers, address with optional port; None for the host's own resolver.
     """
     words = text.replace(",", " ").split()
     if words == ["system"]:
@@ -273,11 +273,11 @@ def _server(word: str) -> Server:
 
 def parse_networks(text: str) -> tuple[Network, ...]:
     """
-    Read networks or addresses, separated by space or commas.
+    Parse networks or addresses, separated by spaces or commas.
     """
     words = text.replace(",", " ").split()
     if not words:
-        raise ValueError("empty, so that nobody could ask; give networks such as 10.0.0.0/8 fd00::/8")
+        raise ValueError("empty, which would refuse all clients; give networks such as 10.0.0.0/8 fd00::/8")
     return tuple(_network(word) for word in words)
 
 
@@ -295,7 +295,7 @@ def _network(word: str) -> Network:
 
 def parse_origin(text: str) -> str:
     """
-    Read an origin as browsers write it, RFC 6454, section 6.2: lower case, no default port; or C{*} for all.
+    Parse an origin as browsers write it, RFC 6454, section 6.2: lower case, no default port; or C{*} for all.
     """
     if text == "*":
         return text
@@ -314,7 +314,7 @@ def parse_origin(text: str) -> str:
 
 def parse_hosts(text: str) -> frozenset[str]:
     """
-    Read names of hosts, separated by space or commas.
+    Parse host names, separated by spaces or commas.
     """
     words = text.replace(",", " ").lower().split()
     for word in words or [""]:
@@ -325,7 +325,7 @@ def parse_hosts(text: str) -> frozenset[str]:
 
 def parse_registries(text: str) -> frozenset[RegistryId]:
     """
-    Read names of registries, HOST or HOST:PORT, separated by space or commas.
+    Parse names of registries, HOST or HOST:PORT, separated by spaces or commas.
     """
     words = text.replace(",", " ").split()
     if not words:
@@ -335,7 +335,7 @@ def parse_registries(text: str) -> frozenset[RegistryId]:
 
 def parse_unknown_status(text: str) -> int:
     """
-    Read what requests for registries that are not configured are answered.
+    Parse the status for registries that are not configured.
     """
     if text not in ("403", "404"):
         raise ValueError("give 404, after which clients ask elsewhere, or 403")
@@ -344,7 +344,7 @@ def parse_unknown_status(text: str) -> int:
 
 def parse_port(text: str) -> int:
     """
-    Read a TCP port.
+    Parse a TCP port.
     """
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) <= _PORTS:
         raise ValueError("not a port; give a number from 1 to 65535")
@@ -353,7 +353,7 @@ def parse_port(text: str) -> int:
 
 def parse_connections(text: str) -> int:
     """
-    Read how many connections there may be.
+    Parse a number of connections, at least 1.
     """
     if not re.fullmatch(r"[0-9]{1,4}", text) or not int(text):
         raise ValueError("not a number of connections; give 1 or more")
@@ -362,7 +362,7 @@ def parse_connections(text: str) -> int:
 
 def parse_count(text: str) -> int:
     """
-    Read how many of something there may be, none for no limit.
+    Parse a maximum; 0 means no limit.
     """
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise ValueError("not a number; give 0 for no limit")
@@ -371,7 +371,7 @@ def parse_count(text: str) -> int:
 
 def parse_share(text: str) -> int | None:
     """
-    Read how many of something one client may have, none for no limit; C{None} for a share of what there is.
+    Parse a maximum per client; 0 means no limit, None (C{auto}) a share of the total.
     """
     try:
         return None if text == "auto" else parse_count(text)
@@ -381,25 +381,25 @@ def parse_share(text: str) -> int | None:
 
 def parse_log_format(text: str) -> str:
     """
-    Read how lines of the log are written.
+    Parse the log format.
     """
     if text.lower() not in ("text", "json"):
-        raise ValueError("no format of the log; give text or json")
+        raise ValueError("not a log format; give text or json")
     return text.lower()
 
 
 def parse_log_level(text: str) -> str:
     """
-    Read from which level on lines are written.
+    Parse the minimum log level.
     """
     if text.lower() not in ("debug", "info", "warn", "error", "critical"):
-        raise ValueError("no level of the log; give debug, info, warn, error or critical")
+        raise ValueError("not a log level; give debug, info, warn, error or critical")
     return text.lower()
 
 
 def parse_admin(text: str) -> EndpointString | None:
     """
-    Read an endpoint string; none for C{off}.
+    Parse an endpoint string; None for C{off}.
     """
     if text == "off":
         return None
@@ -411,7 +411,7 @@ def parse_admin(text: str) -> EndpointString | None:
 
 def parse_listen(text: str) -> list[EndpointString]:
     """
-    Read endpoint strings, separated by space.
+    Parse endpoint strings, separated by spaces.
     """
     endpoints = []
     for word in text.split():
@@ -426,9 +426,9 @@ def parse_listen(text: str) -> list[EndpointString]:
 
 def _endpoint_meant(text: str, interface: str = "") -> str | None:
     """
-    Give the endpoint string that is meant by a port alone, or an address and a port.
+    Return the endpoint string for a bare port, or an address and a port; None for other texts.
 
-    @param interface: of a port alone.
+    @param interface: of a bare port.
     """
     found = _HOST_AND_PORT.fullmatch(f":{text}" if text.isdecimal() else text)
     if found is None:
@@ -440,7 +440,7 @@ def _endpoint_meant(text: str, interface: str = "") -> str | None:
 
 def parse_workers(text: str) -> int:
     """
-    Read how many processes serve clients.
+    Parse the number of worker processes.
     """
     if text == "auto":
         return usable_cores()
@@ -451,16 +451,16 @@ def parse_workers(text: str) -> int:
 
 def parse_tries(text: str) -> int:
     """
-    Read how often something is tried.
+    Parse a number of attempts.
     """
     if not re.fullmatch(r"[0-9]{1,2}", text) or not int(text):
-        raise ValueError("not a number of tries; give 1 to try once, up to 99")
+        raise ValueError("not a number of attempts; give 1 to 99")
     return int(text)
 
 
 def parse_seconds(text: str) -> float:
     """
-    Read a time that is not negative.
+    Parse a time of 0 seconds or more.
     """
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
         raise ValueError("not a number of seconds; give 0 or more")
@@ -469,21 +469,21 @@ def parse_seconds(text: str) -> float:
 
 def parse_patience(text: str) -> float:
     """
-    Read a time that somebody may take for something: more than none.
+    Parse a timeout: more than 0 seconds.
     """
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not float(text):
-        raise ValueError("not a time to wait; give a number of seconds above 0")
+        raise ValueError("not a timeout; give a number of seconds above 0")
     return float(text)
 
 
 def parse_path(text: str) -> str:
     """
-    Read a path: any but an empty one.
+    Parse a path, which must not be empty.
     """
     if "-----BEGIN" in text or _HASH.search(text) or re.fullmatch(r"[^/]+:[^/]+", text):
-        raise SecretError("give the path of a file, not what is in it")
+        raise SecretError("give the path of a file, not its contents")
     if not text or "\0" in text:
         raise ValueError("not a path")
     if text.startswith("~"):
-        raise ValueError("nothing replaces ~ here; write the directory out")
+        raise ValueError("~ is not expanded; give the full path")
     return text

@@ -1,5 +1,5 @@
 """
-Variables that are not settings but look like some: misspelt ones, those of other proxies, those of Kubernetes. Pure.
+Variables that resemble settings: misspelled ones, those of other proxies, those of Kubernetes. Pure.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ecrproxy.settings.predecessors import PREDECESSORS, notices
 
 PREFIX: Final = "PROXY_"
 ALIKE: Final = 0.7
-"""How similar a name with our prefix must be to a setting's to be taken for it: difflib's ratio."""
+"""Minimum similarity (difflib's ratio) of a name with our prefix to a setting to be reported as a misspelling."""
 VERY_ALIKE: Final = 0.9
-"""The same for a name without our prefix."""
+"""The same for names without our prefix."""
 _PROTECTING: Final = {
     "ALLOW": "PROXY_ALLOW_FROM",
     "ALLOWED": "PROXY_ALLOW_FROM",
@@ -34,10 +34,10 @@ _PROTECTING: Final = {
     "USERS": "PROXY_HTPASSWD",
     "WHITELIST": "PROXY_ALLOW_FROM",
 }
-"""Words by which protection is asked for, whatever the rest of the name is."""
+"""Words that request protection, whatever else is in the name."""
 
-# What the kubelet sets for each Service of the namespace: Kubernetes, "Environment variables" of Services; Docker's
-# --link sets those without _SERVICE_. A Service named proxy gives PROXY_PORT=tcp://10.0.0.1:5000.
+# Variables that the kubelet sets for each Service of the namespace (Kubernetes, "Environment variables" of Services),
+# and, without _SERVICE_, Docker's --link. A Service named proxy sets PROXY_PORT=tcp://10.0.0.1:5000.
 _LINK: Final = re.compile(
     r"(?P<service>\w+?)"
     r"(?:_SERVICE_HOST|_SERVICE_PORT(?:_\w+)?|_PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?|(?P<port>_PORT))",
@@ -58,9 +58,9 @@ def service_of(name: str, value: str) -> str | None:
 
 def look_at_variables(environ: Mapping[str, str], ours: Collection[str]) -> list[Complaint]:
     """
-    Find variables that were probably meant as settings.
+    Find variables that were probably meant to be settings.
 
-    @param ours: the settings' variables.
+    @param ours: the variables of the settings.
     """
     strange: list[str] = []
     services: dict[str, list[str]] = defaultdict(list)
@@ -89,7 +89,7 @@ def _misspelt(names: list[str], ours: list[str]) -> Iterator[Complaint]:
         if not name.upper().startswith(PREFIX):
             near = get_close_matches(name.upper(), ours, 1, VERY_ALIKE)
             if near:
-                yield Complaint(f"{name} is not a setting", f"if {near[0]} is meant, set that")
+                yield Complaint(f"{name} is not a setting", f"set {near[0]} if that is meant")
         elif near_ours := _resembling(name, ours):
             yield Complaint(
                 f"{name} is not a setting", f"set {near_ours} if that is meant, and unset {name}", grave=True
@@ -100,7 +100,7 @@ def _misspelt(names: list[str], ours: list[str]) -> Iterator[Complaint]:
 
 def _resembling(name: str, ours: list[str]) -> str | None:
     """
-    Return the setting that C{name} resembles: by its letters, or because its words are some of the setting's words.
+    Return the setting that C{name} resembles: by spelling, or because its words are a subset of the setting's words.
     """
     bare = {each.removeprefix(PREFIX): each for each in ours}
     given = name.upper().removeprefix(PREFIX)

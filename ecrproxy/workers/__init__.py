@@ -1,3 +1,3 @@
 """
-The parent and its worker processes: how they are started, replaced and ended, and the messages between them.
+Worker processes: how the parent manages them, and the messages between them.
 """

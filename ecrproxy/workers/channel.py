@@ -1,7 +1,7 @@
 """
 The channel between the parent and one worker: length-prefixed messages over an inherited socket pair.
 
-No other process can connect: the socket has no name, and is open in these two processes only.
+No other process can connect: the socket has no name, and only these two processes have it open.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Channel(Int32StringReceiver):
 
     @param known: the types of messages that the other end may send.
     @ivar heard: called with each message.
-    @ivar lost: called when the other end has closed, or has sent something invalid. No message follows.
+    @ivar lost: called when the other end has closed, or has sent something invalid. No messages follow.
     """
 
     MAX_LENGTH: Final = LIMIT  # type: ignore[misc]
@@ -72,7 +72,7 @@ class Channel(Int32StringReceiver):
         """
         Decode a message and pass it on; an invalid one closes the channel.
         """
-        if not self.connected:  # it was in one piece with an invalid message
+        if not self.connected:  # the data also had an invalid message before this one
             return
         try:
             message = decode(string, self._known)
@@ -83,7 +83,7 @@ class Channel(Int32StringReceiver):
 
     def lengthLimitExceeded(self, length: int) -> None:
         """
-        Close the channel: the other end never sends so much.
+        Close the channel: valid messages are shorter.
         """
         self._break(f"a message of {length} bytes")
 
@@ -94,7 +94,7 @@ class Channel(Int32StringReceiver):
 
     def close(self) -> None:
         """
-        Close once everything has been sent.
+        Close after everything has been sent.
         """
         self.transport.unregisterProducer()
         self.transport.loseConnection()
@@ -107,7 +107,7 @@ class Channel(Int32StringReceiver):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: ARG002
         """
-        Pass it on.
+        Call C{lost}.
         """
         self.connected = 0
         self.lost()
@@ -116,7 +116,7 @@ class Channel(Int32StringReceiver):
 @implementer(IPushProducer)
 class _Flow:
     """
-    Notes whether the transport has asked to pause.
+    Tracks whether the transport has asked to pause.
     """
 
     paused = False
@@ -145,7 +145,7 @@ class _One(Factory):
 
 def adopt(end: socket.socket, channel: Channel, reactor: Any) -> None:  # noqa: ANN401
     """
-    Connect a channel to its end of a socket pair. Closes C{end}: the reactor has a descriptor of its own.
+    Connect a channel to its end of a socket pair. Closes C{end}: the reactor has its own descriptor.
 
     @raise OSError: if there is no descriptor left.
     """

@@ -25,13 +25,13 @@ from ecrproxy.metrics import BUCKETS
 from ecrproxy.readiness import Readiness
 
 LIMIT: Final = 2**20
-"""Bytes of a message. The largest is a standing with as many transfers as are told: a tenth of it."""
+"""Maximum bytes of a message. The largest, a standing with all its transfers, needs a tenth."""
 TEXT: Final = 1000
-"""Characters of a text: names of repositories have 256, an incident's text 300."""
+"""Maximum characters of a text: repository names have up to 256, an incident's text 300."""
 ITEMS: Final = 1000
-"""Items of a list."""
+"""Maximum items of a list."""
 LARGEST: Final = 2.0**63
-"""Numbers are below."""
+"""Numbers must be smaller."""
 _LABELS: Final = {"requests": 5, "upstream": 3}
 
 About: TypeAlias = Literal["readiness", "standing", "figures"]
@@ -58,13 +58,13 @@ class Refused:
 @dataclass(frozen=True, slots=True)
 class Counted:
     """
-    What the worker has counted since its last message. Sent each second, also as the sign that its event loop runs.
+    The worker's counts since its last message. Sent each second, also as a sign that its event loop runs.
 
-    @ivar requests: of clients, as L{metrics.Served} has them.
-    @ivar upstream: to the registry and to buckets.
-    @ivar saved: repositories, the bytes that were saved, in how many answers.
-    @ivar failed: what failed, as L{failures.Failed} has it.
-    @ivar incidents: when, level, text, how often, and the two words that tell its kind.
+    @ivar requests: requests of clients, as in L{metrics.Served}.
+    @ivar upstream: requests to registries and buckets.
+    @ivar saved: repositories, the bytes saved, and in how many responses.
+    @ivar failed: failures, as in L{failures.Failed}.
+    @ivar incidents: time, level, text, count, and the two parts of its kind.
     """
 
     requests: tuple[Counts, ...]
@@ -83,7 +83,7 @@ class Counted:
 @dataclass(frozen=True, slots=True)
 class ReadinessTold:
     """
-    The answer to a L{Question} of this number.
+    The answer to the L{Question} with this number.
     """
 
     number: int
@@ -93,7 +93,7 @@ class ReadinessTold:
 @dataclass(frozen=True, slots=True)
 class StandingTold:
     """
-    The answer to a L{Question} of this number.
+    The answer to the L{Question} with this number.
     """
 
     number: int
@@ -103,7 +103,7 @@ class StandingTold:
 @dataclass(frozen=True, slots=True)
 class FiguresTold:
     """
-    The answer to a L{Question} of this number: figures by name, and by the value of their label.
+    The answer to the L{Question} with this number: figures by name and label value.
     """
 
     number: int
@@ -123,10 +123,10 @@ class Question:
 @dataclass(frozen=True, slots=True)
 class Reread:
     """
-    The worker reads its certificates again, or its passwords.
+    The worker must reload its certificates or its passwords.
 
-    @ivar certificates: the generation of the files that the parent could use, see L{daemon.renewal.generation}. The
-        worker uses no other; empty for the passwords.
+    @ivar certificates: the generation of the files that the parent has loaded, see L{daemon.renewal.generation}: the
+        worker uses no other. Empty to reload the passwords.
     """
 
     certificates: str
@@ -135,10 +135,10 @@ class Reread:
 @dataclass(frozen=True, slots=True)
 class Reload:
     """
-    The parent has read the configuration file again: the worker uses other registries from here on.
+    The parent has reloaded the configuration file: the worker must use new registries.
 
-    @ivar registries: what the file says of them, see L{settings.file.about_registries}, in pieces: a text has C{TEXT}
-        characters at most.
+    @ivar registries: the file's registries, see L{settings.file.about_registries}, in pieces, because a text has at
+        most C{TEXT} characters.
     """
 
     registries: tuple[str, ...]
@@ -146,7 +146,7 @@ class Reload:
     @classmethod
     def of(cls, text: str) -> Reload:
         """
-        Cut a text of ASCII, of up to C{TEXT * ITEMS} characters.
+        Split an ASCII text of up to C{TEXT * ITEMS} characters.
         """
         return cls(tuple(text[at : at + TEXT] for at in range(0, len(text), TEXT)))
 
@@ -174,7 +174,7 @@ def decode(data: bytes, known: Any) -> Any:  # noqa: ANN401 (one of C{known})
     Decode and check a message.
 
     @param known: the types that the other side may send: C{FromWorker} or C{FromParent}.
-    @raise ValueError: if C{data} is no such message.
+    @raise ValueError: if C{data} is invalid.
     """
     try:
         name, content = json.loads(data, parse_constant=_refuse)
@@ -186,7 +186,7 @@ def decode(data: bytes, known: Any) -> Any:  # noqa: ANN401 (one of C{known})
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
     """
-    Convert a value to what JSON has, within the bounds that L{decode} accepts.
+    Convert a value to JSON types, within the bounds that L{decode} accepts.
     """
     if is_dataclass(value):
         return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
@@ -208,7 +208,7 @@ def _fields(kind: type) -> dict[str, Any]:
 
 def _checked(kind: Any, value: Any) -> Any:  # noqa: ANN401
     """
-    Convert what JSON gave to the type of an annotation.
+    Convert parsed JSON to the type of an annotation.
 
     @raise ValueError: if it does not fit.
     """

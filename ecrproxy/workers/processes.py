@@ -1,9 +1,9 @@
 """
 The parent's side: starts, watches, replaces and stops the worker processes, and asks them for their state.
 
-A worker is another C{twistd ecr-proxy}, told by an environment variable what it is. It inherits the descriptors that
-are named here and no others: standard output and error, its end of the channel, the listening sockets. It shuts down
-when the channel closes, so it does not outlive its parent, however that ends.
+A worker is another C{twistd ecr-proxy} with an environment variable that marks it. It inherits only the descriptors
+listed here: standard output and error, its end of the channel, the listening sockets. It shuts down when the channel
+closes, so it does not outlive its parent, however that ends.
 """
 
 from __future__ import annotations
@@ -52,45 +52,45 @@ log = Logger()
 T = TypeVar("T", bound=Answer)
 
 FIRST_PAUSE: Final = 1.0
-"""Seconds until a worker that has ended is replaced."""
+"""Seconds before a worker that has exited is replaced."""
 LONGEST_PAUSE: Final = 60.0
 STEADY_SECONDS: Final = 60.0
-"""A worker that ran for at least so many seconds does not count as failing at start."""
+"""A worker that has run for this many seconds does not count as failing at start."""
 END_SECONDS: Final = 3.0
-"""Seconds for a worker to exit after the drain, or after its channel has closed; then it is killed."""
+"""Timeout for a worker to exit after the drain, or after its channel has closed; then it is killed."""
 SILENT_SECONDS: Final = 30
-"""A worker that sends nothing for so many seconds is killed and replaced: its event loop hangs."""
+"""A worker that sends nothing for this many seconds is killed and replaced: its event loop hangs."""
 STARTING_SECONDS: Final = 300
-"""A worker that does not listen within so many seconds is killed and replaced. A normal start takes a few."""
+"""A worker that does not listen within this many seconds is killed and replaced. A normal start takes a few."""
 STILL_SECONDS: Final = 3
-"""A worker that has sent nothing for so many seconds is not asked: each sends its counts once a second."""
+"""A worker that has sent nothing for this many seconds is not asked: each sends its counts once a second."""
 ANSWER_SECONDS: Final = 4.0
-"""Timeout for a worker's answer, in seconds. Its look at a disk that hangs takes two."""
-# -P, as for the script twistd: the working directory must not become a place that modules are imported from.
+"""Timeout for a worker's answer, in seconds. A check of a hanging disk takes two."""
+# -P, like the script twistd: modules must not be imported from the working directory.
 _TWISTD: Final = ("-P", "-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "ecr-proxy")
 
 
 def next_pause(last: float, lasted: float) -> float:
     """
-    Return the seconds to wait before replacing a worker: twice as many each time while they keep dying.
+    Return the seconds to wait before replacing a worker; doubles while workers keep dying.
 
-    @param last: the pause before the worker that has ended.
-    @param lasted: seconds for which that worker ran.
+    @param last: the pause before the worker that has exited.
+    @param lasted: how long that worker ran, in seconds.
     """
     return FIRST_PAUSE if lasted >= STEADY_SECONDS else min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * last))
 
 
 class Workers(Service):
     """
-    Keeps C{count} workers running for as long as the daemon runs.
+    Keeps C{count} workers running while the daemon runs.
 
-    @param listening: have the file descriptors of the listening sockets, once they are bound.
+    @param listening: provide the descriptors of the listening sockets, once bound.
     @param arguments: the daemon's own flags.
-    @param gathered: receives the figures that workers answer with.
-    @param counted: called with what a worker has counted.
+    @param gathered: receives the workers' figures.
+    @param counted: called with each worker's counts.
     @param refused: called with the reason when AWS refuses a worker's credentials and the cache is empty.
-    @param drain: seconds that workers give their clients on shutdown.
-    @ivar variables: what is otherwise in the environment of workers that are started from now on.
+    @param drain: seconds for workers to finish responses on shutdown.
+    @ivar variables: additional environment variables for workers started from now on.
     @ivar listen: fires once all workers accept connections.
     """
 
@@ -119,7 +119,7 @@ class Workers(Service):
     @property
     def pids(self) -> list[int]:
         """
-        Return the process ids of the workers that run.
+        Return the process ids of the running workers.
         """
         return [each.pid for each in self._workers.values() if each.pid is not None]
 
@@ -144,7 +144,7 @@ class Workers(Service):
 
     def kill(self) -> None:
         """
-        Send SIGKILL to all workers. May be called in a signal handler.
+        Send SIGKILL to all workers. Safe in a signal handler.
         """
         for each in self._workers.values():
             each.kill()
@@ -158,21 +158,21 @@ class Workers(Service):
 
     async def readiness(self) -> Readiness:
         """
-        Return what the daemon can do, all workers together.
+        Return the readiness of all workers together.
         """
         told = await self._ask("readiness", ReadinessTold)
         return judge_all([each.readiness for _, each in told], self._count)
 
     async def standing(self) -> Standing:
         """
-        Return the state of all workers as that of one daemon.
+        Return the state of all workers, merged into one.
         """
         told = await self._ask("standing", StandingTold)
         return together([each.standing for _, each in told], self._count)
 
     async def gather(self) -> None:
         """
-        Fetch the workers' figures. A worker that does not answer in time keeps its last ones.
+        Fetch the workers' figures. A worker that does not answer in time keeps its previous ones.
         """
         for pid, each in await self._ask("figures", FiguresTold):
             self._gathered.tell(pid, each.figures)
@@ -195,8 +195,10 @@ class Workers(Service):
         self._workers[place] = worker
         try:
             adopt(ours, worker.channel, self._reactor)
-        except OSError as problem:  # no descriptor is left; replaced once it has ended, like any other
-            log.error("Worker {pid} can't be heard: {why}: killing it", pid=worker.pid, why=problem.strerror or problem)
+        except OSError as problem:  # out of descriptors; the worker is replaced after its exit, like any other
+            log.error(
+                "Killing worker {pid}: its channel failed: {why}", pid=worker.pid, why=problem.strerror or problem
+            )
             worker.kill()
 
     def _spawn(self, worker: _Worker) -> socket.socket:
@@ -204,7 +206,7 @@ class Workers(Service):
         Start a process.
 
         @return: the parent's end of its channel.
-        @raise OSError: if there is no process.
+        @raise OSError: if the process can't be started.
         """
         sockets = [each.fileno() for each in self._listening]
         ours, theirs = socket.socketpair()
@@ -230,7 +232,7 @@ class Workers(Service):
             self._gathered.ended(worker.number)
         if self.running:
             pause = next_pause(worker.pause, self._reactor.seconds() - worker.began)
-            said = "Worker {pid} has ended; another takes its place in {pause:g} s: {reason}"
+            said = "Worker {pid} has exited; replacing it in {pause:g} s: {reason}"
             log.error(said, pid=worker.number, pause=pause, reason=reason.value)
             self._start_later(place, pause)
 
@@ -254,7 +256,7 @@ class Workers(Service):
 
 def add_up(figures: Figures, incidents: Incidents, counted: Counted) -> None:
     """
-    Add what a worker has counted to the figures of the daemon.
+    Add a worker's counts to the daemon's figures.
     """
     figures.served.requests.add(counted.requests)
     figures.served.saved.add(counted.saved)
@@ -266,7 +268,7 @@ def add_up(figures: Figures, incidents: Incidents, counted: Counted) -> None:
 @contextlib.contextmanager
 def _blocked(numbers: Iterable[signal.Signals]) -> Iterator[None]:
     """
-    Block signals here, and in what is started meanwhile: there they stay pending until they are unblocked.
+    Block signals here, and in processes started meanwhile; they stay pending until they are unblocked.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
@@ -277,13 +279,13 @@ def _blocked(numbers: Iterable[signal.Signals]) -> Iterator[None]:
 
 class _Worker(ProcessProtocol):
     """
-    One worker, as the parent sees it.
+    The parent's view of one worker.
 
     @ivar channel: the parent's end of the channel.
-    @ivar number: its process id, also after it has ended.
-    @ivar listens: True once it accepts connections.
-    @ivar pause: seconds for which its place was empty before.
-    @ivar began: when it was started, on the reactor's clock.
+    @ivar number: the process id, also after the exit.
+    @ivar listens: True once the worker accepts connections.
+    @ivar pause: seconds before this worker was started in its place.
+    @ivar began: start time, on the reactor's clock.
     """
 
     def __init__(
@@ -308,7 +310,7 @@ class _Worker(ProcessProtocol):
     @property
     def pid(self) -> int | None:
         """
-        Return its process id, None once it has ended.
+        Return the process id; None after the exit.
         """
         pid: int | None = self.transport.pid if self.transport is not None else None
         return pid
@@ -323,8 +325,8 @@ class _Worker(ProcessProtocol):
         """
         Send a question.
 
-        @return: fires with the answer, or with None after C{ANSWER_SECONDS} or when the worker ends; at once if it
-            stands still.
+        @return: fires with the answer, or with None after C{ANSWER_SECONDS} or when the worker exits; with None at once
+            if the worker has stopped sending.
         """
         if self._silent >= STILL_SECONDS:
             return succeed(None)
@@ -353,7 +355,7 @@ class _Worker(ProcessProtocol):
 
     def look(self) -> None:
         """
-        Kill it if it has told nothing for too long. Called each second, so a parent that stood still kills nobody.
+        Kill the worker if it was silent for too long. Counts its calls, one a second: a suspended parent kills none.
         """
         self._silent += 1
         if self._silent == (SILENT_SECONDS if self.listens else STARTING_SECONDS):
@@ -389,7 +391,7 @@ class _Worker(ProcessProtocol):
 
     def processEnded(self, reason: Failure) -> None:
         """
-        Release whoever waits for an answer, or for the end.
+        Fire everything that waits for an answer or the exit.
         """
         if self._limit is not None and self._limit.active():
             self._limit.cancel()

@@ -1,5 +1,5 @@
 """
-A worker's side of the channel: sends what was counted each second, and answers the parent's questions.
+A worker's side of the channel: sends its counts each second, and answers the parent's questions.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
 
 TELL_SECONDS: Final = 1.0
 CLOSE_SECONDS: Final = 2.0
-"""Seconds for the parent to read the last message."""
+"""Timeout for the parent to read the last message, in seconds."""
 TOGETHER: Final = 500
-"""Maximum number of rows of a kind in one message."""
+"""Maximum number of rows of each kind in one message."""
 
 
 class Reports(Service):
     """
-    Reports to the parent. Must stop after the clients' connections, so that all requests are counted.
+    Reports to the parent. Must stop after the client connections, so that all requests are counted.
 
     @param channel: this worker's end of the channel.
-    @param reread: reads certificates again, whose files it is called with, or passwords, see L{messages.Reread}.
-    @param reload: uses the registries that the parent has read, see L{settings.file.read_handed}.
-    @param orphaned: called if the channel closes while this runs: the parent has exited.
+    @param reread: reloads certificates (called with their generation) or passwords, see L{messages.Reread}.
+    @param reload: applies the registries from the parent, see L{settings.file.read_handed}.
+    @param orphaned: called if the channel closes while the service runs: the parent has exited.
     """
 
     def __init__(
@@ -76,15 +76,15 @@ class Reports(Service):
         self._reactor.callWhenRunning(self._begin)
 
     def _begin(self) -> None:
-        # All sockets have been listening since before the reactor ran, and the signal handlers are installed.
+        # All sockets were listening before the reactor started, and the signal handlers are installed.
         self._channel.tell(Listens())
         self._loop.start(TELL_SECONDS, now=False)
 
     def stopService(self) -> Deferred[None]:
         """
-        Send what has been counted since the last message, and close the channel.
+        Send the counts since the last message, and close the channel.
 
-        @return: fires once it is closed, after C{CLOSE_SECONDS} at the latest.
+        @return: fires once the channel is closed, after C{CLOSE_SECONDS} at the latest.
         """
         super().stopService()
         self._loop.stop()
@@ -96,7 +96,7 @@ class Reports(Service):
         return self._closed.addCallback(lambda _: late.cancel() if late.active() else None)
 
     def _tell(self) -> None:
-        if self._channel.full:  # the counts stay here, and go with a later message
+        if self._channel.full:  # keep the counts for a later message
             return
         served = self._figures.served
         requests, upstream = served.requests.take(), self._figures.upstream.take()

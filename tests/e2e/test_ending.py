@@ -224,7 +224,7 @@ def test_a_socket_of_systemd_loses_no_connection(
             first.wait_until(chain.daemon.ready)
             with reading(chain, blob_path(images), ENOUGH) as transfer:
                 first.send(signal.SIGTERM)
-                eventually(lambda: "Ending: " in first.output.read_text(), "the first daemon ends")
+                eventually(lambda: "Shutting down: " in first.output.read_text(), "the first daemon ends")
                 waiting = connect(chain.daemon.url, None, PATIENCE)
                 waiting.request("GET", "/healthz")
                 second = start("second")

@@ -1,3 +1,3 @@
 """
-What a daemon stands on, looked at piece by piece: for the person who has to make it work.
+Checks of everything that the daemon depends on, for C{ecr-proxy doctor}.
 """

@@ -1,5 +1,5 @@
 """
-Credentials, identity, token and permissions: what AWS says of them, and what that means for the daemon.
+Credentials, identity, token and permissions: AWS's responses, and their consequences for the daemon.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROVIDERS: Final = {
     "boto-config": "boto's old config file",
     "ec2-credentials-file": "the file named by AWS_CREDENTIAL_FILE",
 }
-"""botocore's names for what gives credentials, in words."""
+"""Descriptions of botocore's credential providers."""
 
 NEEDED: Final = (
     "ecr:GetAuthorizationToken",
@@ -37,14 +37,14 @@ NEEDED: Final = (
     "ecr:GetDownloadUrlForLayer",
     "ecr:BatchCheckLayerAvailability",
 )
-"""Without these nothing can be pulled."""
+"""Actions that pulls need."""
 USEFUL: Final = {"ecr:ListImages": "list tags", "ecr:ListImageReferrers": "find signatures by the referrers API"}
-"""What clients can't do without these."""
+"""Optional actions, and what clients can't do without them."""
 IMPORTING: Final = {
     "ecr:BatchImportUpstreamImage": "bring in images and tags that ECR has not cached yet",
     "ecr:CreateRepository": "bring in the first image of a repository",
 }
-"""What repositories of ECR's own pull-through cache rules need these for; no others need them."""
+"""Actions that only repositories of ECR's own pull-through cache rules need, and what for."""
 
 # "User: arn:aws:sts::1:assumed-role/r/s is not authorized to perform: ecr:BatchGetImage on resource: arn:aws:ecr:..
 # because no identity-based policy allows the ecr:BatchGetImage action" (IAM user guide, "Access denied messages").
@@ -54,19 +54,19 @@ _BECAUSE: Final = (
     ("explicit deny in a vpc endpoint policy", "the VPC endpoint's policy forbids it"),
     ("no vpc endpoint policy allows", "the VPC endpoint's policy has to allow it"),
     ("explicit deny in a resource-based policy", "the repository's policy forbids it"),
-    ("no resource-based policy allows", "the repository's own policy has to allow it, for it is another account's"),
-    ("explicit deny", "a policy forbids it explicitly: take that out"),
+    ("no resource-based policy allows", "the repository's own policy has to allow it, which is another account's"),
+    ("explicit deny", "a policy denies it explicitly: remove that statement"),
     ("no permissions boundary allows", "the permissions boundary has to allow it"),
     ("no session policy allows", "the session's policy has to allow it"),
 )
 _ROLE = re.compile(r"arn:(aws[\w-]*):sts::(\d{12}):assumed-role/([^/]+)/.+")
 _HOPS: Final = "in a container the metadata hop limit must be 2, see the line about metadata"
-_CLOCK_ADVICE: Final = "set this machine's clock, and keep it right: chrony or systemd-timesyncd"
+_CLOCK_ADVICE: Final = "synchronize this machine's clock: chrony or systemd-timesyncd"
 
 
 def denied_action(message: str) -> str | None:
     """
-    Read from a refusal which action is missing.
+    Return the missing action in an error message.
     """
     found = _DENIAL.search(message)
     return found[1] if found else None
@@ -74,11 +74,11 @@ def denied_action(message: str) -> str | None:
 
 def permission_advice(message: str) -> str:
     """
-    Say what to do about a refusal.
+    Return what to do about an error message of AWS.
     """
     found, lowered = _DENIAL.search(message), message.lower()
     if found is None:
-        return "see which policy refuses it"
+        return "check which policy denies it"
     for words, advice in _BECAUSE:
         if words in lowered:
             return f"{found[1]}: {advice}"
@@ -90,7 +90,7 @@ def look_at_credentials(
     provider: Once[Provider], *, instance_auth: bool, environ: Mapping[str, str]
 ) -> Iterator[Finding]:
     """
-    See whether there are credentials, and what gives them.
+    Check that there are credentials, and report their source.
     """
     check = "credentials"
     try:
@@ -103,7 +103,7 @@ def look_at_credentials(
         yield failed(check, f"no role: AWS answers {problem}", _CLOCK_ADVICE if problem.skewed else trust)
         return
     except UnreachableError as problem:
-        yield failed(check, f"whoever gives them does not answer: {problem}", "see that STS can be reached from here")
+        yield failed(check, f"their source does not answer: {problem}", "check that STS can be reached from here")
         return
     said = f"by {PROVIDERS.get(method, method)}"
     if (
@@ -120,7 +120,7 @@ def look_at_credentials(
 
 def _where_from(environ: Mapping[str, str], *, instance_auth: bool) -> str:
     """
-    Say where credentials should come from, by what has been set.
+    Return advice on where credentials should come from, by the variables that are set.
     """
     if environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
         return "see that AWS_WEB_IDENTITY_TOKEN_FILE can be read, and that AWS_ROLE_ARN is set"
@@ -137,9 +137,9 @@ def _where_from(environ: Mapping[str, str], *, instance_auth: bool) -> str:
 
 def look_at_identity(identity: Once[Identity], registry: str | None) -> Iterator[Finding]:
     """
-    See who AWS says that we are.
+    Check the identity that STS reports.
 
-    @param registry: the account that the registry is in, if it is known.
+    @param registry: the registry's account, if known.
     """
     check = "identity"
     try:
@@ -164,9 +164,9 @@ def look_at_identity(identity: Once[Identity], registry: str | None) -> Iterator
 
 def look_at_role(acting: Once[Identity], role: str) -> Iterator[Finding]:
     """
-    See whether a role can be assumed.
+    Check that a role can be assumed.
 
-    @param acting: who AWS says that we are in it.
+    @param acting: the identity in the role.
     """
     check = "role"
     try:
@@ -185,7 +185,7 @@ def look_at_role(acting: Once[Identity], role: str) -> Iterator[Finding]:
 
 def look_at_token(token: Once[tuple[str, float]], now: float) -> Iterator[Finding]:
     """
-    See whether ECR gives a token.
+    Check that ECR issues a token.
     """
     check = "token"
     try:
@@ -203,20 +203,20 @@ def look_at_token(token: Once[tuple[str, float]], now: float) -> Iterator[Findin
     except NoCredentialsError:
         yield skipped(check, "not without credentials")
     else:
-        yield ok(check, f"ECR gives one, good for {max(0.0, expires - now) / 3600:.1f} hours")
+        yield ok(check, f"ECR issues one, valid for {max(0.0, expires - now) / 3600:.1f} hours")
 
 
 def look_at_realm(challenge: str, url: str, realms: Collection[str]) -> Iterator[Finding]:
     """
-    See whether a registry's tokens are had where the daemon may ask for them; nothing is said where they are.
+    Check that a registry's token server is one that the daemon may use; yield nothing if so.
 
-    @param challenge: what the registry says to who shows no token.
-    @param realms: hosts beyond its own domain that the operator lists.
+    @param challenge: the registry's response to a request without a token.
+    @param realms: hosts outside its domain that the operator allows.
     """
     wanted = Challenge.read([challenge])
     if wanted is not None and wanted.scheme == "bearer" and not may_follow(wanted.realm, url, realms):
-        said = f"the registry has its tokens at {wanted.realm[:200]!r}, which is not of its own domain, or not https"
-        yield failed("realm", said, "if that is right, list its host in the registry's realms")
+        said = f"the registry's token server {wanted.realm[:200]!r} is outside its domain, or not https"
+        yield failed("realm", said, "if that is intended, list its host in the registry's realms")
 
 
 def look_at_login(
@@ -248,7 +248,7 @@ def look_at_login(
 
 def principal(arn: str) -> str:
     """
-    Give the ARN under which IAM knows the policies of an identity: a session's role.
+    Return the ARN whose policies IAM knows: for a session, its role.
     """
     found = _ROLE.fullmatch(arn)
     return f"arn:{found[1]}:iam::{found[2]}:role/{found[3]}" if found else arn
@@ -256,7 +256,7 @@ def principal(arn: str) -> str:
 
 def judge_simulation(decisions: Mapping[str, str]) -> Iterator[Finding]:
     """
-    Read what IAM would decide.
+    Report IAM's simulated decisions.
     """
     for action, decision in decisions.items():
         if decision == "allowed":
@@ -275,10 +275,10 @@ def judge_simulation(decisions: Mapping[str, str]) -> Iterator[Finding]:
 
 def judge_call(action: str, status: int, message: str, good: Collection[int]) -> Finding:
     """
-    Read what ECR answered to a request that needs C{action}.
+    Judge ECR's response to a request that needs C{action}.
 
-    @param message: what it said of an error.
-    @param good: the statuses of those who may.
+    @param message: its error message.
+    @param good: the statuses that mean permission.
     """
     if status in good:
         return ok(action, "allowed: tried")
@@ -294,4 +294,4 @@ def judge_call(action: str, status: int, message: str, good: Collection[int]) ->
         return failed(action, f"ECR answers {status}: {message}", "see the lines about token and identity")
     importing = f"if a pull-through cache rule is to make it, allow {' and '.join(IMPORTING)}"
     advice = importing if status == 404 else ""  # noqa: PLR2004
-    return skipped(action, f"can't be told: ECR answers {status} {message}".rstrip(), advice)
+    return skipped(action, f"unknown: ECR answers {status} {message}".rstrip(), advice)

@@ -1,8 +1,8 @@
 """
-What the daemon assumes of ECR, held against what was seen: a row of docs/ecr.rst each, by name. Pure.
+The daemon's assumptions about ECR, compared with responses: each is a row of docs/ecr.rst, by name. Pure.
 
-What a judgement says goes into a file for a public issue. So it consists of words of this module, status codes, seconds
-and media types of a fixed list: nothing that ECR or the bucket has said is repeated.
+Judgements are written to a file for a public issue. So they only have words of this module, status codes, seconds and
+media types from a fixed list, and never text from ECR or the bucket.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LAYERS: Final = re.compile(
 
 class Outcome(enum.Enum):
     """
-    How an assumption fares.
+    The result for one assumption.
     """
 
     DOCUMENTED = "as documented"
@@ -54,10 +54,10 @@ class Outcome(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """
-    One assumption, held against what was seen.
+    One assumption, compared with the responses.
 
-    @ivar said: what was seen, in words that may be published.
-    @ivar daemon: what the daemon does then, where it is not as documented.
+    @ivar said: what was seen, in publishable words.
+    @ivar daemon: how the daemon handles behavior that is not as documented.
     """
 
     outcome: Outcome
@@ -83,7 +83,7 @@ def _type(contact: Contact) -> str:
 
 def _shown(contact: Contact) -> str:
     """
-    Name a Content-Type in words that may be published.
+    Return a Content-Type in publishable words.
     """
     named = _type(contact)
     return named if named in _SHOWN_TYPES else "another type" if named else "no type"
@@ -112,8 +112,8 @@ def token_refused(seen: Seen) -> Judgement:
     if _refusal(answer).is_about_token:
         return _otherwise(said, "refreshes the token once, and sends the request again")
     if answer.status < 400:  # noqa: PLR2004
-        return _otherwise(f"{said}: any token is accepted", "sends its token all the same")
-    return _defect(said, "takes it for a refusal of this request, and keeps the token")
+        return _otherwise(f"{said}: any token is accepted", "sends its token anyway")
+    return _defect(said, "treats it as a refusal of this request, and keeps the token")
 
 
 def iam_wording(seen: Seen) -> Judgement:
@@ -126,10 +126,10 @@ def iam_wording(seen: Seen) -> Judgement:
     if not found:
         raise UnseenError("nothing was refused with 403")
     if any(each.is_about_token for each in found):
-        return _defect("403 that speaks of the token, which is fresh", "takes the token for expired, and refreshes it")
+        return _defect("403 that speaks of the token, which is fresh", "treats the token as expired, and refreshes it")
     if not all(each.is_registry_error for each in found):
         said = "403 without the specification's JSON"
-        return _defect(said, "takes it for the answer of something between: 502, or a tag as last known")
+        return _defect(said, "treats it as the answer of something between: 502, or a tag as last known")
     if all("not authorized to perform" in each.message.lower() for each in found):
         return _documented("403 in JSON, which names the action")
     return _otherwise("403 in JSON, in other words", "answers clients 403, and logs ECR's words")
@@ -147,7 +147,7 @@ def throttling(seen: Seen) -> Judgement:
 
 def missing_tag(seen: Seen) -> Judgement:
     """A tag that does not exist is 404 MANIFEST_UNKNOWN."""
-    if not is_there(seen):  # nor may its repository be
+    if not is_there(seen):  # the repository may be missing as well
         raise UnseenError(_NO_IMAGE)
     return _missing(seen.answer("no-tag"), "MANIFEST_UNKNOWN")
 
@@ -162,18 +162,18 @@ def _missing(answer: Contact, code: str) -> Judgement:
     if answer.status == 404:  # noqa: PLR2004
         if not refusal.is_registry_error:
             said = "404 without the specification's JSON"
-            return _defect(said, "takes it for the answer of something between: 502, or a tag as last known")
+            return _defect(said, "treats it as the answer of something between: 502, or a tag as last known")
         if refusal.code == code:
             return _documented(f"404 {code}")
         return _otherwise("404 with another code", "hands ECR's code on")
     if answer.status == 403 and refusal.is_registry_error and not refusal.is_about_token:  # noqa: PLR2004
         return _otherwise("403, as IAM hides what it does not grant", "answers clients 403")
-    return _defect(f"{answer.status}", "does not take it for something that does not exist")
+    return _defect(f"{answer.status}", "does not treat it as something that does not exist")
 
 
 def is_there(seen: Seen) -> bool:
     """
-    Return False if ECR says that it does not have the image that it was asked about.
+    Return False if ECR says that the image does not exist.
     """
     answer = seen.answers.get("manifest")
     return answer is None or answer.status != 404  # noqa: PLR2004
@@ -291,7 +291,7 @@ def _own_type(manifest: Contact) -> str:
     """
     Return the type of a manifest.
 
-    @raise ValueError: if the daemon would refuse it for that.
+    @raise ValueError: if the daemon would reject the manifest for it.
     """
     return Document.read(manifest.body).type_as(manifest.headers.get("content-type", ""))
 
@@ -323,7 +323,9 @@ def blob_head_type(seen: Seen) -> Judgement:
     if _type(answer) == _BLOB_TYPE:
         return _documented(_BLOB_TYPE)
     if _type(answer) in _PAGES and "docker-content-digest" not in answer.headers:
-        return _otherwise(f"{_shown(answer)}, without a digest", "sends a GET for one byte: it may be somebody's page")
+        return _otherwise(
+            f"{_shown(answer)}, without a digest", "sends a GET for one byte: it may be another server's page"
+        )
     return _otherwise(_shown(answer), "does not look at it")
 
 
@@ -334,7 +336,7 @@ def blob_head_length(seen: Seen) -> Judgement:
         return _otherwise("no length", "sends a GET for one byte")
     if int(length) == int(seen.known["size"]):
         return _documented("the length that the manifest gives")
-    return _defect("another length than the manifest gives", "takes it for the blob's size")
+    return _defect("another length than the manifest gives", "uses it as the blob's size")
 
 
 def blob_redirect(seen: Seen) -> Judgement:
@@ -376,7 +378,7 @@ def bucket_addresses(seen: Seen) -> Judgement:
     """The bucket has IPv4 addresses alone."""
     _location(seen)
     if not seen.bucket:
-        raise UnseenError("looked up by nobody here")
+        raise UnseenError("not looked up")
     if not any(":" in address for address in seen.bucket):
         return _documented("IPv4 alone")
     return _otherwise("IPv6 as well", "tries all addresses that the name resolves to")
@@ -439,14 +441,14 @@ def _location(seen: Seen) -> str:
 
 def _from_bucket(seen: Seen, name: str, *, refused: bool = False) -> Contact:
     """
-    Return the bucket's answer.
+    Return the bucket's response.
 
-    @param refused: whether it is meant to refuse. It may refuse all that comes from here, which another line tells.
+    @param refused: True if it should refuse. It may refuse all requests from here, which another line reports.
     """
     _location(seen)
     answer = seen.answer(name)
     if answer.status in REDIRECT_STATUSES:
-        raise UnseenError("redirected once more")
+        raise UnseenError("redirected again")
     if answer.status in _URL_REFUSALS and not refused:
         raise UnseenError(f"refused with {answer.status}")
     return answer
@@ -568,12 +570,12 @@ ASSUMPTIONS: Final[Mapping[str, Callable[[Seen], Judgement]]] = {
         referrers_of_nothing,
     )
 }
-"""By the names that they have in docs/ecr.rst."""
+"""By their names in docs/ecr.rst."""
 
 
 def judge(name: str, seen: Seen) -> Judgement:
     """
-    Hold one assumption against what was seen.
+    Compare one assumption with the responses.
     """
     try:
         return ASSUMPTIONS[name](seen)
@@ -583,7 +585,7 @@ def judge(name: str, seen: Seen) -> Judgement:
 
 def findings(seen: Seen) -> Iterator[Finding]:
     """
-    Hold each assumption against what was seen.
+    Compare all assumptions with the responses.
     """
     for name in ASSUMPTIONS:
         found = judge(name, seen)
@@ -601,9 +603,9 @@ def findings(seen: Seen) -> Iterator[Finding]:
 
 def report(found: Mapping[str, Finding], version: str) -> str:
     """
-    Write what was found, to be attached to an issue.
+    Format the findings, to be attached to an issue.
 
-    @param found: by the name of the assumption; all others are left out.
+    @param found: by the name of the assumption; others are left out.
     """
     lines = [f"ecr-proxy {version} doctor --image: what ECR does, by the names in docs/ecr.rst", ""]
     width = max(map(len, ASSUMPTIONS))

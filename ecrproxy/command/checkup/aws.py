@@ -1,5 +1,5 @@
 """
-What AWS says, as plain values: botocore asked as the daemon asks it. Blocks: called in threads.
+Requests to AWS through botocore, as the daemon sends them, with plain results. Blocks: call in threads.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ READ_SECONDS: Final = 6
 
 class RefusedError(Exception):
     """
-    AWS has answered that it does not.
+    AWS rejected the request.
 
-    @ivar code: AWS' word for why.
-    @ivar skewed: whether it is the time of the request that it refuses.
+    @ivar code: AWS's error code.
+    @ivar skewed: True if the reason is the time of the request.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -41,20 +41,20 @@ class RefusedError(Exception):
 
 class UnreachableError(Exception):
     """
-    AWS has not answered.
+    AWS did not respond.
     """
 
 
 class NoCredentialsError(Exception):
     """
-    There is nothing to ask with.
+    There are no credentials.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Provider:
     """
-    What gave the credentials.
+    The source of the credentials.
 
     @ivar method: botocore's name for it.
     """
@@ -65,7 +65,7 @@ class Provider:
 @dataclass(frozen=True, slots=True)
 class Identity:
     """
-    Who AWS says that we are.
+    The identity that AWS reports for the credentials.
     """
 
     arn: str
@@ -74,7 +74,7 @@ class Identity:
 
 class Aws:
     """
-    AWS, asked with the daemon's credentials for a registry.
+    AWS, used with the daemon's credentials for a registry.
     """
 
     def __init__(self, region: str, credentials: Credentials) -> None:
@@ -86,20 +86,20 @@ class Aws:
 
     def provider(self) -> Provider:
         """
-        Tell what gives the credentials, after they have been used once to sign.
+        Return the source of the credentials, after signing with them once.
 
-        @raise NoCredentialsError: if nothing does.
+        @raise NoCredentialsError: if there are none.
         @raise RefusedError: if a role can't be assumed.
-        @raise UnreachableError: if who gives them does not answer.
+        @raise UnreachableError: if the source does not respond.
         """
         with as_ours():
             credentials = self._session.get().get_credentials()
-            credentials.get_frozen_credentials()  # a role is assumed only now
+            credentials.get_frozen_credentials()  # assumes the role
             return Provider(str(credentials.method))
 
     def identity(self) -> Identity:
         """
-        Ask STS who we are, in the role if there is one. Needs no permission but to assume that.
+        Return the identity from STS, in the role if there is one. Only assuming the role needs a permission.
         """
         with as_ours():
             told = self._client("sts").get_caller_identity()
@@ -109,7 +109,7 @@ class Aws:
         """
         Ask ECR, or ECR Public, for a token.
 
-        @return: it, and when it expires, in seconds since the epoch.
+        @return: the token, and when it expires, in seconds since the epoch.
         """
         with as_ours():
             data = self._client("ecr-public" if self._public else "ecr").get_authorization_token()["authorizationData"]
@@ -118,9 +118,9 @@ class Aws:
 
     def simulate(self, arn: str, actions: Sequence[str], resource: str) -> Mapping[str, str]:
         """
-        Ask IAM what C{arn}'s own policies would say. Needs iam:SimulatePrincipalPolicy.
+        Simulate the policies of C{arn} in IAM. Needs iam:SimulatePrincipalPolicy.
 
-        @return: its decision for each action.
+        @return: the decision for each action.
         """
         with as_ours():
             told = self._client("iam").simulate_principal_policy(
@@ -140,14 +140,14 @@ class Aws:
             retries={"mode": "standard", "total_max_attempts": 1},
         )
         session = self._session.get()
-        with self._making:  # clients may be shared by threads, a session may not: boto3's guide, "Multithreading"
+        with self._making:  # threads may share clients, but not a session: boto3's guide, "Multithreading"
             return session.create_client(service, region_name=self._region, config=settings, **keys)
 
 
 @contextlib.contextmanager
 def as_ours() -> Iterator[None]:
     """
-    Tell botocore's many exceptions as one of three.
+    Convert botocore's exceptions to those of this module.
     """
     from botocore import exceptions  # noqa: PLC0415
     from botocore.parsers import ResponseParserError  # noqa: PLC0415
@@ -168,5 +168,5 @@ def as_ours() -> Iterator[None]:
     except (
         exceptions.BotoCoreError,
         ResponseParserError,
-    ) as problem:  # whatever keeps an answer from coming, or is none
+    ) as problem:  # no response, or an invalid one
         raise UnreachableError(brief(problem)) from problem

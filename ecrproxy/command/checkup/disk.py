@@ -1,8 +1,8 @@
 """
-The cache directory and the disk below it: what is there, what works, and how much fits.
+Checks of the cache directory and its disk: existence, operations, space.
 
-Nothing is made but one small file, which is gone at once: a directory that the caller makes could be one that the
-daemon may not write.
+Only one small temporary file is created, and never a directory: one that the caller creates may not be writable by the
+daemon.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ecrproxy.command.terminal import counted, size_in_words
 
 FOLDERS: Final = ("content", "arriving")
 COUNT_SECONDS: Final = 8.0
-"""How long the files of the cache are counted at the most."""
+"""Timeout for counting the cache's files."""
 FEW_INODES: Final = 10_000
 _MORE_INODES: Final = "use a file system with more: mkfs.ext4 -T news, or xfs"
 _SAMPLE: Final = 64 * 2**10
@@ -33,12 +33,12 @@ _SAMPLE: Final = 64 * 2**10
 @dataclass(frozen=True, slots=True)
 class Survey:
     """
-    What was seen of the directory.
+    The state of the directory.
 
-    @ivar exists: whether it is there; if not, all else is of the nearest directory above it that is.
-    @ivar strangers: the users, beside the caller, whom parts of it belong to.
-    @ivar problem: why no file can be made in it.
-    @ivar lacking: what can't be done with a file in it, each with why.
+    @ivar exists: False if the rest is about the nearest existing parent directory.
+    @ivar strangers: users other than the caller who own parts of it.
+    @ivar problem: why no file can be created in it.
+    @ivar lacking: file operations that fail in it, each with the reason.
     @ivar used: bytes of its files, as far as they were counted.
     """
 
@@ -58,7 +58,7 @@ class Survey:
 
 def survey(path: str, seconds: Callable[[], float]) -> Survey:
     """
-    Look at a directory. Blocks.
+    Examine a directory. Blocks.
     """
     place = Path(path).absolute()
     exists = place.exists() or place.is_symlink()
@@ -77,7 +77,7 @@ def survey(path: str, seconds: Callable[[], float]) -> Survey:
         find_mount(mountinfo(), os.path.realpath(standing)),
         room.f_blocks * room.f_frsize,
         room.f_bavail * room.f_frsize,
-        room.f_favail if room.f_files else None,  # btrfs and its like have no number of them
+        room.f_favail if room.f_files else None,  # file systems such as btrfs have no fixed number
         used,
         counted,
     )
@@ -92,7 +92,7 @@ def _owner(path: Path) -> int | None:
 
 def _try_file(directory: Path, *, make: bool) -> tuple[str, list[tuple[str, str]]]:
     """
-    Make a file as the cache does, and take it away.
+    Create a file as the cache does, and remove it.
     """
     if not make:
         allowed = os.access(directory, os.W_OK | os.X_OK)
@@ -119,7 +119,7 @@ def _try_file(directory: Path, *, make: bool) -> tuple[str, list[tuple[str, str]
 
 def _count(place: Path, until: float, seconds: Callable[[], float]) -> tuple[int, bool]:
     """
-    Count the bytes of the cache's files, as long as there is time.
+    Count the bytes of the cache's files until the deadline.
     """
     used = 0
     for name in FOLDERS:
@@ -134,9 +134,9 @@ def _count(place: Path, until: float, seconds: Callable[[], float]) -> tuple[int
 
 def judge_directory(seen: Survey, user: int) -> Iterator[Finding]:
     """
-    Read what was seen of the directory.
+    Judge the state of the directory.
 
-    @param user: who looked.
+    @param user: the user who runs this command.
     """
     check = "cache"
     as_user = f"by user {user}, who runs this command"
@@ -152,10 +152,10 @@ def judge_directory(seen: Survey, user: int) -> Iterator[Finding]:
         yield failed(
             check,
             f"{seen.path} can't be written {as_user}: {seen.problem}",
-            "give it to the daemon's user, with chown, and run this command as that user",
+            "chown it to the daemon's user, and run this command as that user",
         )
     elif not seen.exists:
-        yield ok(check, f"{seen.path} is not there yet, and can be made {as_user}")
+        yield ok(check, f"{seen.path} does not exist yet, and can be created {as_user}")
     elif seen.strangers:
         others = ", ".join(map(str, seen.strangers))
         yield warning(
@@ -171,7 +171,7 @@ def judge_directory(seen: Survey, user: int) -> Iterator[Finding]:
 def _judge_kind(seen: Survey) -> Iterator[Finding]:
     check, mount = "file system", seen.mount
     for what, why in seen.lacking:
-        if what == "fallocate":  # a hint
+        if what == "fallocate":  # only a warning
             yield warning(
                 check,
                 f"fallocate does not work there: {why}",
@@ -180,32 +180,32 @@ def _judge_kind(seen: Survey) -> Iterator[Finding]:
             continue
         consequence = {
             "flock": "two daemons could write one file",
-            "fsync": "a power cut may leave wrong bytes, which are then found when they are read",
+            "fsync": "a power failure may corrupt content, which is detected when it is read",
         }[what]
         yield failed(check, f"{what} does not work there: {why}", f"{consequence}; give the cache a local disk")
     if mount is None:
-        yield ok(check, "of what kind it is can't be told here")
+        yield ok(check, "its kind can't be determined")
     elif mount.is_far:
         yield warning(
             check,
-            f"{mount.kind}, on another machine or in a program",
-            "give each daemon a local disk: hits come from it, and locks have to hold",
+            f"{mount.kind}, a network or FUSE file system",
+            "give each daemon a local disk: hits are read from it, and locks must work",
         )
     elif mount.kind in ("overlay", "fuse.overlayfs"):
         yield warning(
             check,
-            f"{mount.kind}: a container's own layer, which is slow and goes with the container",
+            f"{mount.kind}: a container's writable layer, which is slow and removed with the container",
             "mount a volume at the cache directory",
         )
     elif mount.kind in ("tmpfs", "ramfs"):
-        yield warning(check, f"{mount.kind}: in memory, and gone with it", "give it a disk, unless that is meant")
+        yield warning(check, f"{mount.kind}: in memory, and lost on restart", "use a disk, unless that is intended")
     else:
         yield ok(check, f"{mount.kind}, mounted at {mount.point}")
 
 
 def judge_room(seen: Survey, limit: int) -> Iterator[Finding]:
     """
-    Hold the limit of the cache against its disk.
+    Compare the cache's limit with its disk.
     """
     check, words = "room", size_in_words
     there = seen.free + seen.used
@@ -219,7 +219,7 @@ def judge_room(seen: Survey, limit: int) -> Iterator[Finding]:
         yield warning(
             check,
             f"the limit is {words(limit)}, the whole file system {words(seen.total)}",
-            f"set PROXY_CACHE_LIMIT to less than {words(there)}: a disk that is full keeps nothing new",
+            f"set PROXY_CACHE_LIMIT to less than {words(there)}: nothing new is cached on a full disk",
         )
     elif seen.counted and limit > there:
         yield warning(
@@ -228,6 +228,6 @@ def judge_room(seen: Survey, limit: int) -> Iterator[Finding]:
             f"set PROXY_CACHE_LIMIT to less than {words(there)}, or make room",
         )
     elif not seen.counted:
-        yield ok(check, f"{words(seen.free)} free; there are too many files to count them here")
+        yield ok(check, f"{words(seen.free)} free; there are too many files to count")
     else:
         yield ok(check, f"the limit is {words(limit)}; {words(seen.used)} are used and {words(seen.free)} free")

@@ -1,5 +1,5 @@
 """
-One run of C{ecr-proxy doctor}: what there is to look at, with which senses, and what each needs of the others.
+One run of C{ecr-proxy doctor}: the checks, and their dependencies on each other.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from ecrproxy.settings.registries import Protocol, RegistryTable
 
 def run(call: Call, senses: Senses | None = None) -> int:
     """
-    Look at everything.
+    Run all checks; return the exit status.
     """
     senses = senses or Senses()
     limit = _seconds(call.options.seconds)
@@ -108,16 +108,16 @@ _ROLES: Final = (
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
 )
-"""The variables by which a role comes from somewhere else than the metadata service."""
+"""Variables for a role that does not come from the metadata service."""
 _LAST_SECONDS: Final = 12.0
-"""For how long before the end of a run no new question is asked: connecting and an answer take five each."""
+"""No request is started in the last seconds of a run: connection and response may take five seconds each."""
 _OTHERS: Final = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", *_ROLES)
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
     """
-    Credentials in a region: who AWS says that we are with them, and the token that ECR gives.
+    Credentials in a region, with their identity and ECR token.
     """
 
     account: Account
@@ -128,9 +128,9 @@ class Principal:
 @dataclass(frozen=True, slots=True)
 class Image:
     """
-    An image to try the permissions on.
+    An image to test the permissions with.
 
-    @ivar name: of the repository, as the registry's clients have it; C{asked} is what it is asked for.
+    @ivar name: the repository's name for clients of the registry; C{asked} is its name upstream.
     @ivar reference: a tag or digest; None for any.
     """
 
@@ -142,7 +142,7 @@ class Image:
 
 class Doctor:
     """
-    What there is to look at, for one configuration.
+    The checks for one configuration.
     """
 
     def __init__(self, call: Call, config: Config, senses: Senses, limit: float) -> None:
@@ -173,7 +173,7 @@ class Doctor:
 
     def checks(self) -> Sequence[Check]:
         """
-        List them, in the order in which they are told.
+        Return the checks, in the order of the output.
         """
         config, senses, role = self._config, self._senses, self._role
         slow = "see that AWS can be reached from here: by NAT, VPC endpoints, or HTTPS_PROXY"
@@ -209,11 +209,11 @@ class Doctor:
 
     def _metadata(self) -> Iterator[Finding]:
         """
-        The metadata service is needed where it gives the credentials, or nothing else does.
+        Check the metadata service. It is needed if it provides the credentials, or nothing else does.
         """
         try:
             needed = self._provider.get().method == "iam-role"
-        except Exception:  # noqa: BLE001 (told by the line about credentials)
+        except Exception:  # noqa: BLE001 (reported by the line about credentials)
             others = [name for name in _OTHERS if not self._config.instance_auth or name in _ROLES]
             needed = not any(self._variables.get(name) for name in others)
         return metadata.look_at_metadata(self._variables, self._senses.ask_metadata, needed=needed)
@@ -225,13 +225,13 @@ class Doctor:
         table = self._image.registry.table
         if not (table.namespaces or self._config.namespace_pattern).fullmatch(self._image.name):
             setting = "PROXY_NAMESPACE_PATTERN" if table.namespaces is None else f"namespaces of {table.name}"
-            said = f"{setting} does not let {self._image.name} in"
-            yield failed("namespace", said, "change the pattern, or ask for another repository")
+            said = f"{setting} does not match {self._image.name}"
+            yield failed("namespace", said, "change the pattern, or give another repository")
         yield from self._trial.need("a token and a registry").findings
 
     def _simulated(self) -> Iterator[Finding]:
         """
-        Ask IAM, where no repository is named to try it on.
+        Simulate the permissions in IAM, if no repository is given.
         """
         check, advice = "permissions", "give --repository NAME:TAG to have them tried"
         identity = self._default.identity.need("an identity")
@@ -240,7 +240,7 @@ class Doctor:
         actions = [*account.NEEDED[1:], *account.USEFUL, *account.IMPORTING]
         try:
             told = self._default.account.simulate(account.principal(identity.arn), actions, resource)
-        except Exception as problem:  # noqa: BLE001 (few may ask this)
+        except Exception as problem:  # noqa: BLE001 (few identities may simulate policies)
             yield skipped(check, f"IAM can't be asked: {brief(problem)}", advice)
         else:
             yield from account.judge_simulation(told)
@@ -249,7 +249,7 @@ class Doctor:
 
     def _address(self) -> str:
         """
-        Tell where the registry is, as the daemon would.
+        Return the registry's address, as the daemon would find it.
         """
         if (proxy := self._proxy(self._config.ecr_endpoint)) is not None:
             return f"the egress proxy {proxy}"
@@ -261,7 +261,7 @@ class Doctor:
 
     def _addresses(self, url: str) -> list[str]:
         """
-        Tell where the host of a URL is, as the daemon would.
+        Return the addresses of a URL's host, as the daemon would find them.
         """
         if (proxy := self._proxy(url)) is not None:
             return [f"the egress proxy {proxy}"]
@@ -274,7 +274,7 @@ class Doctor:
 
     def _asked(self, host: str) -> dict[str, names.Answer]:
         """
-        Ask all name servers for a host; those that are chosen are asked for no address, nor for what is local.
+        Ask all name servers for a host; the configured ones are not asked for addresses and local names.
         """
         if self._config.dns_resolver is None or names.is_local(host):
             return {}
@@ -290,7 +290,7 @@ class Doctor:
 
     def _proxy(self, url: str) -> Proxy | None:
         """
-        Tell through which egress proxy the host of a URL is reached, if so.
+        Return the egress proxy for a URL's host; None if there is none.
         """
         host, port, secure = split(url)
         return self._egress.proxy_for(host, port) if secure else None
@@ -310,13 +310,13 @@ class Doctor:
         url = self._config.ecr_endpoint
         yield from look_at_host("registry", url, [greeting.address], lambda _: greeting, self._now())
         if self._is_tunnel():
-            said = f"{self._host} is at {greeting.address}: its redirects may lead to all that listens on loopback here"
-            advice = "let only a registry that you trust answer there, or have the tunnel end at another address"
+            said = f"{self._host} is at {greeting.address}: its redirects may lead to any service on loopback here"
+            advice = "use it for trusted registries only, or move the tunnel to another address"
             yield warning("redirects", said, advice)
 
     def _is_tunnel(self) -> bool:
         """
-        Tell whether the registry is on loopback, where redirects may lead to loopback too.
+        Return True if the registry is on loopback, so that redirects may lead to loopback, too.
         """
         return self._proxy(self._config.ecr_endpoint) is None and is_loopback(self._address())
 
@@ -327,10 +327,10 @@ class Doctor:
         url = f"{self._config.ecr_endpoint}/v2/"
         answer = self._touch(url, self._address(), {"Authorization": f"Basic {token}"})
         if answer.status == 200:  # noqa: PLR2004
-            yield ok("login", "the registry takes the token")
+            yield ok("login", "the registry accepts the token")
         else:
             said = f"the registry answers {answer.status or answer.problem} to a fresh token"
-            advice = "see that PROXY_ECR_ENDPOINT is in the token's region, and of an account that lets you in"
+            advice = "check that PROXY_ECR_ENDPOINT is in the token's region, and that its account allows yours"
             yield failed("login", said, advice)
 
     def _clock(self) -> Iterator[Finding]:
@@ -356,7 +356,7 @@ class Doctor:
 
     def _assumptions(self) -> Iterator[Finding]:
         """
-        Hold what the daemon assumes of ECR against how it answers about the image.
+        Compare the daemon's assumptions about ECR with ECR's responses for the image.
         """
         image = self._image
         if image is None or image.reference is None:
@@ -376,15 +376,15 @@ class Doctor:
         at = places.get(split(location)[0], []) if self._proxy(location) is None else []
         if not assumptions.is_there(seen):
             said = f"ECR answers 404: it has no {image.asked}:{image.reference}"
-            yield failed("image", said, "see how it is spelt, and give one that is there")
+            yield failed("image", said, "check the spelling, and give an existing one")
         yield from assumptions.findings(replace(seen, token_seconds=expires - self._now(), bucket=at))
 
     def _answer_to(self, question: Question, places: dict[str, list[str]], *, tunnel: bool | None = None) -> Contact:
         """
-        Ask at the first address of a host.
+        Send a request to the first address of a host.
 
         @param places: the addresses of hosts that were looked up before.
-        @param tunnel: whether a redirect, which this is then, may lead to loopback; None for the registry itself.
+        @param tunnel: for a redirect, True if it may lead to loopback; None for the registry itself.
         """
         url, (host, _, _) = question.target, split(question.target)
         addresses = places.get(host)
@@ -393,16 +393,16 @@ class Doctor:
         if not addresses:
             return Contact("", "it has no address")
         if tunnel is not None and self._proxy(url) is None and any(is_forbidden(at, tunnel=tunnel) for at in addresses):
-            return Contact("", "the proxy does not go there")
+            return Contact("", "the proxy does not connect to it")
         return self._touch(url, addresses[0], question.headers, question.method, question.most)
 
     def _bucket(self) -> Iterator[Finding]:
         """
-        Go where a blob lies, or, where none is known, to where this region's do.
+        Check the host of a blob; without a blob, the usual one of this region.
         """
         location = self._location()
         if not location:
-            yield skipped("bucket", "where it is can't be told", "give --repository NAME:TAG, which leads there")
+            yield skipped("bucket", "its address is unknown", "give --repository NAME:TAG")
             return
         host, _, _ = split(location)
         addresses = self._addresses(location)
@@ -412,9 +412,9 @@ class Doctor:
         tunnel = self._is_tunnel()
         forbidden = [address for address in addresses if is_forbidden(address, tunnel=tunnel)]
         if forbidden:
-            said = f"{host} is at {forbidden[0]}, where the proxy does not go"
+            said = f"{host} is at {forbidden[0]}, which the proxy does not connect to"
             yield failed(
-                "bucket", said, "see who answers for that name: redirects lead to no loopback or link-local address"
+                "bucket", said, "check the DNS for it: redirects must not lead to loopback or link-local addresses"
             )
             return
         yield from self._look_at_bucket(location, addresses)
@@ -437,7 +437,7 @@ class Doctor:
 
     def _look_at(self, table: RegistryTable) -> Iterator[Finding]:
         """
-        Look at another registry than the default: its role, its token, and whether it takes that; its password.
+        Check another registry than the default: role, token and login, or its password.
         """
         token = None
         found: list[Finding] = []
@@ -446,7 +446,7 @@ class Doctor:
             if table.role is not None:
                 found += account.look_at_role(principal.identity, table.role)
             found += account.look_at_token(principal.token, self._now())
-            with contextlib.suppress(Exception):  # told already
+            with contextlib.suppress(Exception):  # already reported
                 token = principal.token.get()[0] if table.protocol is Protocol.ECR else None
         if table.password_file is not None:
             found.append(look_at_password(table.password_file))
@@ -474,10 +474,10 @@ class Doctor:
                 if (login := _login(table)) is not None:
                     yield from account.look_at_login(challenge, url, table.realms, login, self._ask_with)
         elif contacts[-1].status == 200:  # noqa: PLR2004
-            yield from (replace(each, said=f"{each.said}; it takes the token") for each in found)
+            yield from (replace(each, said=f"{each.said}; it accepts the token") for each in found)
         else:
             said = f"answers {contacts[-1].status or contacts[-1].problem} to a fresh token"
-            yield failed(check, said, "see that it is in the token's region, and of an account that lets this one in")
+            yield failed(check, said, "check that it is in the token's region, and that its account allows this one")
 
     def _ask_with(self, url: str, headers: Mapping[str, str]) -> Contact:
         host = split(url)[0]
@@ -510,7 +510,7 @@ def _login(table: RegistryTable) -> str | None:
 
 def _egress(environ: Mapping[str, str]) -> Egress:
     """
-    Read how the registry is reached, as the daemon does.
+    Read the egress settings, as the daemon does.
     """
     try:
         return Egress.read(environ)
@@ -520,7 +520,7 @@ def _egress(environ: Mapping[str, str]) -> Egress:
 
 def _key(table: RegistryTable) -> tuple[Credentials, str]:
     """
-    Return the credentials for a registry, and the region in which their token is good.
+    Return the credentials for a registry, and the region where their token is valid.
     """
     public = table.protocol is Protocol.ECR_PUBLIC
     return Credentials(table.role, table.external_id, table.profile, table.instance_auth, public), table.region or ""
@@ -528,7 +528,7 @@ def _key(table: RegistryTable) -> tuple[Credentials, str]:
 
 def _image(options: Namespace, registries: Registries) -> Image | None:
     """
-    Read the image to try.
+    Parse the image to test with.
     """
     flag, text = ("--repository", options.repository) if options.image is None else ("--image", options.image)
     if text is None:
@@ -539,9 +539,9 @@ def _image(options: Namespace, registries: Registries) -> Image | None:
     known, rest = registries.split(folder + slash + last)
     first, slash, _ = rest.partition("/")
     if slash and ("." in first or ":" in first):
-        raise CommandError(f"{flag}={text!r}: {first} is no registry of the configuration", MISUSED)
+        raise CommandError(f"{flag}={text!r}: {first} is not a configured registry", MISUSED)
     if known.table.protocol is not Protocol.ECR:
-        said = f"{known.table.name} is no private registry of ECR, and its permissions can't be tried"
+        said = f"{known.table.name} is not a private ECR registry, so permissions can't be tested"
         raise CommandError(f"{flag}={text!r}: {said}", MISUSED)
     name, asked = own_name(known.table, rest)
     reference = digest if at else tag if colon else None

@@ -1,12 +1,12 @@
 """
-What was found, and how all that is to be found is looked for at once.
+Findings, and the parallel execution of checks.
 
 Rules:
 
-- Checks run side by side, so that all of them together take no longer than one may.
-- What several checks need is found out once, by whoever asks first. Where that fails, the others say that they were
-  skipped, and the one whose business it is says why.
-- A check that does not end in time is a finding too. Its thread is left alone, and ends with the program.
+- Checks run in parallel, so all together take no longer than one may.
+- What several checks need is determined once, by the first. If that fails, the check responsible for it reports why,
+  and the others report that they were skipped.
+- A check that does not finish in time is a finding, too. Its thread is abandoned, and ends with the program.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 class Verdict(enum.Enum):
     """
-    How it is.
+    The result of a check.
     """
 
     OK = "ok"
@@ -35,11 +35,11 @@ class Verdict(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class Finding:
     """
-    One thing that was looked at.
+    One result of a check.
 
-    @ivar check: what was looked at, in a word or two.
-    @ivar said: how it is.
-    @ivar advice: what to do about it, if something is to be done.
+    @ivar check: one or two words for what was checked.
+    @ivar said: the result.
+    @ivar advice: what to do; empty if nothing.
     """
 
     check: str
@@ -50,41 +50,41 @@ class Finding:
 
 def ok(check: str, said: str, advice: str = "") -> Finding:
     """
-    Find it well.
+    Return a finding without problems.
     """
     return Finding(check, Verdict.OK, said, advice)
 
 
 def warning(check: str, said: str, advice: str) -> Finding:
     """
-    Find something that may be meant, or does no harm yet.
+    Return a finding that may be intended, or is harmless for now.
     """
     return Finding(check, Verdict.WARNING, said, advice)
 
 
 def failed(check: str, said: str, advice: str) -> Finding:
     """
-    Find something that keeps the daemon from its work.
+    Return a finding that prevents the daemon from working.
     """
     return Finding(check, Verdict.FAILED, said, advice)
 
 
 def skipped(check: str, said: str, advice: str = "") -> Finding:
     """
-    Find that it can't be looked at.
+    Return a finding for a check that could not run.
     """
     return Finding(check, Verdict.SKIPPED, said, advice)
 
 
 class SkippedError(Exception):
     """
-    It can't be looked at: why.
+    A check can't run; the message says why.
     """
 
 
 class Once(Generic[T]):
     """
-    Something that is found out by whoever asks first, while the others wait for it.
+    A value that the first caller computes while the others wait.
     """
 
     def __init__(self, find: Callable[[], T]) -> None:
@@ -94,9 +94,9 @@ class Once(Generic[T]):
 
     def get(self) -> T:
         """
-        Give it.
+        Return the value.
 
-        @raise Exception: whatever kept it from being found.
+        @raise Exception: if it could not be computed; the same for all callers.
         """
         with self._lock:
             if self._problem is not None:
@@ -111,9 +111,9 @@ class Once(Generic[T]):
 
     def need(self, what: str) -> T:
         """
-        Give it, for a check whose business it is not.
+        Return the value for a check that only depends on it.
 
-        @raise SkippedError: if it can't be found: that it is C{what} that is missing.
+        @raise SkippedError: if it could not be computed; says that C{what} is missing.
         """
         try:
             return self.get()
@@ -124,33 +124,33 @@ class Once(Generic[T]):
 @dataclass(frozen=True, slots=True)
 class Check:
     """
-    Something to look at.
+    A named check.
 
-    @ivar late: what to do where it takes too long.
+    @ivar late: advice if it takes too long.
     """
 
     name: str
     look: Callable[[], Iterable[Finding]]
-    late: str = field(default="see what answers so slowly")
+    late: str = field(default="find out what responds so slowly")
 
     def findings(self) -> list[Finding]:
         """
-        Look.
+        Run the check.
         """
         found: list[Finding] = []
         try:
             found.extend(self.look())
         except SkippedError as problem:
             found.append(skipped(self.name, str(problem)))
-        except Exception as problem:  # noqa: BLE001 (a check that breaks must not take the others with it)
-            said = f"could not be looked at: {type(problem).__name__}: {brief(problem)}"
-            found.append(failed(self.name, said, "this is a fault of ecr-proxy itself: please report it"))
+        except Exception as problem:  # noqa: BLE001 (a failing check must not stop the others)
+            said = f"the check failed: {type(problem).__name__}: {brief(problem)}"
+            found.append(failed(self.name, said, "this is a bug in ecr-proxy: please report it"))
         return found
 
 
 def brief(problem: object) -> str:
     """
-    Keep the first line of a message: behind it AWS may repeat what was signed.
+    Return the first line of a message: AWS may repeat the signed request in later ones.
     """
     return str(problem).strip().partition("\n")[0][:300]
 
@@ -162,11 +162,11 @@ def examine(
     start: Callable[[Callable[[], None]], object],
 ) -> Iterator[Finding]:
     """
-    Look at everything, and yield what was found in the order of the checks.
+    Run all checks, and yield their findings in the order of the checks.
 
-    @param limit: seconds for all of it.
-    @param seconds: counts them on a clock that nobody sets.
-    @param start: runs something in a thread of its own.
+    @param limit: timeout for all checks, in seconds.
+    @param seconds: a monotonic clock.
+    @param start: runs a function in a new thread.
     """
     done: SimpleQueue[tuple[int, list[Finding]]] = SimpleQueue()
     until = seconds() + limit

@@ -1,9 +1,9 @@
 """
-The instance's metadata service: whether it answers from here, which a hop limit of 1 keeps it from within a container.
+Checks of the instance metadata service, which is unreachable from containers if the hop limit is 1.
 
-The service's answer to the PUT that gives a session's token has a hop limit of its own, 1 unless somebody has set it:
-behind a container's bridge it is lost on its way. Then the connection is made, and nothing comes. (EC2 user guide,
-"Use the Instance Metadata Service", "hop limit".)
+The hop limit applies to the response with the session token. Its default of 1 means that the response is lost at a
+container's bridge: the connection succeeds, but no data arrives. (EC2 user guide, "Use the Instance Metadata Service",
+"hop limit".)
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _TOKEN: Final = "/latest/api/token"  # noqa: S105 (a path)
 _ROLES: Final = "/latest/meta-data/iam/security-credentials/"
 
 Ask = Callable[[str, str, Mapping[str, str]], Contact]
-"""Asks with method, URL and headers."""
+"""Sends method, URL and headers."""
 
 
 def over_http(method: str, url: str, headers: Mapping[str, str]) -> Contact:
     """
-    Ask the service itself.
+    Send a request to the service.
     """
     host = url.split("/")[2]
     address = host.rpartition(":")[0].strip("[]") if host.rpartition(":")[2].isdecimal() else host.strip("[]")
@@ -35,19 +35,19 @@ def over_http(method: str, url: str, headers: Mapping[str, str]) -> Contact:
 
 def look_at_metadata(environ: Mapping[str, str], ask: Ask, *, needed: bool) -> Iterator[Finding]:
     """
-    See whether the service answers.
+    Check that the service responds.
 
-    @param needed: whether credentials are to come from it.
+    @param needed: True if credentials should come from it.
     """
     check = "metadata"
     if environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
         said = "AWS_EC2_METADATA_DISABLED is set"
-        yield warning(check, said, "unset it if the role is to come from there") if needed else skipped(check, said)
+        yield warning(check, said, "unset it if the role should come from there") if needed else skipped(check, said)
         return
     place = (environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or PLACE).rstrip("/")
     token = ask("PUT", place + _TOKEN, _LIFE)
     if token.problem and _is_there(ask, place):
-        said = "it is there, but its session token does not arrive: the hop limit is too small"
+        said = "reachable, but its session token does not arrive: the hop limit is too small"
         advice = (
             "aws ec2 modify-instance-metadata-options --instance-id ID --http-put-response-hop-limit 2,"
             " or use the role of the task or pod"
@@ -55,11 +55,11 @@ def look_at_metadata(environ: Mapping[str, str], ask: Ask, *, needed: bool) -> I
         yield failed(check, said, advice) if needed else warning(check, said, advice)
     elif token.problem:
         said = f"does not answer: {token.problem}"
-        advice = "attach a role in another way, or let this machine reach 169.254.169.254"
+        advice = "provide a role in another way, or allow this machine to reach 169.254.169.254"
         yield failed(check, said, advice) if needed else skipped(check, f"{said}; nor is it needed")
     elif token.status != 200:  # noqa: PLR2004
         said = f"answers {token.status} when asked for a session"
-        advice = "see that metadata is switched on for the instance"
+        advice = "check that metadata is enabled for the instance"
         yield failed(check, said, advice) if needed else ok(check, f"{said}; it is not needed")
     else:
         yield _role(ask, place, token.body.decode("ascii", "replace").strip(), needed=needed)
@@ -67,7 +67,7 @@ def look_at_metadata(environ: Mapping[str, str], ask: Ask, *, needed: bool) -> I
 
 def _is_there(ask: Ask, place: str) -> bool:
     """
-    Ask as in the old days: an instance that wants a session's token says 401, whatever the hop limit.
+    Send a request without a token (IMDSv1): an instance that requires tokens returns 401, whatever the hop limit.
     """
     return not ask("GET", f"{place}/latest/meta-data/", {}).problem
 

@@ -1,5 +1,5 @@
 """
-Name servers: what those of PROXY_DNS_RESOLVER answer for a host, held against the host's own resolver.
+Checks of the name servers in PROXY_DNS_RESOLVER, compared with the host's own resolver.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ TRIES: Final = 2
 _LARGEST: Final = 4096
 
 Send = Callable[[tuple[str, int], bytes], bytes]
-"""Sends a question to a server, and gives what it answers. Raises C{OSError} if it does not."""
+"""Sends a query to a server, and returns the response. Raises C{OSError} if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """
-    What a server says of a name.
+    A server's response for a name.
 
-    @ivar problem: why it has said nothing.
+    @ivar problem: why there is none.
     """
 
     addresses: Sequence[str] = ()
@@ -36,7 +36,7 @@ class Answer:
 
 def over_udp(server: tuple[str, int], question: bytes) -> bytes:
     """
-    Send a question, twice at the most.
+    Send a query, at most twice.
     """
     family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as asking:
@@ -46,7 +46,7 @@ def over_udp(server: tuple[str, int], question: bytes) -> bytes:
             asking.send(question)
             try:
                 while (answer := asking.recv(_LARGEST))[:2] != question[:2]:
-                    pass  # an answer to somebody else's question
+                    pass  # the response to another query
             except TimeoutError:
                 if last:
                     raise
@@ -59,7 +59,7 @@ def ask_server(server: tuple[str, int], host: str, number: int, send: Send) -> A
     """
     Ask one server for a host's addresses.
 
-    @param number: the question's: nobody should guess it.
+    @param number: an unpredictable query id.
     """
     found: list[str] = []
     try:
@@ -75,8 +75,8 @@ def ask_server(server: tuple[str, int], host: str, number: int, send: Send) -> A
     except OSError as problem:
         silent = isinstance(problem, TimeoutError)
         return Answer(problem="does not answer" if silent else problem.strerror or type(problem).__name__)
-    except Exception as problem:  # noqa: BLE001 (what is no DNS fails in many ways)
-        return Answer(problem=f"answers what is no DNS: {type(problem).__name__}")
+    except Exception as problem:  # noqa: BLE001 (invalid responses fail in many ways)
+        return Answer(problem=f"sends an invalid DNS response: {type(problem).__name__}")
     return Answer(found)
 
 
@@ -84,18 +84,18 @@ def judge_names(
     host: str, servers: Mapping[str, Answer], system: Answer, variable: str = "PROXY_DNS_RESOLVER"
 ) -> Iterator[Finding]:
     """
-    See whether the chosen servers find a host, and whether the host's own resolver finds it elsewhere.
+    Check that the configured servers resolve a host, and to the same kind of addresses as the host's own resolver.
     """
     check = "resolver"
     for server, answer in servers.items():
         if answer.problem:
-            said = f"{server} {answer.problem}; the host's own resolver is used meanwhile, after seconds of waiting"
+            said = f"{server} {answer.problem}; the host's own resolver is used instead, after seconds of waiting"
             yield warning(check, said, f"set {variable}=system, or to name servers that can be reached from here")
         elif not answer.addresses and system.addresses:
             said = f"{server} knows no {host}, but the host's own resolver does"
             yield failed(check, said, f"set {variable}=system")
         elif not answer.addresses:
-            yield failed(check, f"{server} knows no {host}", "see that PROXY_ECR_ENDPOINT is spelled right")
+            yield failed(check, f"{server} knows no {host}", "check the spelling of PROXY_ECR_ENDPOINT")
         elif _private(system.addresses) and not _private(answer.addresses):
             said = f"{server} gives public addresses for {host}, the host's own resolver private ones: a VPC endpoint's"
             yield warning(check, said, f"set {variable}=system to use the endpoint")
@@ -126,7 +126,7 @@ def ask_system(host: str) -> Answer:
 
 def is_local(host: str) -> bool:
     """
-    Tell whether no name server is asked for a host: an address, or this machine.
+    Return True for addresses and this machine, which need no name server.
     """
     try:
         ipaddress.ip_address(host)

@@ -1,5 +1,5 @@
 """
-Registry and bucket: whether they are reached, who shows which certificate, and what their clock says.
+Checks of registry and bucket: reachability, certificate, clock.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
 from ecrproxy.command.checkup.reach import Contact, Shown, split
 
 SOON: Final = 14 * 86400
-"""In how many seconds a certificate ends that is worth a warning."""
+"""A certificate that expires within this many seconds causes a warning."""
 SKEW_SECONDS: Final = 60
 SIGNATURE_SECONDS: Final = 300
-"""How far from AWS's own clock a signed request may be: AWS signature version 4, "X-Amz-Date"."""
+"""Maximum clock skew of a signed request, in seconds: AWS signature version 4, "X-Amz-Date"."""
 
 # OpenSSL, x509_vfy.h.
 _NOT_YET, _EXPIRED = 9, 10
@@ -23,7 +23,7 @@ _UNTRUSTED: Final = frozenset({18, 19, 20, 21})
 _OTHER_NAME: Final = frozenset({62, 64})
 _AWS: Final = (".amazonaws.com", ".amazonaws.com.cn", ".amazonaws.eu", ".on.aws", ".api.aws")
 _TRUST: Final = (
-    "what is between opens the TLS: have it leave this host alone, or trust its CA: SSL_CERT_FILE for registry and"
+    "a middlebox intercepts TLS: exclude this host, or trust its CA: SSL_CERT_FILE for registry and"
     " buckets, AWS_CA_BUNDLE for AWS's API"
 )
 
@@ -32,9 +32,9 @@ def look_at_host(
     check: str, url: str, addresses: Sequence[str], touch: Callable[[str], Contact], now: float
 ) -> Iterator[Finding]:
     """
-    See whether a host is reached, at the first of its addresses that is.
+    Check that a host can be reached at one of its addresses.
 
-    @param touch: connects to one of them.
+    @param touch: connects to an address.
     """
     host, port, secure = split(url)
     problems = []
@@ -50,29 +50,29 @@ def look_at_host(
 
 def reach_advice(host: str) -> str:
     """
-    Say what lets a machine reach a host.
+    Return advice on how to make a host reachable.
     """
     if ".s3." in host or host.startswith("s3."):
         return (
-            "let this machine out to S3: by NAT, or by a gateway endpoint for S3 whose policy lets in"
+            "allow this machine to reach S3 by NAT, or by a gateway endpoint for S3 whose policy lets in"
             " arn:aws:s3:::prod-REGION-starport-layer-bucket/*, or set HTTPS_PROXY"
         )
     return (
-        "let this machine out to it: by NAT, or by the interface endpoint for ecr.dkr, with a security group that lets"
-        " port 443 in, or set HTTPS_PROXY"
+        "allow this machine to reach it by NAT or by the interface endpoint for ecr.dkr, with a security group that"
+        " allows port 443, or set HTTPS_PROXY"
     )
 
 
 def judge_contact(check: str, host: str, contact: Contact, now: float, *, secure: bool) -> Iterator[Finding]:
     """
-    Read what came of connecting to a host that answered.
+    Judge a successful connection to a host.
     """
     if contact.distrust:
         yield _distrusted(check, host, contact, now)
         return
     if not secure:
         yield warning(
-            check, f"{host} answers at {contact.address}, without TLS", "the token is sent as it is: use https"
+            check, f"{host} answers at {contact.address}, without TLS", "the token is sent unencrypted: use https"
         )
         return
     shown = contact.shown
@@ -82,7 +82,7 @@ def judge_contact(check: str, host: str, contact: Contact, now: float, *, secure
     if shown is not None and shown.until - now < SOON:
         days = (shown.until - now) / 86400
         yield warning(
-            check, f"{host} answers; its certificate ends in {days:.1f} days", "whoever runs it has to renew it"
+            check, f"{host} answers; its certificate ends in {days:.1f} days", "the host's operator must renew it"
         )
         return
     issuer = f", certificate of {shown.issuer!r}" if shown is not None else ""
@@ -90,38 +90,38 @@ def judge_contact(check: str, host: str, contact: Contact, now: float, *, secure
 
 
 def _distrusted(check: str, host: str, contact: Contact, now: float) -> Finding:
-    shown = contact.shown or Shown("nobody known", (), 0, 0)
+    shown = contact.shown or Shown("an unknown issuer", (), 0, 0)
     if contact.distrust in (_EXPIRED, _NOT_YET):
         when = "has ended" if contact.distrust == _EXPIRED else "has not begun to hold"
         days = abs(now - (shown.until if contact.distrust == _EXPIRED else shown.since)) / 86400
         said = f"the certificate of {host} {when}, by {days:.1f} days of this machine's clock"
-        return failed(check, said, "see the line about the clock; if that is right, whoever runs it has to renew it")
+        return failed(check, said, "see the line about the clock; if that is right, the host's operator must renew it")
     if contact.distrust in _OTHER_NAME:
-        names = ", ".join(shown.names[:4]) or "nobody"
+        names = ", ".join(shown.names[:4]) or "no name"
         said = f"what answers for {host} at {contact.address} shows a certificate for {names}"
         return failed(
-            check, said, "the name leads to another machine: see the line about the resolver, or give the right host"
+            check, said, "the name resolves to another machine: see the line about the resolver, or correct the host"
         )
     if contact.distrust in _UNTRUSTED and host.endswith(_AWS):
-        said = f"the certificate of {host} is signed by {shown.issuer!r}, whom this machine does not trust"
+        said = f"the certificate of {host} is signed by {shown.issuer!r}, which this machine does not trust"
         return failed(check, said, _TRUST)
     said = f"the certificate of {host} is not trusted: {contact.problem}; signed by {shown.issuer!r}"
-    return failed(check, said, "add the CA to the system's, or name its file by SSL_CERT_FILE")
+    return failed(check, said, "add the CA to the system's, or set SSL_CERT_FILE to its file")
 
 
 def judge_clock(date: str | None, now: float) -> Finding:
     """
-    Hold this machine's clock against the Date that a server says.
+    Compare this machine's clock with a server's Date.
     """
     check = "clock"
     try:
         skew = now - parsedate_to_datetime(date or "").timestamp()
     except (ValueError, TypeError):
-        return ok(check, "the registry says no time to hold it against")
+        return ok(check, "the registry sends no time to compare with")
     said = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the registry's"
-    advice = "set this machine's clock, and keep it right: chrony or systemd-timesyncd"
+    advice = "synchronize this machine's clock: chrony or systemd-timesyncd"
     if abs(skew) > SIGNATURE_SECONDS:
-        return failed(check, f"{said}: AWS refuses what is signed so", advice)
+        return failed(check, f"{said}: AWS rejects requests signed with this time", advice)
     if abs(skew) > SKEW_SECONDS:
         return warning(check, said, advice)
-    return ok(check, "right, by the registry's")
+    return ok(check, "matches the registry's")

@@ -1,5 +1,5 @@
 """
-What ECR lets the daemon do, found out by doing it: each request of a pull once, on one repository.
+Checks of the permissions in ECR by using them: each request of a pull once, in one repository.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _OK_OR_ELSEWHERE: Final = frozenset({200, 206, *REDIRECT_STATUSES})
 _ONE_BYTE: Final = {"Range": "bytes=0-0"}
 
 Ask = Callable[[str, str, Mapping[str, str]], Contact]
-"""Asks the registry, with the token, by method, path and headers."""
+"""Sends method, path and headers to the registry, with the token."""
 
 
 class Trial:
     """
-    One repository's tags, a manifest, a blob and referrers, asked for.
+    Requests for one repository's tags, a manifest, a blob and referrers.
 
-    @ivar location: where the blob lies: an address that lets whoever has it read, so it is never shown.
+    @ivar location: the URL of the blob. It grants access to anyone, so it is never shown.
     """
 
     def __init__(self, ask: Ask, repository: str) -> None:
@@ -38,15 +38,15 @@ class Trial:
 
     def run(self, reference: str | None) -> None:
         """
-        Ask.
+        Send the requests.
 
-        @param reference: a tag or digest; none for the first tag that there is.
+        @param reference: a tag or digest; None for the first tag in the list.
         """
         tags = self._attempt("ecr:ListImages", "GET", "/tags/list?n=1")
         reference = reference or _first_tag(tags)
         if reference is None:
             advice = f"give one: --repository {self._repository}:TAG"
-            self.findings.append(skipped("ecr:BatchGetImage", "no image to try it with", advice))
+            self.findings.append(skipped("ecr:BatchGetImage", "no image to test with", advice))
             return
         manifest = self._attempt("ecr:BatchGetImage", "GET", f"/manifests/{reference}", ACCEPT)
         if manifest is None:
@@ -59,7 +59,7 @@ class Trial:
             manifest = self._ask("GET", f"/v2/{self._repository}/manifests/{inner}", ACCEPT)
         blob = _first(manifest, Kind.BLOB)
         if blob is None:
-            self.findings.append(skipped("ecr:GetDownloadUrlForLayer", "the manifest lists nothing to try it with"))
+            self.findings.append(skipped("ecr:GetDownloadUrlForLayer", "the manifest lists nothing to test with"))
             return
         self._attempt("ecr:BatchCheckLayerAvailability", "HEAD", f"/blobs/{blob}", good=_OK_OR_ELSEWHERE)
         found = self._attempt("ecr:GetDownloadUrlForLayer", "GET", f"/blobs/{blob}", _ONE_BYTE, good=_OK_OR_ELSEWHERE)
@@ -74,14 +74,14 @@ class Trial:
         good: Collection[int] = _OK,
     ) -> Contact | None:
         """
-        Ask for what needs an action; none if that is refused.
+        Send a request that needs an action; return None if it is refused.
         """
         answer = self._ask(method, f"/v2/{self._repository}{path}", headers or {})
         if answer.status in good:
             self.findings.append(judge_call(action, answer.status, "", good))
             return answer
         said = Refusal.read(answer.status, answer.body, challenged=False).message or answer.problem
-        if answer.status == 403 and method == "HEAD":  # noqa: PLR2004 (such an answer has no words)
+        if answer.status == 403 and method == "HEAD":  # noqa: PLR2004 (responses to HEAD have no message)
             said = f"not authorized to perform: {action}"
         self.findings.append(judge_call(action, answer.status, said, good))
         return None
@@ -89,7 +89,7 @@ class Trial:
 
 def _first(manifest: Contact, wanted: Kind) -> Digest | None:
     """
-    Give something small that a manifest lists: its config, which comes last, or the last of an index.
+    Return a small blob of a manifest, which is the config; or the last manifest of an index.
     """
     try:
         media_type = Document.read(manifest.body).own_type or manifest.headers.get("content-type", "")

@@ -1,5 +1,5 @@
 """
-Where the daemon listens: whether it does so already, somebody else does, or nobody.
+Checks of the daemon's ports: used by the daemon, used by something else, or free.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from ecrproxy.endpoint_string import EndpointString
 from ecrproxy.healthcheck import Place, place_at
 
 OURS: Final = "ecrproxy"
-"""What our Server header says."""
+"""The product in our Server header."""
 
 Ask = Callable[[Place, str], Contact]
-"""Asks for a path there."""
+"""Requests a path there."""
 Bind = Callable[[Place], int]
-"""Tries to listen there, and gives the number of the error, or 0."""
+"""Tries to listen there, and returns the error number, or 0."""
 
 
 def look_at_ports(endpoints: Sequence[tuple[str, EndpointString]], ask: Ask, bind: Bind) -> Iterator[Finding]:
     """
-    See who is at each of the endpoints.
+    Check what listens at each endpoint.
 
-    @param endpoints: each with the variable that named it.
+    @param endpoints: each with the variable that names it.
     """
     for variable, endpoint in endpoints:
         text = endpoint.text
         check = _CHECKS.get(variable, "port")
         place = place_at(endpoint)
         if place is None:
-            yield skipped(check, f"{variable}: {text} is of a kind that can't be looked at from here")
+            yield skipped(check, f"{variable}: {text} is a kind of endpoint that can't be checked")
             continue
         contact = ask(place, "/readyz")
         if contact.status and contact.headers.get("server") == OURS:
             yield _daemon_there(check, text, contact)
         elif contact.status or contact.problem not in _NOBODY:
             said = f"something else is at {text}: {contact.problem or f'it answers {contact.status}'}"
-            yield failed(check, said, f"end it, or set {variable} to another")
+            yield failed(check, said, f"stop it, or set {variable} to another")
         else:
             yield _free(check, variable, text, bind(place))
 
@@ -52,7 +52,7 @@ _NOBODY: Final = frozenset({"Connection refused", "No such file or directory"})
 
 
 def _daemon_there(check: str, text: str, contact: Contact) -> Finding:
-    why, advice = _reasons(contact.body), "see the other lines, and its log"
+    why, advice = _reasons(contact.body), "see the other lines, and the daemon's log"
     if contact.status != 200:  # noqa: PLR2004
         return warning(check, f"the daemon is at {text}, and not ready: {why}", advice)
     if why:
@@ -62,7 +62,7 @@ def _daemon_there(check: str, text: str, contact: Contact) -> Finding:
 
 def _reasons(body: bytes) -> str:
     """
-    Read what /readyz says is wrong.
+    Return the reasons in the response of /readyz.
     """
     text = body.decode("utf-8", "replace")[:2000].strip()
     try:
@@ -86,7 +86,7 @@ def _free(check: str, variable: str, text: str, problem: int) -> Finding:
 
 def try_to_bind(place: Place) -> int:
     """
-    Listen for a moment, where that leaves nothing behind.
+    Listen briefly, unless that would leave traces.
     """
     if isinstance(place.address, str):
         return 0

@@ -1,11 +1,11 @@
 """
-What the doctor asks ECR about one image, as data, and what was seen. Pure.
+The doctor's requests to ECR about one image, as data, and the responses. Pure.
 
 Rules:
 
-- All requests are GET or HEAD. Of a blob, single bytes are asked for, and of any answer C{most} bytes are read.
+- All requests are GET or HEAD. Of a blob, only single bytes are requested; of any response, C{most} bytes are read.
 - Requests that begin with a slash go to the registry, with the token. All others go elsewhere, without it.
-- A request whose placeholders no earlier answer has filled is not made.
+- A request is skipped if no earlier response has filled its placeholders.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ecrproxy.registry.upstream import resolved
 OCI: Final = "application/vnd.oci.image.manifest.v1+json"
 SCHEMA2: Final = "application/vnd.docker.distribution.manifest.v2+json"
 TWINS: Final = {OCI: SCHEMA2, SCHEMA2: OCI}
-"""What ECR converts to what."""
+"""Media types that ECR converts into each other."""
 ACCEPT: Final = {"Accept": ", ".join(sorted(MANIFEST_TYPES))}
 NOTHING: Final = "ecr-proxy-doctor-no-such-name"
-"""A tag and a repository that nobody has."""
+"""A tag and a repository that should not exist."""
 
 _LIST_BYTES: Final = 64 * 2**10
 _BUCKET_BYTES: Final = 1024
@@ -40,8 +40,8 @@ class Question:
     """
     One request.
 
-    @ivar target: with placeholders for what earlier answers tell.
-    @ivar most: how many bytes of the body are read.
+    @ivar target: with placeholders for values from earlier responses.
+    @ivar most: maximum bytes of the body to read.
     """
 
     name: str
@@ -69,28 +69,28 @@ QUESTIONS: Final = (
     Question("no-repository", f"/v2/{NOTHING}/manifests/{NOTHING}", headers=ACCEPT),
     Question("no-token", "/v2/{repository}/manifests/{tag}", headers={**ACCEPT, "Authorization": _NO_TOKEN}),
 )
-"""In the order in which they are asked."""
+"""In the order of the requests."""
 
 Ask = Callable[[Question], Contact]
-"""Makes a request without placeholders."""
+"""Sends a request without placeholders."""
 
 
 class UnseenError(Exception):
     """
-    What is needed to judge was not seen: why.
+    A response that is needed for a judgement is missing; the message says why.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
     """
-    What was seen.
+    The responses.
 
     @ivar answers: by the name of the question.
-    @ivar known: what the placeholders stand for.
+    @ivar known: the values of the placeholders.
     @ivar registry: its URL.
-    @ivar token_seconds: how long a fresh token is good for; None if there is none.
-    @ivar bucket: the addresses of where the blob lies.
+    @ivar token_seconds: lifetime of a fresh token; None if there is none.
+    @ivar bucket: the addresses of the blob's host.
     """
 
     answers: Mapping[str, Contact]
@@ -101,24 +101,24 @@ class Seen:
 
     def answer(self, name: str) -> Contact:
         """
-        Return an answer.
+        Return a response.
 
-        @raise UnseenError: if there is none, or only one that will pass.
+        @raise UnseenError: if there is none, or only a temporary failure.
         """
         found = self.answers.get(name)
         if found is None:
-            raise UnseenError("not asked, for want of an earlier answer or of time")
+            raise UnseenError("not asked: an earlier response is missing, or time is up")
         if not found.status:
             raise UnseenError("no answer")
         if found.status == 429 or found.status >= 500:  # noqa: PLR2004
-            raise UnseenError(f"{found.status}, which may pass")
+            raise UnseenError(f"{found.status}, which may be temporary")
         return found
 
     def good(self, name: str) -> Contact:
         """
-        Return an answer that is 200.
+        Return a response with status 200.
 
-        @raise UnseenError: if there is no such answer.
+        @raise UnseenError: if there is none.
         """
         found = self.answer(name)
         if found.status != 200:  # noqa: PLR2004
@@ -128,9 +128,9 @@ class Seen:
 
 def interview(ask: Ask, registry: str, repository: str, tag: str, *, in_time: Callable[[], bool]) -> Seen:
     """
-    Ask all that can be asked.
+    Send all requests whose placeholders are known.
 
-    @param in_time: whether there is time for another request.
+    @param in_time: returns True if there is time for another request.
     """
     known = {"repository": repository, "tag": tag, "nothing": str(Digest.of(NOTHING.encode()))}
     answers: dict[str, Contact] = {}
@@ -153,7 +153,7 @@ def _filled(question: Question, known: Mapping[str, str]) -> Question | None:
 
 def _learned(name: str, answer: Contact, registry: str) -> dict[str, str]:
     """
-    Read what later questions need.
+    Return the placeholders for later requests.
     """
     if name == "blob" and answer.status in REDIRECT_STATUSES:
         location = resolved(registry, answer.headers.get("location"))
@@ -178,7 +178,7 @@ def _learned(name: str, answer: Contact, registry: str) -> dict[str, str]:
 
 def own_type(manifest: Contact) -> str:
     """
-    Return the media type that a manifest gives itself, or else is sent as.
+    Return a manifest's own media type, else the Content-Type.
     """
     try:
         found = Document.read(manifest.body).own_type

@@ -1,8 +1,8 @@
 """
-One address connected to, its certificate looked at, one request made: what came of it, as plain values.
+One connection, its certificate, and one request, with the results as plain values.
 
-A certificate that is not trusted is looked at once more without trust, so that it can be said whose it is. Nothing is
-sent over that second connection.
+An untrusted certificate is fetched again without verification, to report its issuer. Nothing is sent over that second
+connection.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ecrproxy.healthcheck import Place, connect
 from ecrproxy.registry.egress import ANSWER_LIMIT, Proxy, refusal
 
 SECONDS: Final = 5.0
-"""How long a host may be silent."""
+"""Timeout for a host, in seconds."""
 BODY_BYTES: Final = 64 * 2**10
-"""How many bytes of an answer's body are read."""
+"""Maximum bytes of a response's body to read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
     """
-    The certificate that a server shows.
+    A server's certificate.
 
-    @ivar until: seconds since the epoch.
+    @ivar until: expiry, in seconds since the epoch.
     """
 
     issuer: str
@@ -46,13 +46,13 @@ class Shown:
 @dataclass(frozen=True, slots=True)
 class Contact:
     """
-    What came of connecting, and of asking.
+    The result of a connection and a request.
 
-    @ivar problem: why there is no answer.
-    @ivar distrust: OpenSSL's number for why the certificate is not trusted.
-    @ivar shown: the certificate, where TLS came so far.
-    @ivar status: of the answer.
-    @ivar headers: of the answer, by lower-case names.
+    @ivar problem: why there is no response.
+    @ivar distrust: OpenSSL's error number if the certificate is not trusted.
+    @ivar shown: the certificate, if the TLS handshake got that far.
+    @ivar status: of the response.
+    @ivar headers: of the response, by lower-case names.
     """
 
     address: str
@@ -66,7 +66,7 @@ class Contact:
 
 def split(url: str) -> tuple[str, int, bool]:
     """
-    Give the host and the port of a URL, and whether TLS is spoken there.
+    Return the host and the port of a URL, and True for TLS.
     """
     parts = urlsplit(url)
     secure = parts.scheme == "https"
@@ -85,7 +85,7 @@ def touch(
     most: int = BODY_BYTES,
 ) -> Contact:
     """
-    Connect to C{address} as to the host of C{url}, or have an egress proxy connect to that host, and ask for it.
+    Request C{url} from its host at C{address}, or through an egress proxy.
     """
     host, port, secure = split(url)
     shown = None
@@ -105,7 +105,7 @@ def touch(
 
 def touch_place(place: Place, path: str) -> Contact:
     """
-    Ask the daemon beside us, whosever certificate it shows.
+    Request a path from the local daemon, with any certificate.
     """
     address = place.address if isinstance(place.address, str) else ":".join(map(str, place.address))
     try:
@@ -139,7 +139,7 @@ def _ask(
 
 def _why(problem: Exception) -> str:
     """
-    Say why, without what was sent.
+    Return the reason, without what was sent.
     """
     if isinstance(problem, TimeoutError):
         return "it does not answer"
@@ -154,7 +154,7 @@ def _connected(address: str, host: str, port: int, through: Proxy | None, second
     """
     Connect.
 
-    @raise OSError: if nobody answers, or the proxy does not connect.
+    @raise OSError: if the connection fails, or the egress proxy refuses it.
     """
     if through is None:
         return socket.create_connection((address, port), seconds)
@@ -172,7 +172,7 @@ def _connected(address: str, host: str, port: int, through: Proxy | None, second
 
 def _await_tunnel(connected: socket.socket, through: Proxy, target: tuple[str, int]) -> None:
     answer = b""
-    while not answer.endswith(b"\r\n\r\n"):  # (a byte at a time: what follows is not ours to read)
+    while not answer.endswith(b"\r\n\r\n"):  # (byte by byte, because what follows is for TLS)
         byte = connected.recv(1)
         if not byte or len(answer) > ANSWER_LIMIT:
             raise OSError(0, f"the egress proxy {through} gives no answer")
@@ -196,7 +196,7 @@ def _shown_anyway(host: str, port: int, address: str, through: Proxy | None, sec
 
 def read_certificate(der: bytes | None) -> Shown | None:
     """
-    Read what matters of a certificate.
+    Parse a certificate; None if it is missing or invalid.
     """
     if der is None:
         return None
@@ -208,9 +208,9 @@ def read_certificate(der: bytes | None) -> Shown | None:
 
 def describe(certificate: x509.Certificate) -> Shown:
     """
-    Tell who has signed a certificate, for which names, and for how long.
+    Return issuer, names and expiry of a certificate.
 
-    @raise ValueError: if it can't be read.
+    @raise ValueError: if it is invalid.
     """
     issuer = certificate.issuer
     for kind in (NameOID.ORGANIZATION_NAME, NameOID.COMMON_NAME):

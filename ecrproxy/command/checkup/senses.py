@@ -1,5 +1,5 @@
 """
-How the doctor looks at the world: all that asks anybody or anything, to be handed something else.
+The doctor's interface to the outside world, replaceable in tests.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from ecrproxy.registry.egress import Proxy
 
 class Account(Protocol):
     """
-    AWS: see L{Aws}.
+    AWS, see L{Aws}.
     """
 
     def provider(self) -> Provider:
-        """Tell what gives the credentials."""
+        """Return the source of the credentials."""
 
     def identity(self) -> Identity:
-        """Ask STS."""
+        """Return the identity from STS."""
 
     def token(self) -> tuple[str, float]:
-        """Ask ECR."""
+        """Request a token from ECR."""
 
     def simulate(self, arn: str, actions: Sequence[str], resource: str) -> Mapping[str, str]:
-        """Ask IAM."""
+        """Simulate policies in IAM."""
 
 
 class Touch(Protocol):
     """
-    Connects, and asks: see L{reach.touch}.
+    Connects and sends a request, see L{reach.touch}.
     """
 
     def __call__(
@@ -54,17 +54,17 @@ class Touch(Protocol):
         through: Proxy | None = None,
         most: int = BODY_BYTES,
     ) -> Contact:
-        """Ask."""
+        """Connect and send a request."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Senses:
     """
-    How the world is looked at.
+    The doctor's interface to the outside world.
 
     @ivar account: opens AWS, for a region and credentials.
-    @ivar most_files: how many files a process may have open.
-    @ivar start: runs something in a thread.
+    @ivar most_files: returns the hard limit of open files.
+    @ivar start: runs a function in a thread.
     """
 
     account: Callable[[str, Credentials], Account] = Aws

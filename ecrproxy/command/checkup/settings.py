@@ -1,5 +1,5 @@
 """
-The settings, as the daemon judges them at its start, and the files that they name.
+Checks of the settings, as at the daemon's startup, and of the files that they name.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from ecrproxy.settings.config import SETTINGS, Config, Given
 
 def look_at_settings(config: Config, given: Given, environ: Mapping[str, str], cores: int) -> Iterator[Finding]:
     """
-    Say what the daemon would say at its start.
+    Report the problems that the daemon would report at startup.
 
-    @param given: what C{config} was loaded from.
-    @param cores: of the machine. Its disk is looked at by the check of the cache directory.
+    @param given: the texts that C{config} was loaded from.
+    @param cores: of the machine. The check of the cache directory covers its disk.
     """
     check = "settings"
     found = contradictions.look_at_settings(config, given, environ, contradictions.Machine(cores))
     for each in found:
         yield (failed if each.grave else warning)(check, each.said, each.advice)
     if not found:
-        yield ok(check, f"{len(SETTINGS)}, none of which contradicts another")
+        yield ok(check, f"{len(SETTINGS)}, without contradictions")
 
 
 def look_at_files(config: Config, now: float) -> Iterator[Finding]:
     """
-    Read the files that settings name, as the daemon will.
+    Check the files that the settings name.
     """
     if config.ssl_key is not None and config.ssl_certificate is not None:
         yield _certificate(config.ssl_key, config.ssl_certificate, config.client_ca, now)
     for each in filter(None, (*config.listen, config.admin_listen, config.metrics_listen)):
         key = each.options.get("privateKey", "")
-        if key.startswith("/"):  # others are beneath the daemon's directory, which is not known here
+        if key.startswith("/"):  # others are relative to the daemon's directory, which is unknown here
             yield _certificate(key, each.options.get("certKey", key), None, now, each.text)
     if config.htpasswd is not None:
         try:
@@ -60,7 +60,7 @@ def look_at_files(config: Config, now: float) -> Iterator[Finding]:
 
 def look_at_password(file: str) -> Finding:
     """
-    Read the password for a registry, as the daemon does each time that it needs it.
+    Check the password file for a registry, which the daemon reads on each use.
     """
     try:
         read_password(Path(file))
@@ -71,7 +71,7 @@ def look_at_password(file: str) -> Finding:
 
 def _certificate(key: str, certificate: str, authorities: str | None, now: float, endpoint: str = "") -> Finding:
     """
-    Judge key and certificate of the settings, or of an endpoint string.
+    Check the key and certificate of the settings, or of an endpoint string.
     """
     check = "certificate"
     try:
@@ -87,7 +87,7 @@ def _certificate(key: str, certificate: str, authorities: str | None, now: float
     except OSError as problem:
         return failed(check, f"{certificate} {unread(problem)}", "give a PEM certificate")
     except ValueError:
-        return failed(check, f"{certificate} holds no certificate that can be read", "give a PEM certificate")
+        return failed(check, f"{certificate} has no readable certificate", "give a PEM certificate")
     days = (shown.until - now) / 86400
     names = ", ".join(shown.names[:4]) or "no names"
     if days < 0:
@@ -99,14 +99,14 @@ def _certificate(key: str, certificate: str, authorities: str | None, now: float
 
 def judge_files(most: int, config: Config) -> Finding:
     """
-    Hold the number of files that a process may open against the number of clients.
+    Compare the limit of open files with the number of clients.
 
-    @param most: how many it may have; the daemon raises its own limit so far.
+    @param most: the hard limit, to which the daemon raises its own.
     """
     check = "open files"
     clients = config.limits().connections
     wanted = clients * FILES_OF_A_CLIENT + OWN_FILES + KEPT_FILES
-    said = f"{most} for a process started from here"
+    said = f"{most} for a process started here"
     if not clients or wanted <= most:
         allowed = counted(clients, "client") if clients else "no limit of clients"
         return ok(check, f"{said}; {allowed} of a process may need {wanted if clients else 'more'}")

@@ -1,5 +1,5 @@
 """
-Images brought into the cache before anybody asks for them, through the running daemon.
+C{ecr-proxy prefetch}: download images into the cache before clients pull them, through the running daemon.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Many things done, some at a time, in threads; all that is told of them is told in the caller's own.
+Parallel work in a fixed number of threads, with all results and messages in the caller's thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 class _Done(Generic[T, R]):
     """
-    What came of one thing: a result, or what was raised instead.
+    An item with its result or exception.
     """
 
     def __init__(self, item: T, outcome: R | Exception) -> None:
@@ -24,7 +24,7 @@ class _Done(Generic[T, R]):
 
 class Crew:
     """
-    So many threads. They end with the program, whatever they wait for.
+    A fixed number of daemon threads, which do not delay the program's exit.
     """
 
     def __init__(self, jobs: int) -> None:
@@ -33,13 +33,13 @@ class Crew:
 
     def tell(self, news: Callable[[], object]) -> None:
         """
-        Have something called in the caller's thread: for those at work.
+        Run a function in the caller's thread. For use by the threads.
         """
         self._told.put(news)
 
     def each(self, items: Sequence[T], do: Callable[[T], R]) -> Iterator[tuple[T, R | Exception]]:
         """
-        Do something with each of the items, and give them back as they are done, with what came of it.
+        Call a function with each item; yield items with their results or exceptions as they finish.
         """
         waiting: SimpleQueue[T] = SimpleQueue()
         for item in items:
@@ -63,6 +63,6 @@ class Crew:
                 return
             try:
                 outcome: R | Exception = do(item)
-            except Exception as problem:  # noqa: BLE001 (told where it is understood)
+            except Exception as problem:  # noqa: BLE001 (handled by the caller)
                 outcome = problem
             self._told.put(_Done(item, outcome))

@@ -1,8 +1,8 @@
 """
-The images that Kubernetes manifests and compose files name. Pure.
+The images in Kubernetes manifests and compose files. Pure.
 
-Whatever is called C{image} is taken, wherever it stands: in pods, in what makes pods, in C{initContainers}, in
-resources of whatever kind. The documents are read as YAML's own tree, so that no tag of theirs means anything to us.
+Every C{image} key counts, wherever it is: in pods, pod templates, C{initContainers}, custom resources. The documents
+are parsed to plain YAML nodes, so YAML tags have no effect.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-# Names of images reach the daemon's log. These of AWS's variables are no secrets and stand in the names of registries.
+# Image names appear in the daemon's log. These AWS variables are not secret, and are part of registry names.
 _PUBLIC: Final = frozenset({"AWS_ACCOUNT_ID", "AWS_REGION", "AWS_DEFAULT_REGION"})
 _SECRET = re.compile(
     r"AWS_.*|ECR_?PROXY_.*|PROXY_.*|.*_PROXY|DOCKER_AUTH_CONFIG"
@@ -26,10 +26,10 @@ _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?:(:?)-([^{}]
 
 def images_in(text: str, environ: Mapping[str, str]) -> Iterator[str]:
     """
-    Yield the images that a file of one or more YAML documents names, each once, in their order.
+    Yield the images in a file of one or more YAML documents, without duplicates, in order.
 
     @param environ: for the variables of a compose file.
-    @raise ValueError: if it is no YAML, or a variable is not set.
+    @raise ValueError: if the file is not YAML, or a variable is not set.
     """
     try:
         documents = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
@@ -40,7 +40,7 @@ def images_in(text: str, environ: Mapping[str, str]) -> Iterator[str]:
 
 def _walk(root: Node) -> Iterator[str]:
     """
-    Find the images below a node. An anchor's node stands in several places, and is looked at once.
+    Find the images below a node. The node of an anchor appears in several places, but is visited once.
     """
     seen, waiting = set(), [root]
     while waiting:
@@ -75,7 +75,7 @@ def _volumes(node: MappingNode) -> Iterator[str]:
 
 def expanded(text: str, environ: Mapping[str, str]) -> str:
     """
-    Put the variables of a compose file in: compose spec, "Interpolation".
+    Substitute the variables of a compose file: compose spec, "Interpolation".
 
     @raise ValueError: if one is not set, or may hold a secret.
     """
@@ -95,12 +95,12 @@ def expanded(text: str, environ: Mapping[str, str]) -> str:
 
     result = _VARIABLE.sub(value, text)
     if "${" in text and "${" in result:
-        raise ValueError(f"{text!r}: a way to write a variable that is not read here")
+        raise ValueError(f"{text!r}: unsupported variable syntax")
     return result
 
 
 def is_secret(variable: str) -> bool:
     """
-    Return True if a variable is AWS's or ours, or its name says that it holds a secret.
+    Return True for variables of AWS and ours, and for names that suggest a secret.
     """
     return variable.upper() not in _PUBLIC and _SECRET.fullmatch(variable) is not None

@@ -1,5 +1,5 @@
 """
-The daemon's client port, as a plain client sees it: one question a connection. Blocks: it is asked from threads.
+A blocking client of the daemon's client port, with one connection per request. Used in threads.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from urllib.parse import urlsplit
 from ecrproxy.healthcheck import Place, connect
 
 SECONDS: Final = 60.0
-"""How long the daemon may be silent: longer than it waits for ECR, or for a bucket."""
+"""Timeout without data from the daemon: longer than its own timeouts for ECR and buckets."""
 
 
 @dataclass(frozen=True)
 class Reply:
     """
-    The head of an answer, and how to read on.
+    The head of a response, and how to read the body.
 
     @ivar headers: by lower-case names.
-    @ivar read: gives up to so many bytes, none at the end.
+    @ivar read: returns up to a number of bytes; empty at the end.
     """
 
     status: int
@@ -41,17 +41,17 @@ class Reply:
 
 
 Ask = Callable[[str, str, Mapping[str, str]], Reply]
-"""Ask with a method, a path and headers. Raises C{OSError} or C{HTTPException} where no answer comes."""
+"""Sends method, path and headers. Raises C{OSError} or C{HTTPException} if there is no response."""
 
 
 @dataclass(frozen=True)
 class Door:
     """
-    Where a daemon lets clients in, and what it takes to be one.
+    The address of a daemon, and the credentials for it.
 
-    @ivar name: the host as it stands in the URL.
-    @ivar context: for TLS, where it is spoken.
-    @ivar login: name and password, if they are asked for.
+    @ivar name: the host in the URL.
+    @ivar context: for TLS; None for plain HTTP.
+    @ivar login: name and password, if needed.
     """
 
     place: Place
@@ -61,7 +61,7 @@ class Door:
 
     def ask(self, method: str, path: str, headers: Mapping[str, str]) -> Reply:
         """
-        Ask. Nothing is kept for the next question, so that a daemon may be restarted meanwhile.
+        Send a request. Each has its own connection, so the daemon may restart in between.
         """
         connection = HTTPConnection(self.name)
         connection.sock = connect(self.place, self.context, urlsplit(f"//{self.name}").hostname or "", SECONDS)
@@ -87,9 +87,9 @@ class Door:
 
 def place_of(url: str) -> tuple[Place, str]:
     """
-    Read a proxy's URL; give also its host as it stands there.
+    Parse a proxy's URL; return also the host in it.
 
-    @raise ValueError: if it is none.
+    @raise ValueError: if it is invalid.
     """
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
@@ -109,13 +109,13 @@ def place_of(url: str) -> tuple[Place, str]:
 
 def own_context(certificate: str) -> ssl.SSLContext:
     """
-    Trust the one certificate that the daemon on this machine serves with, whatever names are in it.
+    Make a context that trusts only the certificate of the local daemon, whatever names are in it.
 
     @raise OSError: if it can't be read.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
-    # The file begins with the server's own certificate: it is trusted itself, whoever has signed it.
+    # The file begins with the server's own certificate, which is trusted itself, whatever its issuer.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.load_verify_locations(cafile=certificate)
     return context
@@ -123,9 +123,9 @@ def own_context(certificate: str) -> ssl.SSLContext:
 
 def docker_login(config: str, host: str) -> tuple[str, str] | None:
     """
-    Find the name and password that C{docker login} has left for a host in its C{config.json}.
+    Return the name and password that C{docker login} stored for a host in C{config.json}.
 
-    @raise ValueError: if it is kept by a program that only docker asks.
+    @raise ValueError: if they are in a credential helper, which only docker can query.
     """
     try:
         document = json.loads(config)
@@ -138,7 +138,7 @@ def docker_login(config: str, host: str) -> tuple[str, str] | None:
     if not encoded:
         if document.get("credsStore") or host in document.get("credHelpers", {}):
             raise ValueError(
-                f"docker keeps the password for {host} elsewhere; give --user, and the password by variable"
+                f"docker keeps the password for {host} in a credential helper; give --user, and set ECR_PROXY_PASSWORD"
             )
         return None
     try:

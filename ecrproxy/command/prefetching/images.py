@@ -1,10 +1,10 @@
 """
-How images are called by people, and what that is in the registry. Pure.
+Image names, and what they mean in the registry. Pure.
 
-The grammar is docker's: C{[HOST/]REPOSITORY[:TAG][@DIGEST]}. What stands before the first slash is a host if it has a
-dot or a colon, or is C{localhost}. A digest wins over a tag; without either it is C{latest}.
+The grammar is docker's: C{[HOST/]REPOSITORY[:TAG][@DIGEST]}. The part before the first slash is a host if it has a dot
+or a colon, or is C{localhost}. A digest overrides a tag; without either the tag is C{latest}.
 
-Which registry is meant, the daemon is told by C{ns}, unless it is the default: a path prefix would say the same.
+The registry is sent to the daemon as C{ns}, except for the default registry. A path prefix would have the same effect.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from ecrproxy.oci import RegistryError, Route, parse_route
 from ecrproxy.registries import Registries, UnknownRegistryError
 
 _DEFAULT: Final = RegistryId("the daemon's")
-"""The default registry: which one it is, the daemon knows."""
+"""A placeholder for the daemon's default registry."""
 _HUB: Final = "docker.io"
 
 
 class ForeignImageError(ValueError):
     """
-    An image of another registry.
+    The image belongs to a registry that the daemon does not serve.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
     """
-    One image of a registry that the daemon is a proxy of.
+    An image of a registry that the daemon serves.
 
-    @ivar name: as somebody wrote it.
-    @ivar route: its manifest.
+    @ivar name: as the user wrote it.
+    @ivar route: the route of its manifest.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Image:
 
 def parse_image(text: str, hosts: Collection[str], registries: Registries | None = None, *, bare: bool = True) -> Image:
     """
-    Understand an image's name.
+    Parse an image's name.
 
-    @param hosts: under which the proxy is known, in lower case.
-    @param registries: those of the configuration; None if there is none.
-    @param bare: whether a name without a host is the default registry's, and not Docker Hub's.
-    @raise ForeignImageError: if it is of a registry that the daemon is no proxy of.
-    @raise ValueError: if it is none.
+    @param hosts: the proxy's host names, in lower case.
+    @param registries: the configured registries; None without a configuration.
+    @param bare: True if a name without a host belongs to the default registry instead of Docker Hub.
+    @raise ForeignImageError: if the daemon does not serve its registry.
+    @raise ValueError: if the name is invalid.
     """
     first, slash, rest = text.partition("/")
     named = bool(slash) and ("." in first or ":" in first or first == "localhost")
@@ -74,13 +74,13 @@ def parse_image(text: str, hosts: Collection[str], registries: Registries | None
 
 def _foreign(host: str, *, named: bool) -> ForeignImageError:
     if not named:
-        return ForeignImageError("of Docker Hub, for it names no registry")
+        return ForeignImageError("of Docker Hub, because the name has no registry")
     return ForeignImageError(f"of another registry, {host}; --host {host} says that it is this proxy's")
 
 
 def _meant(route: Route, host: str, hosts: Collection[str], registries: Registries) -> Route:
     """
-    Find the registry and the repository that a name means to the daemon.
+    Return the registry and repository that a name means to the daemon.
     """
     own = urlsplit(f"//{host}").hostname or ""
     if not host or host in hosts or registries.is_own(own):
@@ -95,7 +95,7 @@ def _meant(route: Route, host: str, hosts: Collection[str], registries: Registri
 
 def target(route: Route) -> str:
     """
-    Return what to ask the daemon for.
+    Return the request target for a route.
     """
     registry = route.repository.registry
     return route.path if registry == _DEFAULT else f"{route.path}?ns={quote(registry.host, safe='[]:')}"
@@ -103,7 +103,7 @@ def target(route: Route) -> str:
 
 def listed_images(text: str) -> Iterable[str]:
     """
-    Read a list: one name a line; what follows a C{#} says nothing.
+    Parse a list with one name per line; C{#} starts a comment.
     """
     for line in text.splitlines():
         name = line.partition("#")[0].strip()

@@ -1,7 +1,7 @@
 """
-Which of an index's manifests are for a platform: OCI image spec, "Image Index". Pure.
+Selecting manifests of an index by platform: OCI image spec, "Image Index". Pure.
 
-A variant is good for itself and for those above it: C{arm/v6} runs on C{arm/v7}, and the highest that runs is taken.
+Images for a variant also run on higher ones: C{arm/v6} runs on C{arm/v7}. The highest that runs is selected.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _MACHINES: Final = {
     "loongarch64": "loong64",
 }
 _PLAIN: Final = {"amd64": "v1", "arm64": "v8", "arm": "v7"}
-"""The variant that is meant where none is named."""
+"""The default variants."""
 SHOWN: Final = 20
-"""Platforms of an index that are named where it has not the one that is wanted."""
+"""Maximum number of platforms of an index in an error message."""
 LONGEST: Final = 50
-"""Characters of each of them."""
+"""Maximum characters of each platform there."""
 _IMAGES: Final = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
 """What an image is called where artifacts are told apart: its config's type."""
 _PLATFORM = re.compile(r"([a-z0-9_.-]+)/([a-z0-9_.-]+)(?:/([a-z0-9_.-]+))?", re.IGNORECASE)
@@ -39,7 +39,7 @@ _LEVEL = re.compile(r"v(\d{1,3})")
 @dataclass(frozen=True, slots=True)
 class Platform:
     """
-    What an image runs on.
+    The operating system and architecture of an image.
     """
 
     system: str
@@ -49,9 +49,9 @@ class Platform:
     @classmethod
     def parse(cls, text: str) -> Platform:
         """
-        Read C{os/architecture[/variant]}; architectures may have the kernel's names.
+        Parse C{os/architecture[/variant]}; architectures may have the kernel's names.
 
-        @raise ValueError: if it is something else.
+        @raise ValueError: if the text is invalid.
         """
         found = _PLATFORM.fullmatch(text)
         if found is None:
@@ -62,14 +62,14 @@ class Platform:
     @classmethod
     def of_machine(cls, machine: str) -> Platform:
         """
-        Give what docker pulls for on a machine that the kernel calls C{machine}.
+        Return the platform that docker pulls on a machine that the kernel calls C{machine}.
         """
         return cls.parse(f"linux/{machine or 'unknown'}")
 
     @property
     def level(self) -> str:
         """
-        The variant, whether it is named or not.
+        The variant, or the default one.
         """
         return self.variant or _PLAIN.get(self.architecture, "")
 
@@ -80,10 +80,10 @@ class Platform:
 @dataclass(frozen=True, slots=True)
 class Offer:
     """
-    What an index lists.
+    An item of an index.
 
-    @ivar platform: None if none is told, or none that there is.
-    @ivar tells_none: whether none is told: then it may be for any.
+    @ivar platform: None if the item has none, or it is "unknown".
+    @ivar tells_none: True if the item has none: it may be for any platform.
     @ivar is_artifact: whether it is no image, but goes with one: a SOCI index has the platform of its image.
     """
 
@@ -95,24 +95,24 @@ class Offer:
     @property
     def is_index(self) -> bool:
         """
-        Whether it is an index itself.
+        True for a nested index.
         """
         return self.descriptor.media_type in INDEX_TYPES
 
     @property
     def is_manifest(self) -> bool:
         """
-        Whether it is a manifest; a BuildKit cache lists its layers in an index.
+        True for a manifest; the index of a BuildKit cache lists layers.
         """
         return self.descriptor.media_type in MANIFEST_TYPES
 
 
 def offers(index: bytes, within: Platform | None = None) -> Iterator[Offer]:
     """
-    Yield what an index lists.
+    Yield the items of an index.
 
-    @param within: the platform of this index in the one that lists it: that of everything that tells none.
-    @raise ValueError: if it is no index.
+    @param within: the platform of this index in its parent index, which is the default for its items.
+    @raise ValueError: if it is not an index.
     """
     known = {str(descriptor.digest): descriptor for _, descriptor in listed(index, INDEX_TYPE)}
     for item in json.loads(index).get("manifests", []):
@@ -130,13 +130,13 @@ def _platform(item: Mapping[str, Any]) -> Platform | None:
         platform = Platform.parse(f"{item.get('os')}/{item.get('architecture')}{variant}")
     except ValueError:
         return None
-    # What docker's builders say of attestations: they are no images.
+    # docker's builders mark attestations so: they are not images.
     return None if platform.system == "unknown" else platform
 
 
 def may_hold(index: Offer, wanted: Collection[Platform]) -> bool:
     """
-    Return True if an index within an index may have something for one of the platforms.
+    Return True if a nested index may have something for one of the platforms.
     """
     platform = index.platform
     return not wanted or platform is None or any(_rank(platform, each) is not None for each in wanted)
@@ -146,9 +146,9 @@ def choose(offered: Collection[Offer], wanted: Collection[Platform]) -> Sequence
     """
     Choose the manifests for each of the platforms, an image and what goes with it; all of them if none is C{wanted}.
 
-    Where there is none for a platform, all are chosen that tell none: clients look into their configs.
+    If a platform has none, all manifests without a platform are selected: clients look into their configs.
 
-    @raise ValueError: if there is none for one of them: which, and what there is.
+    @raise ValueError: if a platform has none; the message lists the available ones.
     """
     if not wanted:
         return list(dict.fromkeys(each.descriptor for each in offered))
@@ -172,7 +172,7 @@ def choose(offered: Collection[Offer], wanted: Collection[Platform]) -> Sequence
 
 def _listing(platforms: Iterable[Platform]) -> str:
     """
-    Name platforms in a line of bounded length: an index can list thousands.
+    Format platforms as a line of bounded length: an index can list thousands.
     """
     names = list(dict.fromkeys(str(each) for each in platforms))
     shown = [name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in names[:SHOWN]]
@@ -182,7 +182,7 @@ def _listing(platforms: Iterable[Platform]) -> str:
 
 def _rank(offered: Platform, wanted: Platform) -> int | None:
     """
-    Tell how well something fits, the more the better; none if it doesn't.
+    Return how well a platform fits, higher is better; None if it does not.
     """
     if (offered.system, offered.architecture) != (wanted.system, wanted.architecture):
         return None

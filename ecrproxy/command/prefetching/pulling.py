@@ -1,11 +1,11 @@
 """
-One image or blob brought in: asked for as any client would, held against its digest, and thrown away.
+Pulling one image or blob as a client would: the bytes are verified against the digest, and discarded.
 
 Rules:
 
-- What the cache has is not moved: a HEAD tells. So an interrupted run goes on where it was, blob by blob.
-- A body that breaks off goes on from its last byte. Tries are counted anew whenever bytes have come.
-- What may pass is tried again as the daemon does it: L{retries}. What else is wrong ends the image, not the others.
+- Cached content is not transferred: a HEAD request detects it. So an interrupted run resumes, blob by blob.
+- An interrupted body resumes at its last byte. The count of attempts restarts whenever bytes have arrived.
+- Temporary failures are retried as in the daemon: L{retries}. Other failures end the image, but not the others.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ T = TypeVar("T")
 
 ACCEPT: Final = ", ".join(sorted(MANIFEST_TYPES))
 BUDGET: Final = Budget(tries=8, seconds=300.0)
-"""With the waits between them a minute at the least: a daemon that is restarted has so long."""
+"""With the pauses at least a minute, so that a daemon can restart meanwhile."""
 IN_CACHE: Final = frozenset({"HIT", "REVALIDATED"})
-"""What X-Cache-Status says to the HEAD of a blob whose bytes are there."""
+"""Values of X-Cache-Status in responses to HEAD requests for cached blobs."""
 INDEXES: Final = 100
-"""The most indexes that an image may consist of, each counted for each platform that it is listed for."""
+"""Maximum number of indexes of an image, each counted once per platform that it is listed for."""
 OFFERED: Final = 1000
-"""The most manifests that these may list. Large images are for some twenty platforms, with an attestation for each."""
+"""Maximum number of manifests in these. Large images have some twenty platforms, with an attestation for each."""
 BLOBS: Final = 100_000
-"""The most blobs that all these may list."""
+"""Maximum number of blobs in all these."""
 _OK, _PARTIAL = 200, 206
 
 
 class PullError(Exception):
     """
-    An image can't be had: why, in one line.
+    An image can't be pulled; one line says why.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """
-    What an image consists of.
+    The parts of an image.
 
-    @ivar manifests: how many manifests were brought in.
-    @ivar blobs: where its config and layers are asked for, and how many bytes each has.
+    @ivar manifests: number of manifests that were pulled.
+    @ivar blobs: the routes of its config and layers, with their sizes in bytes.
     """
 
     manifests: int
@@ -64,13 +64,13 @@ class Plan:
 @dataclass(frozen=True)
 class Hands:
     """
-    What pulling needs of the world.
+    The puller's interface to the outside world.
 
-    @ivar ask: asks the daemon.
-    @ivar seconds: counts seconds on a clock that nobody sets.
-    @ivar sleep: waits for so many; raises if there is no time any more.
-    @ivar chance: gives random numbers from 0 to 1.
-    @ivar said: told in a line why something is tried again.
+    @ivar ask: sends requests to the daemon.
+    @ivar seconds: a monotonic clock.
+    @ivar sleep: sleeps for a number of seconds; raises if the time budget is used up.
+    @ivar chance: returns random numbers from 0 to 1.
+    @ivar said: called with a line that explains a retry.
     """
 
     ask: Ask
@@ -82,7 +82,7 @@ class Hands:
 
 class Tries:
     """
-    How often something failed in a row, since when.
+    Counts consecutive failures, and the time since the first.
     """
 
     def __init__(self, hands: Hands, budget: Budget = BUDGET) -> None:
@@ -91,20 +91,20 @@ class Tries:
 
     def progressed(self) -> None:
         """
-        Count anew.
+        Restart the count.
         """
         self._failed, self._began = 0, self._hands.seconds()
 
     def failed(self, what: str, problem: Exception) -> None:
         """
-        Wait for the next try.
+        Wait before the next attempt.
 
-        @raise PullError: if there is none.
+        @raise PullError: if no attempt is left.
         """
         self._failed += 1
         asked = problem.wait if isinstance(problem, TransientError) else None
         elapsed = self._hands.seconds() - self._began
-        # Half of each wait is sure: by bad luck all of them together would be over before a daemon has started.
+        # At least half of each wait, else bad luck could use up all attempts before a daemon has started.
         wait = next_try(self._budget, self._failed, elapsed, asked, (1 + self._hands.chance()) / 2)
         why = problem.message if isinstance(problem, TransientError) else str(problem) or type(problem).__name__
         if wait is None:
@@ -117,8 +117,8 @@ class Puller:
     """
     Pulls from one daemon.
 
-    @param platforms: for which an index's images are pulled; for all of them if there are none.
-    @param moved: told how many bytes have come, or, below zero, have come in vain.
+    @param platforms: the platforms of an index to pull; all if empty.
+    @param moved: called with the number of bytes that arrived; negative if they have to be discarded.
     """
 
     def __init__(self, hands: Hands, platforms: Collection[Platform], moved: Callable[[int], None]) -> None:
@@ -126,9 +126,9 @@ class Puller:
 
     def plan(self, image: Image) -> Plan:
         """
-        Bring an image's manifests in, and tell what else it needs.
+        Pull an image's manifests, and return its other parts.
 
-        @raise PullError: if it can't be had.
+        @raise PullError: if it can't be pulled.
         """
         try:
             return self._plan(image.route)
@@ -137,7 +137,7 @@ class Puller:
 
     def _plan(self, route: Route) -> Plan:
         """
-        @raise ValueError: if something is no manifest, or there is none for a platform.
+        @raise ValueError: if a manifest is invalid, or a platform is missing.
         """
         manifests: set[Digest] = set()
         blobs: dict[Route, int] = {}
@@ -163,7 +163,7 @@ class Puller:
                     noted.add(which)
                     indexes.append((route.at(offer.descriptor.digest), offer.platform))
                 _check_extent(noted, offered, blobs)
-        # What lists layers and no image, as a BuildKit cache does, has no platforms to choose from.
+        # An index that lists only layers, such as a BuildKit cache, has no platforms to select from.
         if offered or not (is_image or blobs):
             for each in choose(offered.values(), self._platforms):
                 media_type, body = self._manifest(route.at(each.digest))
@@ -174,10 +174,10 @@ class Puller:
 
     def bring(self, route: Route, size: int) -> bool:
         """
-        Bring a blob in.
+        Pull a blob.
 
-        @return: whether its bytes had to be moved.
-        @raise PullError: if it can't be had.
+        @return: True if its bytes were transferred, False if it was cached.
+        @raise PullError: if it can't be pulled.
         """
         if self._again(route, partial(self._is_in_cache, route)):
             return False
@@ -198,7 +198,7 @@ class Puller:
             except ValueError as problem:
                 raise PullError(str(problem)) from None
             if Digest.of(body, digest.algorithm) != digest:
-                raise PullError(f"the manifest that came is not {name}")
+                raise PullError(f"the manifest does not match {name}")
         return reply.headers.get("content-type", "").partition(";")[0].strip().lower(), body
 
     def _is_in_cache(self, route: Route) -> bool:
@@ -208,7 +208,7 @@ class Puller:
 
     def _again(self, route: Route, attempt: Callable[[], T]) -> T:
         """
-        Make an attempt until it is answered.
+        Retry an attempt until it succeeds.
         """
         tries = Tries(self._hands)
         while True:
@@ -233,7 +233,7 @@ class Puller:
 
 class _Arriving:
     """
-    A blob on its way in: how much of it is there, and the hash of that.
+    A blob being received: the bytes so far, and their hash.
     """
 
     def __init__(self, route: Route, size: int, moved: Callable[[int], None]) -> None:
@@ -243,7 +243,7 @@ class _Arriving:
 
     def headers(self) -> dict[str, str]:
         """
-        Ask for what is missing.
+        Return the headers that request the missing bytes.
         """
         return {"Range": f"bytes={self.there}-"} if self.there else {}
 
@@ -251,34 +251,34 @@ class _Arriving:
         """
         Read a body to its end.
 
-        @raise OSError: if it breaks off.
-        @raise PullError: if it is not what was asked for.
+        @raise OSError: if it ends early.
+        @raise PullError: if it is not what was requested.
         """
         _must_be(reply, _OK, _PARTIAL)
-        if reply.status == _OK and self.there:  # all of it once more
+        if reply.status == _OK and self.there:  # the complete blob, from the start
             self._moved(-self.there)
             self._state, self.there = self._digest.hasher(), 0
         elif reply.status == _PARTIAL and not reply.headers.get("content-range", "").startswith(f"bytes {self.there}-"):
-            raise PullError("another part than the one asked for came")
+            raise PullError("the response has another range than requested")
         while self.there <= self._size and (piece := reply.read(AT_ONCE)):
             self._state.update(piece)
             self.there += len(piece)
             self._moved(len(piece))
         if self.there < self._size:
-            raise ConnectionError(f"broken off after {self.there} of {self._size} bytes")
+            raise ConnectionError(f"interrupted after {self.there} of {self._size} bytes")
         self.complete = True
 
     def check(self) -> None:
         """
-        Hold what came against the digest.
+        Verify the digest.
         """
         if self.there > self._size or self._state.hexdigest() != self._digest.hex:
-            raise PullError(f"what came is not {self._digest}")
+            raise PullError(f"the content does not match {self._digest}")
 
 
 def _check_extent(indexes: Sized, offered: Sized, blobs: Sized) -> None:
     """
-    @raise ValueError: if an image is larger than any that somebody would pull.
+    @raise ValueError: if an image is unreasonably large.
     """
     for what, found, most in (("indexes", indexes, INDEXES), ("manifests", offered, OFFERED), ("blobs", blobs, BLOBS)):
         if len(found) > most:
@@ -307,20 +307,20 @@ def _all_of(reply: Reply) -> bytes:
         size += len(piece)
     length = reply.headers.get("content-length", "")
     if re.fullmatch(r"[0-9]{1,18}", length) and size < int(length):
-        raise ConnectionError("a manifest broke off")
+        raise ConnectionError("a manifest was interrupted")
     return b"".join(pieces)
 
 
 def _must_be(reply: Reply, *statuses: int) -> None:
     """
-    Let only an answer of one of the C{statuses} pass.
+    Return if the response has one of the C{statuses}.
 
-    @raise TransientError: for one that may be another next time.
-    @raise PullError: for one that won't.
+    @raise TransientError: if another attempt may succeed.
+    @raise PullError: otherwise.
     """
     if reply.status in statuses:
         return
-    said = _words(reply) or f"the proxy answers {reply.status}"
+    said = _words(reply) or f"the proxy returned {reply.status}"
     if reply.status not in TRANSIENT_STATUSES or reply.headers.get("x-cache-reason") == Reason.NO_MANIFEST:
         raise PullError(said)
     problem = TransientError(reply.status, "UNAVAILABLE", said)
@@ -330,7 +330,7 @@ def _must_be(reply: Reply, *statuses: int) -> None:
 
 def _words(reply: Reply) -> str:
     """
-    Read what the proxy says of an error.
+    Return the proxy's error message.
     """
     try:
         refusal = Refusal.read(reply.status, reply.read(2**16), challenged=False)

@@ -1,5 +1,5 @@
 """
-One run of C{ecr-proxy prefetch}: which images, through which daemon, what came of each.
+One run of C{ecr-proxy prefetch}: which images, through which daemon, and the results.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ MOST_JOBS: Final = 64
 @dataclass
 class Work:
     """
-    One image, and what came of it.
+    One image, and its result.
 
-    @ivar problem: why it could not be had.
-    @ivar waiting: its blobs that are not there yet.
+    @ivar problem: why it could not be pulled; None if it was.
+    @ivar waiting: its blobs that have not been pulled yet.
     """
 
     image: Image
@@ -50,7 +50,7 @@ class Work:
 
 def run(call: Call, ask_of: Callable[[Door], Ask] = lambda door: door.ask) -> int:
     """
-    Bring them in.
+    Run the subcommand; return the exit status.
     """
     options, terminal = call.options, call.terminal
     platforms = _platforms(options)
@@ -71,14 +71,14 @@ def run(call: Call, ask_of: Callable[[Door], Ask] = lambda door: door.ask) -> in
     if options.json:
         terminal.tell(_document(works))
     else:
-        sizes = f"{size_in_words(brought)} brought in, {size_in_words(there)} were there"
+        sizes = f"{size_in_words(brought)} downloaded, {size_in_words(there)} cached"
         _report(works, terminal, f"{sizes}; {seconds() - began:.0f} s")
     return WRONG if any(each.problem for each in works) else FINE
 
 
 def _platforms(options: Namespace) -> Sequence[Platform]:
     """
-    Tell which platforms are wanted; none for all.
+    Return the requested platforms; empty for all.
     """
     if options.all_platforms:
         if options.platform:
@@ -92,7 +92,7 @@ def _platforms(options: Namespace) -> Sequence[Platform]:
 
 def _door(call: Call) -> tuple[Door, set[str]]:
     """
-    Tell where to ask, and under which hosts' names the proxy is known.
+    Return the daemon to use, and the host names of the proxy.
     """
     options, settings = call.options, call.settings
     hosts = {each.lower() for each in options.host}
@@ -113,7 +113,7 @@ def _door(call: Call) -> tuple[Door, set[str]]:
 
 def _as_variables(settings: Any) -> dict[str, str]:  # noqa: ANN401
     """
-    Write the settings as L{healthcheck} reads them.
+    Convert settings to variables for L{healthcheck}.
     """
     return {
         "PROXY_LISTEN": " ".join(map(str, settings["listen"])),
@@ -124,7 +124,7 @@ def _as_variables(settings: Any) -> dict[str, str]:  # noqa: ANN401
 
 def _context(options: Namespace, certificate: str | None) -> ssl.SSLContext:
     """
-    Say whom to trust: a CA, or, beside the daemon, its own certificate.
+    Make the TLS context: it trusts a CA, or on the daemon's machine its own certificate.
     """
     own = options.proxy_url is None and options.ca is None and certificate is not None
     try:
@@ -154,7 +154,7 @@ def _login(call: Call, host: str) -> tuple[str, str] | None:
 
 def _registries(call: Call) -> Registries | None:
     """
-    Read which registries the daemon is a proxy of, as far as the settings tell.
+    Return the registries that the daemon serves, as far as they are configured.
     """
     tables = registries_of(call.flags, call.world.variables, call.file)
     return Registries(tables, call.settings["registry_aliases"] or ()) if tables else None
@@ -162,12 +162,12 @@ def _registries(call: Call) -> Registries | None:
 
 def _works(call: Call, hosts: set[str], registries: Registries | None) -> list[Work]:
     """
-    Read which images are wanted, each once.
+    Return the requested images, without duplicates.
     """
     works: dict[Route, Work] = {}
     named, wrong = list(_named(call)), []
     if not named:
-        raise CommandError("no image is named; see ecr-proxy prefetch --help", MISUSED)
+        raise CommandError("no images given; see ecr-proxy prefetch --help", MISUSED)
     for text, bare in named:
         try:
             image = parse_image(text, hosts, registries, bare=bare)
@@ -176,7 +176,7 @@ def _works(call: Call, hosts: set[str], registries: Registries | None) -> list[W
             if bare:
                 wrong.append(f"{text}: {problem}")
             else:
-                call.terminal.say(f"{text}: left out: {problem}")
+                call.terminal.say(f"{text}: skipped: {problem}")
         except ValueError as problem:
             wrong.append(f"{text}: {problem}")
     if wrong:
@@ -186,7 +186,7 @@ def _works(call: Call, hosts: set[str], registries: Registries | None) -> list[W
 
 def _named(call: Call) -> Iterator[tuple[str, bool]]:
     """
-    Yield the names of images, each with whether one without a host is the registry's.
+    Yield image names, each with True if a name without a host belongs to the default registry.
     """
     yield from ((text, True) for text in call.options.images)
     for path in call.options.file:
@@ -206,12 +206,12 @@ def _read(call: Call, path: str) -> str:
     except OSError as problem:
         raise CommandError(f"{path}: {problem.strerror}", MISUSED) from None
     except ValueError:
-        raise CommandError(f"{path}: is no text", MISUSED) from None
+        raise CommandError(f"{path}: not a text file", MISUSED) from None
 
 
 def _plan(works: Sequence[Work], crew: Crew, puller: Puller, progress: Progress) -> None:
     """
-    Bring in all manifests, so that what there is to do is known.
+    Pull all manifests, which determines what else to pull.
     """
     for work, outcome in crew.each(works, lambda work: puller.plan(work.image)):
         if isinstance(outcome, Exception):
@@ -222,9 +222,9 @@ def _plan(works: Sequence[Work], crew: Crew, puller: Puller, progress: Progress)
 
 def _bring(works: Sequence[Work], crew: Crew, puller: Puller, progress: Progress) -> tuple[int, int]:
     """
-    Bring in all blobs, those of the first image first. One that several images of a repository have is brought in once.
+    Pull all blobs, those of the first image first. A blob that several images of a repository share is pulled once.
 
-    @return: how many bytes came, and how many were there.
+    @return: bytes transferred, and bytes that were cached.
     """
     brought = there = 0
     blobs = {route: size for work in works if work.plan is not None for route, size in work.plan.blobs.items()}
@@ -246,7 +246,7 @@ def _bring(works: Sequence[Work], crew: Crew, puller: Puller, progress: Progress
             else:
                 work.there += size
             if not work.waiting and not work.problem:
-                sizes = f"{size_in_words(work.brought)} brought in, {size_in_words(work.there)} were there"
+                sizes = f"{size_in_words(work.brought)} downloaded, {size_in_words(work.there)} cached"
                 progress.say(f"{work.image.name}: {sizes}")
     return brought, there
 
@@ -261,7 +261,7 @@ def _fail(work: Work, problem: Exception, progress: Progress) -> None:
 
 def _document(works: Sequence[Work]) -> dict[str, Any]:
     """
-    Say what came of each image, for programs.
+    Return the result of each image, for JSON output.
     """
     told = [
         {
@@ -278,7 +278,7 @@ def _document(works: Sequence[Work]) -> dict[str, Any]:
 
 def _report(works: Sequence[Work], terminal: Terminal, sizes: str) -> None:
     """
-    Say what came of it all, for people.
+    Print the results.
     """
     failed = [work for work in works if work.problem]
     terminal.print(f"{counted(len(works), 'image')}, {len(failed)} failed; {sizes}")
