@@ -1,5 +1,5 @@
 """
-Compare the daemon with those who are installed beside it: C{python -m bench}.
+Compare the daemon with the alternatives that are installed: C{python -m bench}.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.results import Figures, lines_of, report, report_options
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """
-    Read the command line.
+    Parse the command line.
     """
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes: shows only that the benches run")
@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def measure(ground: Ground, sizes: Sizes, names: Sequence[str], rounds: int) -> Figures:
     """
-    Measure all there is, each in turns.
+    Measure everything, in turns.
     """
     figures, present = Figures(), {DIRECT, *available()}
     for name in (NGINX, DISTRIBUTION):

@@ -1,5 +1,5 @@
 """
-The clients: curl for blobs, wrk for small answers, C{bench.pulling} for images, sockets for connections that idle.
+The clients: curl for blobs, wrk for small answers, C{bench.pulling} for images, sockets for idle connections.
 
 They run on this process's processor.
 """
@@ -36,13 +36,13 @@ _UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 class ClientError(Exception):
     """
-    A client did not get what it asked for.
+    Raised if a client did not get what it requested.
     """
 
 
 def download(ground: Ground, served: Served, path: str, size: int, streams: int, times: int) -> float:
     """
-    Fetch C{path} so many times on each of so many connections, and tell the seconds that it took.
+    Fetch C{path} so many times on each of so many connections, and return the seconds that it took.
     """
     argv = ["curl", "--silent", "--show-error", "--fail", "--http1.1", "--write-out", "%{stderr}%{size_download}\n"]
     if served.secure:
@@ -82,7 +82,7 @@ def _end(processes: Sequence[subprocess.Popen[str]]) -> None:
 @dataclass(frozen=True)
 class Rate:
     """
-    Answers a second, how many there were, and milliseconds for the median and the slowest hundredth.
+    Answers a second, their number, and milliseconds for the median and the slowest hundredth.
     """
 
     requests: float
@@ -93,7 +93,7 @@ class Rate:
 
 def hammer(ground: Ground, served: Served, path: str, seconds: int, connections: int = 32) -> Rate:
     """
-    Ask for C{path} on so many connections, as fast as it is answered.
+    Request C{path} on so many connections, as fast as it is answered.
     """
     argv = ["wrk", "--latency", "--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
     argv += ["--timeout", "30s", "--header", f"Accept: {MANIFEST_TYPE}", served.url + path]
@@ -115,7 +115,7 @@ def _latency(output: str, percent: int) -> float:
 
 def pull(ground: Ground, url: str, *, clients: int = 1, token: str | None = None) -> float:
     """
-    Have clients pull the image all at once, and tell the seconds until the last was done.
+    Have clients pull the image all at once, and return the seconds until the last was done.
 
     One client hashes, as Docker does; of many, the processor could do nothing but hash: they compare.
     """
@@ -139,9 +139,9 @@ def pull(ground: Ground, url: str, *, clients: int = 1, token: str | None = None
 
 def fetch_together(served: Served, path: str, size: int, clients: int, times: int) -> float:
     """
-    Have each of so many clients fetch C{path} so many times on a plain connection of its own; tell the seconds.
+    Have each of so many clients fetch C{path} so many times on a plain connection of its own; return the seconds.
 
-    The kernel throws the bytes away: what they cost the clients is nothing here.
+    The kernel discards the bytes, so they cost the clients nothing.
     """
     request, scratch = f"GET {path} HTTP/1.1\r\nHost: {LOCAL}\r\n\r\n".encode(), bytearray(size + 2**14)
     with contextlib.ExitStack() as stack:
@@ -174,7 +174,7 @@ def fetch_together(served: Served, path: str, size: int, clients: int, times: in
 
 def fetch_all_at_once(served: Served, path: str, size: int, clients: int) -> int:
     """
-    Have each of so many clients fetch C{path} once on a plain connection of its own; tell how many did not get it.
+    Have each of so many clients fetch C{path} once on a plain connection of its own; return how many failed.
     """
     request, scratch = f"GET {path} HTTP/1.1\r\nHost: {LOCAL}\r\n\r\n".encode(), bytearray(size + 2**14)
     failed, missing = 0, dict[socket.socket, int]()
@@ -201,9 +201,9 @@ def fetch_all_at_once(served: Served, path: str, size: int, clients: int) -> int
 
 def _left(connection: socket.socket, missing: int | None, size: int, scratch: bytearray) -> int:
     """
-    Take some of a response; tell how many bytes are missing, or -1 if it is not what was asked for.
+    Read some of a response; return how many bytes are missing, or -1 if it is wrong.
 
-    @param missing: what the last call told.
+    @param missing: the result of the last call.
     """
     try:
         if missing is not None:
@@ -217,7 +217,7 @@ def _left(connection: socket.socket, missing: int | None, size: int, scratch: by
 
 def hashing_seconds(ground: Ground, path: Path) -> float:
     """
-    Tell the processor time that hashing a file takes. Debian's C{sha256sum} does without the processor's own SHA-256.
+    Return the CPU time for hashing a file. Debian's C{sha256sum} does not use the processor's own SHA-256.
     """
     before = os.times()
     argv = ["openssl", "dgst", "-sha256", str(path)]
@@ -228,10 +228,10 @@ def hashing_seconds(ground: Ground, path: Path) -> float:
 
 def ask(served: Served, path: str, seconds: float, *, anew: bool, connections: int = 16) -> int:
     """
-    Ask for C{path}, which is answered with less than 16 KiB, on so many plain connections; tell how often it was.
+    Request C{path}, which has less than 16 KiB, on so many plain connections; return the number of answers.
 
     @param anew: whether each request has a connection of its own, which this side closes once it has the answer, as
-        programs do that keep none. They don't say so before.
+        programs without keep-alive do. They don't announce that.
     """
     request = f"GET {path} HTTP/1.1\r\nHost: {LOCAL}\r\nAccept: {MANIFEST_TYPE}\r\n\r\n".encode()
     deadline, count, opened = time.monotonic() + seconds, 0, list[socket.socket]()
@@ -263,7 +263,7 @@ def _take(served: Served, connection: socket.socket) -> None:
 
 def _length(data: bytes) -> int:
     """
-    Tell how many bytes a response has, of which C{data} is the begin; more than there are while that isn't known.
+    Return the length of a response that begins with C{data}; a larger number while it is unknown.
     """
     head, end, _ = data.partition(b"\r\n\r\n")
     length = re.search(rb"\r\nContent-Length: (\d+)", head, re.IGNORECASE)
@@ -273,7 +273,7 @@ def _length(data: bytes) -> int:
 @contextlib.contextmanager
 def idle(ground: Ground, served: Served, count: int) -> Iterator[None]:
     """
-    Hold so many connections that have asked for something once.
+    Hold so many connections that have sent one request.
     """
     context = ground.certificate.context()
     request = f"GET {served.health} HTTP/1.1\r\nHost: {LOCAL}\r\n\r\n".encode()
@@ -295,13 +295,13 @@ def _connected(served: Served, context: ssl.SSLContext, request: bytes) -> socke
 
 def blob(digest: str) -> str:
     """
-    Name a blob's path.
+    Return a blob's path.
     """
     return f"/v2/{REPOSITORY}/blobs/{digest}"
 
 
 def manifest(reference: str) -> str:
     """
-    Name a manifest's path.
+    Return a manifest's path.
     """
     return f"/v2/{REPOSITORY}/manifests/{reference}"

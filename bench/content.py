@@ -1,7 +1,7 @@
 """
-What the upstream holds: one image of several layers, and blobs by themselves, as files named by their digest.
+What the upstream holds: one image of several layers, and single blobs, as files named by their digest.
 
-The bytes are random: they compress to nothing, and no run can profit of another's.
+The bytes are random: they can't be compressed, and no run can benefit from another's.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ class Shelf:
 
     def read(self, digest: str) -> bytes:
         """
-        Read something by its digest.
+        Return content by its digest.
         """
         return (Path(self.directory) / digest.partition(":")[2]).read_bytes()
 
     def blobs(self) -> dict[str, int]:
         """
-        Name the image's blobs in the order of its manifest, config first, with their sizes.
+        Return the image's blobs in the order of its manifest, config first, with their sizes.
         """
         manifest = json.loads(self.read(self.manifest))
         return {each["digest"]: each["size"] for each in (manifest["config"], *manifest["layers"])}
 
     def to_json(self) -> str:
         """
-        Write it for another process.
+        Serialize it for another process.
         """
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Shelf:
         """
-        Read what C{to_json} wrote.
+        Parse what C{to_json} wrote.
         """
         return cls(**json.loads(text))
 
@@ -91,7 +91,7 @@ def _described(media_type: str, digest: str, directory: Path) -> dict[str, Any]:
 
 def fill(directory: Path, layers: int, layer_bytes: int, large_bytes: int, huge_bytes: int) -> Shelf:
     """
-    Make the content.
+    Create the content.
     """
     directory.mkdir()
     digests = [_put(directory, _random(layer_bytes)) for _ in range(layers)]

@@ -1,5 +1,5 @@
 """
-Cache directories of any size, made without an upstream; and what is taken out of them again.
+Create cache directories of any size without an upstream, and remove content from them again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def make_cache(root: Path, count: int, each: int) -> None:
 
 def bytes_in(root: Path) -> int:
     """
-    Tell how many bytes the cache reckons its files at.
+    Return how many bytes the cache counts for its files.
     """
     content = sum(
         on_disk(os.lstat(os.path.join(folder, name)).st_size)  # noqa: PTH118 (a Path each would take its time)
@@ -62,14 +62,14 @@ def bytes_in(root: Path) -> int:
 
 def layers(ground: Ground) -> list[str]:
     """
-    Name the layers.
+    Return the layers.
     """
     return list(ground.shelf.blobs())[1:]
 
 
 def forget_layers(ground: Ground, cache: Path) -> None:
     """
-    Take out of a cache what was pulled into it.
+    Remove from a cache what was pulled into it.
     """
     for digest in (*layers(ground), ground.shelf.large):
         name = digest.partition(":")[2]
@@ -78,7 +78,7 @@ def forget_layers(ground: Ground, cache: Path) -> None:
 
 def forget_manifest(ground: Ground, cache: Path) -> None:
     """
-    Take the manifest out of a cache.
+    Remove the manifest from a cache.
     """
     name = ground.shelf.manifest.partition(":")[2]
     (cache / "content" / "sha256" / name[:2] / name).unlink(missing_ok=True)

@@ -1,5 +1,5 @@
 """
-Where the benches take place: a temporary directory, two processors, and the stand-in for ECR.
+The environment of a benchmark: a temporary directory, two processors, and the stand-in for ECR.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOOLS = ("taskset", "curl", "wrk")
 @dataclass(frozen=True)
 class Upstream:
     """
-    The stand-in for ECR, running.
+    The running stand-in for ECR.
     """
 
     registry: str
@@ -34,7 +34,7 @@ class Upstream:
 
     def counts(self) -> dict[str, int]:
         """
-        Ask what it was asked so far.
+        Return its counts of requests so far.
         """
         connection = http.client.HTTPConnection(self.registry.partition("//")[2], timeout=30)
         with contextlib.closing(connection):
@@ -46,7 +46,7 @@ class Upstream:
 @dataclass(frozen=True)
 class Ground:
     """
-    Where the benches take place.
+    The environment of a benchmark.
     """
 
     directory: Path
@@ -56,7 +56,7 @@ class Ground:
 
     def fresh(self, name: str) -> Path:
         """
-        Make a directory of its own.
+        Create a new directory.
         """
         return Path(tempfile.mkdtemp(prefix=f"{name.replace(' ', '-')}-", dir=self.directory))
 
@@ -65,7 +65,7 @@ class Ground:
         """
         Run an upstream.
 
-        @param secure: whether its bucket speaks TLS.
+        @param secure: whether its bucket uses TLS.
         """
         output = self.fresh("upstream") / "upstream.log"
         argv = [sys.executable, "-m", "bench.upstream", "--shelf", self.shelf.to_json()]
@@ -80,7 +80,7 @@ class Ground:
 
 def say(line: str) -> None:
     """
-    Tell the person who waits how far it is.
+    Report progress to the user.
     """
     print(line, file=sys.stderr, flush=True)
 
@@ -90,7 +90,7 @@ def prepared(
     within: str | None, layers: int, layer_bytes: int, large_bytes: int, huge_bytes: int = 4096
 ) -> Iterator[Ground]:
     """
-    Prepare the ground, and clear it away. Ends the program if it lacks a tool.
+    Set up the environment, and remove it afterwards. Exits if a tool is missing.
     """
     if missing := [tool for tool in TOOLS if not shutil.which(tool, path=PATH)]:
         sys.exit(f"bench: not installed: {', '.join(missing)}; see bench/install-packages.sh")

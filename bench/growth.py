@@ -1,8 +1,8 @@
 """
-The daemon over a large cache, against the same over an empty one: C{python -m bench.growth}.
+Compare the daemon over a large cache with the same over an empty one: C{python -m bench.growth}.
 
 The large cache has an entry and a sparse content file for each name, made as the store makes them. Everything is
-seen from outside: when the first answer comes, how long answers take while the daemon compares its cache with the
+measured from outside: when the first answer comes, how long answers take while the daemon compares its cache with the
 index, how fast hits are, and how long a pull takes that must evict others to fit. The file system's caches are warm.
 """
 
@@ -59,7 +59,7 @@ COLUMNS = (EMPTY, SMALL, LARGE)
 
 class Probe:
     """
-    Asks for /healthz every few milliseconds, on one connection, until it is told to stop.
+    Requests /healthz every few milliseconds, on one connection, until it is stopped.
     """
 
     def __init__(self, port: int) -> None:
@@ -87,7 +87,7 @@ class Probe:
 
     def tell(self, figures: Figures, who: str) -> None:
         """
-        Add what was found.
+        Add the results.
         """
         if self._failure is not None:
             raise self._failure
@@ -112,7 +112,7 @@ def _status(connection: http.client.HTTPConnection, path: str) -> int:
 
 def fetch(port: int, path: str) -> float:
     """
-    Fetch C{path} on a connection of its own, and tell the seconds that it took.
+    Fetch C{path} on a connection of its own, and return the seconds that it took.
     """
     with contextlib.closing(http.client.HTTPConnection(LOCAL, port, timeout=120)) as connection:
         return _ask(connection, path)
@@ -120,7 +120,7 @@ def fetch(port: int, path: str) -> float:
 
 def answered(port: int, path: str) -> Callable[[], bool]:
     """
-    Make a question whether C{path} is there by now: the daemon refuses it while it has no token for long.
+    Return a condition: C{path} is served by now. The daemon refuses it while it has no token for long.
     """
 
     def ask() -> bool:
@@ -135,7 +135,7 @@ def answered(port: int, path: str) -> Callable[[], bool]:
 
 def connected(port: int) -> Callable[[], bool]:
     """
-    Make a question whether somebody listens.
+    Return a condition: the port accepts connections.
     """
 
     def ask() -> bool:
@@ -191,12 +191,9 @@ def hits(
     seconds: int,
     settings: Settings = LARGE_LIMIT,
 ) -> None:
-    """
-    Measure hits.
-    """
     forget_layers(ground, cache)
     with served(OURS, ground, upstream, cache=cache, settings=settings) as one:
-        fetch(one.port, blob(ground.shelf.large))  # a miss: it is there from now on
+        fetch(one.port, blob(ground.shelf.large))  # a miss: it is cached from now on
         time.sleep(0.5)
         for name, path in (("manifest", manifest(ground.shelf.manifest)), ("blob", blob(ground.shelf.large))):
             hammer(ground, one, path, 1)
@@ -208,7 +205,7 @@ def hits(
 
 def pulls(ground: Ground, upstream: Upstream, cache: Path, limit: int) -> list[float]:
     """
-    Pull each layer by itself into a cache of C{limit} bytes, and tell the milliseconds of each.
+    Pull each layer by itself into a cache of C{limit} bytes, and return the milliseconds of each.
     """
     with served(OURS, ground, upstream, cache=cache, settings={"PROXY_CACHE_LIMIT": str(limit)}) as one:
         fetch(one.port, blob(ground.shelf.large))
@@ -218,7 +215,7 @@ def pulls(ground: Ground, upstream: Upstream, cache: Path, limit: int) -> list[f
 
 def evicting(ground: Ground, upstream: Upstream, who: str, cache: Path, figures: Figures) -> None:
     """
-    Measure pulls into a cache that is full, and, in an empty one, pulls that have room.
+    Measure pulls into a cache that is full, and, in an empty one, pulls that fit.
     """
     forget_layers(ground, cache)
     if who == EMPTY:
@@ -226,7 +223,7 @@ def evicting(ground: Ground, upstream: Upstream, who: str, cache: Path, figures:
         return
     limit = bytes_in(cache) + 8 * 2**20  # the log of the index grows to 4 MiB
     found = pulls(ground, upstream, cache, limit)
-    if bytes_in(cache) > 1.01 * limit:  # the log of the index is weighed once a second
+    if bytes_in(cache) > 1.01 * limit:  # the size of the index's log is checked once a second
         raise RuntimeError(f"the {who} cache has outgrown its limit")
     figures.add("evicting", who, statistics.median(found))
     figures.add("evicting slow", who, max(found))
@@ -234,7 +231,7 @@ def evicting(ground: Ground, upstream: Upstream, who: str, cache: Path, figures:
 
 def measure(ground: Ground, options: argparse.Namespace, sizes: Sizes) -> Figures:
     """
-    Measure all, in turns.
+    Measure everything, in turns.
     """
     figures, made = Figures(), {who: ground.directory / f"cache-{who}" for who in COLUMNS}
     make_cache(made[LARGE], options.entries, options.each)
@@ -256,7 +253,7 @@ def measure(ground: Ground, options: argparse.Namespace, sizes: Sizes) -> Figure
 
 def lines_of(figures: Figures) -> list[list[str]]:
     """
-    Make the table's cells.
+    Return the table's cells.
     """
     table = [["", *COLUMNS, "large / empty", "large / small"]]
     for row in ROWS:
@@ -271,7 +268,7 @@ def lines_of(figures: Figures) -> list[list[str]]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """
-    Read the command line.
+    Parse the command line.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__)
     parser.add_argument("--entries", type=int, help="of the large cache (default 200000; quick: 2000)")

@@ -1,5 +1,5 @@
 """
-Where and of what the figures are: machine, programs, commit.
+The conditions of a run: machine, programs, commit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _output(*argv: str) -> str:
 
 def commit() -> str:
     """
-    Name the commit that is measured.
+    Return the commit that is measured.
     """
     named = _output("git", "rev-parse", "--short", "HEAD")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", "ecrproxy")
@@ -48,7 +48,7 @@ def _memory() -> str:
 
 def facts() -> dict[str, str]:
     """
-    Describe all that a figure depends on.
+    Describe everything that a result depends on.
     """
     versions = {"Python": platform.python_version(), "Twisted": importlib.metadata.version("Twisted")}
     versions |= {"OpenSSL": ssl.OPENSSL_VERSION.split()[1], **available()}

@@ -1,7 +1,8 @@
 """
-What is measured, each in a round of its own for each who is compared.
+The measurements, each in a separate round for each server.
 
-A round starts everything anew, so that no order of them helps anyone; the figures of several rounds are kept, and
+A round starts everything from scratch, so that no order of them helps any server; the results of several rounds are
+kept, and
 their median counts.
 """
 
@@ -37,7 +38,7 @@ from bench.upstream import SECRET
 @dataclass(frozen=True)
 class Sizes:
     """
-    How large everything is.
+    The sizes of everything.
 
     @ivar times: how often one stream fetches the large blob in a round, over TCP and over TLS.
     @ivar shares: the same for each of eight streams.
@@ -46,8 +47,8 @@ class Sizes:
     @ivar rate: bytes a second of each bucket connection of the cold pulls.
     @ivar crowd: clients that fetch a warm blob of 1 MiB at once.
     @ivar fetches: how often each of them does.
-    @ivar huge_bytes: of the layer of which only the bytes count.
-    @ivar rushing: clients that want a cold blob of 1 MiB at once.
+    @ivar huge_bytes: size of the layer of which only the bytes count.
+    @ivar rushing: clients that request a cold blob of 1 MiB at once.
     @ivar small_layers: layers of an image that has many small ones.
     @ivar latencies: seconds before each upstream answer of the cold pulls of that.
     """
@@ -96,13 +97,13 @@ LANES = 4
 FEW, MANY = 32, 256
 """Connections on which manifests are asked for."""
 SETTLED = 0.5
-"""Seconds for what is done when the last client has what it wants, as committing the file is."""
+"""Seconds for work after the last client has its answer, such as committing the file."""
 Measure = Callable[[Ground, Sizes, str, Figures], None]
 
 
 def _stream(ground: Ground, sizes: Sizes, one: Served, streams: int, times: int) -> tuple[float, float]:
     """
-    Fetch the large blob; tell GB a second, and the server's CPU seconds a GB.
+    Fetch the large blob; return GB a second, and the server's CPU seconds per GB.
     """
     used = cpu_seconds(one.pid)
     seconds = download(ground, one, blob(ground.shelf.large), sizes.large_bytes, streams, times)
@@ -116,7 +117,7 @@ def hot(ground: Ground, sizes: Sizes, peer: str, figures: Figures, *, secure: bo
     """
     name = "tls" if secure else "tcp"
     with ground.upstream() as upstream, served(peer, ground, upstream, secure=secure) as one:
-        for _ in range(2):  # the second time, it is there for certain
+        for _ in range(2):  # the second time it is certainly cached
             download(ground, one, blob(ground.shelf.large), sizes.large_bytes, 1, 1)
         time.sleep(0.5)
         speed, cost = _stream(ground, sizes, one, 1, sizes.times[secure])
@@ -170,7 +171,7 @@ def crowd(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
 
 def connecting(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
     """
-    Measure manifests that are in the cache, on connections that are kept and on a new one each.
+    Measure cached manifests, on keep-alive connections and on a new one each.
     """
     settings, path = {MANIFESTS: "yes"} if peer == NGINX else {}, manifest(ground.shelf.manifest)
     with ground.upstream() as upstream, served(peer, ground, upstream, settings=settings) as one:
@@ -187,7 +188,7 @@ def connecting(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> Non
 
 def cold(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
     """
-    Measure one client's pull of what nobody has.
+    Measure one client's pull of uncached content.
     """
     with ground.upstream(sizes.latency, sizes.rate) as upstream:
         if peer == DIRECT:
@@ -199,9 +200,9 @@ def cold(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
 
 def inbound(ground: Ground, sizes: Sizes, peer: str, figures: Figures, *, secure: bool = False) -> None:
     """
-    Measure a large layer that nobody has, from a bucket that gives each connection only so much.
+    Measure an uncached large layer, from a bucket with a rate limit per connection.
 
-    nginx verifies nothing: what C{openssl dgst -sha256} takes for as many bytes is added to its processor time.
+    nginx verifies nothing: what C{openssl dgst -sha256} takes for as many bytes is added to its CPU time.
     """
     name, size, shelf = "inbound-tls" if secure else "inbound", sizes.huge_bytes, ground.shelf
     settings = {"SSL_CERT_FILE": str(ground.certificate.chain)} if secure and peer == OURS else {}
@@ -221,14 +222,14 @@ def inbound(ground: Ground, sizes: Sizes, peer: str, figures: Figures, *, secure
 
 def inbound_tls(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
     """
-    Measure a large layer that nobody has, from a bucket that speaks TLS.
+    Measure an uncached large layer, from a bucket with TLS.
     """
     inbound(ground, sizes, peer, figures, secure=True)
 
 
 def rush(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
     """
-    Measure a blob of 1 MiB that nobody has and many clients want at once.
+    Measure an uncached blob of 1 MiB that many clients request at once.
     """
     settings = {"PROXY_CONNECTIONS_PER_ADDRESS": "0"} if peer == OURS else {}  # all of them have one
     with (
@@ -245,7 +246,7 @@ def rush(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
 
 def ahead(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
     """
-    Measure one client's pull of many small layers that nobody has, three at a time, from afar.
+    Measure one client's pull of many small uncached layers, three at a time, with a distant upstream.
     """
     shelf = fill(ground.fresh("layers") / "content", sizes.small_layers, sizes.small_layer_bytes, 0, 0)
     afar = replace(ground, shelf=shelf)
@@ -269,7 +270,7 @@ def _asked(upstream: Upstream, before: dict[str, int], *names: str) -> int:
 
 def storm(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
     """
-    Measure many clients' pull at once, of what nobody has, and then again.
+    Measure many clients' pull at once, of uncached content, and then again.
     """
     with ground.upstream(sizes.latency, sizes.rate) as upstream, served(peer, ground, upstream) as one:
         before, used = upstream.counts(), cpu_seconds(one.pid)
@@ -289,7 +290,7 @@ def storm(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
 
 def memory(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
     """
-    Measure the memory of one that does nothing, and of one whose clients do nothing.
+    Measure the memory of an idle server, and of one with idle clients.
     """
     with ground.upstream() as upstream, served(peer, ground, upstream) as one:
         time.sleep(0.5)

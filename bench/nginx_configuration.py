@@ -1,5 +1,5 @@
 """
-What nginx is told, so that it does what the nginx-based ECR proxy does, with its defaults.
+The nginx configuration that does what the nginx-based ECR proxy does, with its defaults.
 """
 
 KEEP_MANIFESTS = (

@@ -1,8 +1,8 @@
 """
-Who is compared: nginx set up as the ECR proxy sets it up, distribution's registry in pull-through mode, the daemon.
+The servers: nginx set up as the ECR proxy sets it up, distribution's registry in pull-through mode, the daemon.
 
 Each is started with an empty cache directory unless it is given one, listens on a port of its own, and writes its
-access log to a file, as it would in service.
+access log to a file, as in production.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _STALL = re.compile(r"stood still for ([\d.]+) s")
 @dataclass(frozen=True)
 class Served:
     """
-    One that is compared, running.
+    A running server.
 
     @ivar health: a path that it answers by itself.
-    @ivar stalls: how long its event loop stood still at the most, in seconds: known when it has ended, if it tells.
+    @ivar stalls: its longest event-loop stall, in seconds: known when it has ended, if it reports that.
     """
 
     peer: str
@@ -54,14 +54,14 @@ class Served:
     @property
     def url(self) -> str:
         """
-        Where it is.
+        Return its URL.
         """
         return f"{'https' if self.secure else 'http'}://{LOCAL}:{self.port}"
 
 
 def available() -> dict[str, str]:
     """
-    Tell who is installed, and what version each is.
+    Return which servers are installed, and their versions.
     """
     found = {}
     if shutil.which("nginx", path=PATH):
@@ -99,7 +99,7 @@ def served(
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[Served]:
     """
-    Run one of those who are compared, until it is ready; its cache goes with it unless it was given.
+    Run a server until the block ends; its cache is removed unless it was given.
 
     @param settings: more variables for the daemon; L{MANIFESTS} for nginx.
     """
@@ -116,9 +116,6 @@ def served(
 def nginx(
     ground: Ground, upstream: Upstream, home: Path, cache: Path, secure: bool, settings: Mapping[str, str]
 ) -> Iterator[Served]:
-    """
-    Run nginx.
-    """
     port = free_port()
     tls = f"ssl_certificate {ground.certificate.chain}; ssl_certificate_key {ground.certificate.key};"
     text = TEXT.format(
@@ -145,9 +142,6 @@ def nginx(
 def distribution(
     ground: Ground, upstream: Upstream, home: Path, cache: Path, secure: bool, settings: Mapping[str, str]
 ) -> Iterator[Served]:
-    """
-    Run distribution's registry.
-    """
     port = free_port()
     http_part: dict[str, object] = {"addr": f"{LOCAL}:{port}", "secret": "bench"}
     if secure:
@@ -172,7 +166,7 @@ def our_environment(
     upstream: Upstream, home: Path, cache: Path, port: int, settings: Mapping[str, str]
 ) -> dict[str, str]:
     """
-    Make the daemon's environment.
+    Return the daemon's environment.
     """
     return environment(
         home,
@@ -197,8 +191,8 @@ def ours(
     ground: Ground, upstream: Upstream, home: Path, cache: Path, secure: bool, settings: Mapping[str, str]
 ) -> Iterator[Served]:
     """
-    Run the daemon, as it is installed beside the interpreter that runs the bench; where the number of its processes is
-    set, on the clients' processor too.
+    Run the daemon that is installed with the interpreter of the bench; if the number of its processes is set, on the
+    clients' processor too.
     """
     port = free_port()
     tls = {"PROXY_SSL_KEY": str(ground.certificate.key), "PROXY_SSL_CERTIFICATE": str(ground.certificate.chain)}
@@ -216,7 +210,7 @@ def ours(
 
 def listens(port: int) -> bool:
     """
-    Tell whether somebody accepts connections there.
+    Return True if the port accepts connections.
     """
     try:
         socket.create_connection((LOCAL, port), timeout=5).close()
@@ -231,7 +225,7 @@ def _has_token(ground: Ground, one: Served) -> bool:
 
 def status_of(ground: Ground, one: Served, path: str) -> int:
     """
-    Ask for C{path} and tell the answer's status; 0 for none.
+    Request C{path} and return the answer's status; 0 for none.
     """
     context = ground.certificate.context()
     connection = (

@@ -1,5 +1,5 @@
 """
-Programs that the benches start, pin to a processor, look at from outside, and end by their process id.
+Programs that the benchmarks start, pin to a processor, measure from outside, and stop by their process id.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 @dataclass(frozen=True)
 class Processors:
     """
-    Which processor the program under test has, and which the upstream and the clients share.
+    The processor of the program under test, and the one that the upstream and the clients share.
     """
 
     server: int
@@ -37,14 +37,14 @@ class Processors:
     @property
     def both(self) -> str:
         """
-        List them for taskset.
+        Return both for taskset.
         """
         return f"{self.server},{self.others}"
 
     @classmethod
     def choose(cls) -> Processors:
         """
-        Take the first two that this process may use; one for both if there is no second.
+        Choose the first two that this process may use; one for both if there is no second.
         """
         usable = sorted(os.sched_getaffinity(0))
         return cls(usable[0], usable[1 % len(usable)])
@@ -52,7 +52,7 @@ class Processors:
 
 def settle_down() -> Processors:
     """
-    Prepare this process: on the clients' processor, with descriptors enough, ended in order by SIGTERM.
+    Prepare this process: on the clients' processor, with enough descriptors, and a clean exit on SIGTERM.
     """
     chosen = Processors.choose()
     os.sched_setaffinity(0, {chosen.others})
@@ -65,14 +65,14 @@ def settle_down() -> Processors:
 
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """
-    Make the environment of a program: nothing of this one's leaks into it.
+    Return a program's environment without this process's variables.
     """
     return {"PATH": PATH, "HOME": str(home), "LANG": "C.UTF-8", **(extra or {})}
 
 
 def said(output: Path) -> str:
     """
-    Read the end of what a program wrote.
+    Return the end of a program's output.
     """
     return output.read_bytes()[-2000:].decode(errors="replace") if output.exists() else ""
 
@@ -88,10 +88,10 @@ def running(
     stdout: int | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """
-    Run a program on one processor, and end it whatever happens.
+    Run a program on one processor, and stop it whatever happens.
 
     @param cpu: or on several, as taskset lists them.
-    @param stdout: where its standard output goes, if not into C{output} like its complaints.
+    @param stdout: where its standard output goes, if not into C{output} with its errors.
     """
     with output.open("ab") as sink:
         process = subprocess.Popen(
@@ -111,7 +111,7 @@ def running(
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """
-    Ask a program to end; after a while, make it and what it started.
+    Ask a program to end; after a while, kill it and what it started.
     """
     family = tree(process.pid)
     if process.poll() is None:
@@ -141,7 +141,7 @@ def first_line(process: subprocess.Popen[bytes], output: Path) -> bytes:
 
 def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], output: Path, pause: float = 0.02) -> None:
     """
-    Wait until a program is ready; tell what it said if it never is.
+    Wait until a program is ready; show its output if it never is.
     """
     deadline = time.monotonic() + READY_SECONDS
     while not ready():
@@ -152,7 +152,7 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], outp
 
 def tree(pid: int) -> list[int]:
     """
-    Name a process and all that descend from it.
+    Return a process and its descendants.
     """
     found = [pid]
     for each in found:
@@ -164,7 +164,7 @@ def tree(pid: int) -> list[int]:
 
 def cpu_seconds(pid: int) -> float:
     """
-    Tell the processor time that a process and its descendants have used, those that ended included.
+    Return the CPU time that a process and its descendants have used, including those that ended.
     """
     ticks = 0
     for each in tree(pid):
@@ -176,7 +176,7 @@ def cpu_seconds(pid: int) -> float:
 
 def resident(pid: int) -> float:
     """
-    Tell the MiB of memory that a process and its descendants hold; what they share is counted once.
+    Return the MiB of memory that a process and its descendants hold; shared memory is counted once.
     """
     private, shared = 0, 0
     for each in tree(pid):

@@ -1,9 +1,10 @@
 """
 Clients that pull an image as Docker does: C{python -m bench.pulling --url URL --shelf JSON}.
 
-Each asks for the tag, fetches the manifest by its digest, then the config and the layers, some at a time, on
-connections that it keeps. What arrives is verified: hashed against its digest, as Docker does, or compared byte by
-byte with what was pushed, which proves as much and leaves the processor to those who are compared. A redirect is
+Each requests the tag, fetches the manifest by its digest, then the config and the layers, some at a time, on
+keep-alive connections. All content is verified: hashed and compared with its digest, as Docker does, or compared byte
+by
+byte with what was pushed, which proves as much and leaves the processor to the servers. A redirect is
 followed. Prints one line of JSON: seconds from the first request to the last verified byte.
 """
 
@@ -29,7 +30,7 @@ SECONDS = 120
 
 class PullError(Exception):
     """
-    A pull went wrong.
+    Raised if a pull failed.
     """
 
 
@@ -45,7 +46,7 @@ class Link:
 
     def ask(self, method: str, path: str) -> http.client.HTTPResponse:
         """
-        Ask the registry; a redirect is followed, the token stays behind.
+        Send a request to the registry; a redirect is followed, without the token.
         """
         headers = {"Accept": MANIFEST_TYPE}
         if self._token is not None:
@@ -78,7 +79,7 @@ class Link:
 
 class Hashed:
     """
-    A body that must have a digest.
+    A body with an expected digest.
     """
 
     def __init__(self, digest: str) -> None:
@@ -89,7 +90,7 @@ class Hashed:
 
     def finish(self) -> None:
         """
-        Hold all against the digest.
+        Compare the hash with the digest.
         """
         if f"sha256:{self._state.hexdigest()}" != self._digest:
             raise PullError(f"what came is not {self._digest}")
@@ -97,7 +98,7 @@ class Hashed:
 
 class Compared:
     """
-    A body that must be the bytes that were pushed.
+    A body with expected bytes.
     """
 
     def __init__(self, expected: bytes) -> None:
@@ -110,7 +111,7 @@ class Compared:
 
     def finish(self) -> None:
         """
-        See that nothing is missing.
+        Check that nothing is missing.
         """
         if self._at != len(self._expected):
             raise PullError(f"{self._at} bytes came of {len(self._expected)}")
@@ -129,9 +130,6 @@ class Client:
         self._check = check
 
     def pull(self) -> None:
-        """
-        Pull the image.
-        """
         link = self._links[0]
         head = link.ask("HEAD", f"/v2/{REPOSITORY}/manifests/{TAG}")
         head.read()
@@ -166,7 +164,7 @@ class Client:
 
 def together(jobs: Sequence[Callable[[], None]]) -> None:
     """
-    Do jobs at once, each in a thread; the first failure of one is everybody's.
+    Run jobs at once, each in a thread; the first failure of one is raised.
     """
     failures: list[BaseException] = []
 
@@ -186,9 +184,6 @@ def together(jobs: Sequence[Callable[[], None]]) -> None:
 
 
 def main() -> None:
-    """
-    Pull.
-    """
     parser = argparse.ArgumentParser(prog="python -m bench.pulling", description=__doc__)
     parser.add_argument("--url", required=True, help="the registry")
     parser.add_argument("--shelf", required=True, type=Shelf.from_json, help="what is there, as JSON")

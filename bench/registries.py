@@ -1,7 +1,8 @@
 """
-The daemon with one registry, against the same with fifty: C{python -m bench.registries}.
+Compare the daemon with one registry with the same with fifty: C{python -m bench.registries}.
 
-Those beside the default have tables in a configuration file, and are wired but not asked. Everything is seen from
+Those beside the default have tables in a configuration file, and are built but get no requests. Everything is measured
+from
 outside, as in L{bench.growth}.
 """
 
@@ -71,7 +72,7 @@ def measure(ground: Ground, options: argparse.Namespace, sizes: Sizes) -> Figure
 
 def lines_of(figures: Figures) -> list[list[str]]:
     """
-    Make the table's cells.
+    Return the table's cells.
     """
     table = [["", *COLUMNS, "fifty / one"]]
     for row in MEASURED:

@@ -1,5 +1,5 @@
 """
-Figures, and the table that they make.
+Results, and their table.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Row:
     """
     One line of the table.
 
-    @ivar key: what the figures were added as.
-    @ivar digits: behind the point.
+    @ivar key: the name under which the results were added.
+    @ivar digits: after the decimal point.
     """
 
     key: str
@@ -81,34 +81,34 @@ RATIOS = (DIRECT, NGINX, DISTRIBUTION)
 @dataclass
 class Figures:
     """
-    All figures of a run: by what was measured, by who, one for each round.
+    All results of a run: by measurement, by server, one for each round.
     """
 
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def add(self, key: str, who: str, value: float) -> None:
         """
-        Keep a figure.
+        Add a result.
         """
         self.values.setdefault(key, {}).setdefault(who, []).append(value)
 
     def median(self, key: str, who: str) -> float:
         """
-        Tell the median of all rounds; not a number if there was none.
+        Return the median of all rounds; NaN if there was none.
         """
         runs = self.values.get(key, {}).get(who)
         return statistics.median(runs) if runs else math.nan
 
     def ratio(self, key: str, who: str, to: str) -> float:
         """
-        Tell how many times the figure of C{to} that of C{who} is.
+        Return the ratio of the result of C{to} to that of C{who}.
         """
         base = self.median(key, to)
         return self.median(key, who) / base if base else math.nan
 
     def document(self) -> dict[str, dict[str, Any]]:
         """
-        Write all down for programs.
+        Return everything for programs.
         """
         return {
             key: {who: {"median": self.median(key, who), "rounds": rounds} for who, rounds in runs.items()}
@@ -122,7 +122,7 @@ def _cell(value: float, digits: int) -> str:
 
 def lines_of(figures: Figures, rows: Sequence[Row] = ROWS) -> list[list[str]]:
     """
-    Make the table's cells, its head first. Columns without any figure are left out.
+    Return the table's cells, its head first. Columns without any result are left out.
     """
     ours = {who for runs in figures.values.values() for who in runs}
     columns = [who for who in COLUMNS if who in ours]
@@ -145,7 +145,7 @@ def _aligned(table: Sequence[Sequence[str]], widths: Sequence[int]) -> list[str]
 
 def text_table(table: Sequence[Sequence[str]]) -> str:
     """
-    Write the table for a terminal.
+    Format the table for a terminal.
     """
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     return "\n".join(_aligned(table, widths))
@@ -153,7 +153,7 @@ def text_table(table: Sequence[Sequence[str]]) -> str:
 
 def rst_table(table: Sequence[Sequence[str]]) -> str:
     """
-    Write the table for docs/benchmarks.rst, as reStructuredText's simple table.
+    Format the table for docs/benchmarks.rst, as reStructuredText's simple table.
     """
     # An empty first cell would continue the row above; a dash there would begin a list.
     filled = [[line[0].replace("- ", "… ", 1) or "measure", *(cell or "-" for cell in line[1:])] for line in table]
@@ -165,7 +165,7 @@ def rst_table(table: Sequence[Sequence[str]]) -> str:
 
 def rst_facts(facts: Mapping[str, str]) -> str:
     """
-    Write facts for docs/benchmarks.rst, as a list of fields.
+    Format facts for docs/benchmarks.rst, as a list of fields.
     """
     return "\n".join(f":{name}: {value}" for name, value in facts.items())
 
@@ -174,7 +174,7 @@ def report(
     facts: Mapping[str, str], table: Sequence[Sequence[str]], figures: Figures, options: argparse.Namespace
 ) -> None:
     """
-    Print the table as C{options} want it, and write all figures where they say.
+    Print the table in the format of C{options}, and write all results to its file.
     """
     if options.rst:
         print(rst_facts(facts), rst_table(table), sep="\n\n")

@@ -25,7 +25,7 @@ CIPHER = "TLS_AES_128_GCM_SHA256"
 @dataclass(frozen=True)
 class Certificate:
     """
-    The files of a certificate that signs itself.
+    The files of a self-signed certificate.
     """
 
     key: Path
@@ -33,14 +33,14 @@ class Certificate:
 
     def context(self) -> ssl.SSLContext:
         """
-        Make what a client in Python needs to believe it.
+        Return a context for clients in Python that trust it.
         """
         return ssl.create_default_context(cafile=str(self.chain))
 
 
 def make_certificate(directory: Path) -> Certificate:
     """
-    Make key and certificate in C{directory}.
+    Create key and certificate in C{directory}.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bench")])

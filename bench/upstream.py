@@ -1,10 +1,11 @@
 """
-A fast stand-in for ECR, so that not the upstream is measured: C{python -m bench.upstream --shelf JSON}.
+A fast stand-in for ECR, so that the upstream is not the bottleneck: C{python -m bench.upstream --shelf JSON}.
 
-Three ports: C{registry} checks the token as ECR does and gives one to signed calls of AWS's API; C{open} is the same
-registry for who knows no such token; C{bucket} gives the bytes that both redirect to, at a rate for each connection.
-A thread for each connection; the kernel moves the bytes, unless the bucket speaks TLS. C{/_counts} on any port tells
-what was asked so far.
+Three ports: C{registry} checks the token as ECR does and issues one for signed calls of AWS's API; C{open} is the same
+registry for servers without such tokens; C{bucket} serves the bytes that both redirect to, at a rate for each
+connection.
+A thread for each connection; the kernel moves the bytes, unless the bucket uses TLS. C{/_counts} on any port returns
+the counts of requests so far.
 """
 
 from __future__ import annotations
@@ -75,22 +76,19 @@ class Reply:
 
 class Tally:
     """
-    What was asked so far.
+    Counts of requests.
     """
 
     def __init__(self) -> None:
         self._lock, self._counts = threading.Lock(), Counter[str]()
 
     def add(self, what: str, count: int = 1) -> None:
-        """
-        Count something.
-        """
         with self._lock:
             self._counts[what] += count
 
     def read(self) -> dict[str, int]:
         """
-        Tell all counts.
+        Return all counts.
         """
         with self._lock:
             return dict(self._counts)
@@ -108,9 +106,6 @@ class Registry:
         self._sizes[shelf.huge] = shelf.huge_bytes
 
     def answer(self, asked: Asked) -> Reply:
-        """
-        Answer a request.
-        """
         if asked.method == "POST":
             return self._token()
         if not self._open and asked.headers.get("authorization") != f"Basic {SECRET}":
@@ -158,9 +153,6 @@ class Bucket:
         self._directory, self._tally = shelf.directory, tally
 
     def answer(self, asked: Asked) -> Reply:
-        """
-        Answer a request.
-        """
         self._tally.add("bucket requests")
         if "authorization" in asked.headers:  # S3: "Only one auth mechanism allowed"
             return Reply(400, body=b"<Error><Code>InvalidArgument</Code></Error>")
@@ -185,7 +177,7 @@ class Listener:
 
     @param latency: seconds before each answer.
     @param rate: bytes a second of each connection, or 0.
-    @param tls: has it speak TLS.
+    @param tls: makes it use TLS.
     """
 
     def __init__(
@@ -202,7 +194,7 @@ class Listener:
 
     def start(self) -> None:
         """
-        Serve from now on.
+        Start serving.
         """
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -224,7 +216,7 @@ class Listener:
                     if asked.headers.get("connection", "").lower() == "close":
                         return
         except OSError:
-            pass  # the client has gone
+            pass  # the client has disconnected
 
     def _answer(self, connection: socket.socket, asked: Asked, *, first: bool) -> None:
         if asked.path == "/_counts":
@@ -259,7 +251,7 @@ class Listener:
 
 def _move(connection: socket.socket, file: BinaryIO, at: int, count: int) -> int:
     """
-    Send bytes of a file; tells how many.
+    Send bytes of a file; return how many.
     """
     if not isinstance(connection, ssl.SSLSocket):
         return os.sendfile(connection.fileno(), file.fileno(), at, count)
@@ -270,7 +262,7 @@ def _move(connection: socket.socket, file: BinaryIO, at: int, count: int) -> int
 
 def _read(stream: BufferedReader) -> Asked | None:
     """
-    Read a request, its body dropped; none at the connection's end.
+    Read a request, and discard its body; return None at the connection's end.
     """
     line = stream.readline().decode("latin-1").split()
     if len(line) != 3:
@@ -285,7 +277,7 @@ def _read(stream: BufferedReader) -> Asked | None:
 
 def main() -> None:
     """
-    Serve until stopped; the first line says where.
+    Serve until stopped; the first line has the addresses.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.upstream", description=__doc__)
     parser.add_argument("--shelf", required=True, type=Shelf.from_json, help="the content, as JSON")

@@ -4,7 +4,7 @@ Run one target: C{python -m fuzz TARGET [CORPUS...] [libFuzzer's options]}.
 - C{front}: a client's bytes on a connection to the whole daemon, in memory.
 - C{back}: upstream's bytes as the answer to the daemon, in memory.
 - C{ways}: a story of requests and of what happens between them, with the hot path and without.
-- C{parsers}: whatever else reads text or bytes: routes, ranges, settings, manifests, entries.
+- C{parsers}: all other parsers of text or bytes: routes, ranges, settings, manifests, entries.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["ecrproxy"]):
 
 def ways(data: bytes) -> None:
     """
-    Tell a story both ways.
+    Run a story both ways.
     """
     compare(data)
 
@@ -33,7 +33,7 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {"front": ask, "back": answ
 
 def main() -> None:
     """
-    Hand the rest of the command line to libFuzzer.
+    Pass the rest of the command line to libFuzzer.
     """
     target = TARGETS[sys.argv[1]]
     atheris.Setup([sys.argv[0], *sys.argv[2:]], target)

@@ -1,5 +1,5 @@
 """
-What reads text or bytes and needs no connection: it understands, or refuses in the way that it promises.
+Parsers of text or bytes that need no connection: they accept their input, or reject it in the documented way.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ PARSERS: Final[tuple[Callable[[bytes], None], ...]] = (
 
 def parse(data: bytes) -> None:
     """
-    The first byte chooses who reads the rest.
+    The first byte chooses the parser of the rest.
     """
     if data:
         PARSERS[data[0] % len(PARSERS)](data[1:])

@@ -1,8 +1,8 @@
 """
 The whole daemon in memory, with any bytes at all on one of its two sides.
 
-What must hold: nothing is logged as an error of ours, nothing that is outside the pattern is asked for, every answer is
-well formed, and no answer that is complete has other bytes than its digest names.
+Invariants: nothing is logged as an error of ours, nothing outside the pattern is requested, every answer is
+well formed, and no complete answer has bytes that don't match its digest.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ HEAD: Final = re.compile(rb"HTTP/1\.[01] (\d{3}) [A-Za-z -]+\r\n((?:[A-Za-z-]+: 
 
 class Scene:
     """
-    A daemon that has nothing yet, its stand-in, and what it logs.
+    A daemon with an empty cache, its stand-in, and what it logs.
 
-    @param clients: whether it is they who say anything at all. That is no error of ours; what upstream says may be one.
+    @param clients: whether the input comes from clients. That causes no error of ours; input from upstream may.
     """
 
     def __init__(self, *, clients: bool = False) -> None:
@@ -77,7 +77,7 @@ class Scene:
 
     def close(self) -> None:
         """
-        Look at what it left, and clear it away.
+        Check the invariants, and clean up.
         """
         for path in self.root.rglob("content/*/*/*"):
             assert is_right(path), path
@@ -91,7 +91,7 @@ def is_right(path: Path) -> bool:
 @functools.cache
 def scene_of_all() -> Scene:
     """
-    One daemon for all clients: what they leave behind is part of what is tried.
+    One daemon for all inputs: their effects on each other are tested, too.
     """
     return Scene(clients=True)
 
@@ -106,7 +106,7 @@ def ask(data: bytes) -> None:
         for piece in data.split(b"\xff"):
             wire.write(piece)
             scene.daemon.flush()
-        scene.pass_time(PATIENCE)  # an unfinished head is given up
+        scene.pass_time(PATIENCE)  # an unfinished head times out
         hold_answers(bytes(client.got), data)
         wire.abortConnection()
         scene.daemon.flush()
@@ -114,7 +114,7 @@ def ask(data: bytes) -> None:
 
 def hold_answers(got: bytes, data: bytes) -> None:
     """
-    See that all that came back are answers, one behind the other, the last of them perhaps cut off.
+    Check that the output consists of answers, the last of them perhaps cut off.
     """
     at, methods = 0, re.findall(rb"(?:^|\n)(GET|HEAD|[A-Z]+) ", data.replace(b"\xff", b""))
     bodiless = b"HEAD" in methods
@@ -134,7 +134,7 @@ def hold_answers(got: bytes, data: bytes) -> None:
 
 def answer(data: bytes) -> None:
     """
-    Bytes of upstream: the first byte chooses what is asked for and of whom, the rest is the answer.
+    Bytes of upstream: the first byte chooses the request and its host, the rest is the answer.
     """
     if not data:
         return

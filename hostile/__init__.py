@@ -1,5 +1,5 @@
 """
-What the daemon keeps of its promises while everything around it misbehaves: C{make hostile}.
+Measure which promises the daemon keeps while everything around it misbehaves: C{make hostile}.
 
-Each row is an adversity, each column a promise, each cell what was measured.
+Each row is an adversity, each column a promise, each cell a measurement.
 """

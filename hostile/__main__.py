@@ -1,5 +1,5 @@
 """
-Run the daemon among adversities, alone and with workers, and print what was measured: C{python -m hostile}.
+Run the daemon among adversities, alone and with workers, and print the measurements: C{python -m hostile}.
 
 The exit status is 1 if a promise was broken.
 """
@@ -26,7 +26,7 @@ from hostile.world import World
 
 async def surrounded(reactor: Any, twistd: str, home: Path, label: str, **settings: str) -> Table:
     """
-    Let every dependency go wrong: those of a group one after the other, the groups side by side.
+    Let every dependency fail: those of a group one after the other, the groups in parallel.
     """
 
     async def suffer_group(number: int, group: Sequence[Adversity]) -> list[Row]:
@@ -54,7 +54,7 @@ async def surrounded(reactor: Any, twistd: str, home: Path, label: str, **settin
 
 async def attacked(reactor: Any, twistd: str, home: Path, label: str, **settings: str) -> list[Table]:
     """
-    Let clients attack a daemon that asks for passwords.
+    Let clients attack a daemon that requires passwords.
     """
     passwords = home / f"htpasswd-{label}"
     hashed = bcrypt.hashpw(clients.PASSWORD.encode(), bcrypt.gensalt(8)).decode()
@@ -99,7 +99,7 @@ async def run(reactor: Any, twistd: str, home: Path) -> list[Table]:
 
 def main() -> int:
     """
-    Give the exit status.
+    Return the exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m hostile", description=__doc__)
     parser.add_argument("--twistd", default=str(Path(sys.executable).parent / "twistd"))

@@ -27,12 +27,12 @@ COLUMNS: Final = ("adversity", "small hit", "large hit", "tag", "cold blob", "/h
 @dataclass(frozen=True)
 class Adversity:
     """
-    Something that goes wrong.
+    A fault of a dependency.
 
-    @ivar begin: lets it go wrong; gives what ends it.
-    @ivar cold: the statuses that a request for what is not cached may have.
+    @ivar begin: starts the fault; returns a function that ends it.
+    @ivar cold: the allowed statuses of requests for uncached content.
     @ivar reads: whether content on the disk can be read meanwhile.
-    @ivar ready: the statuses that /readyz has meanwhile: a disk that can't be written is told, for an operator to act.
+    @ivar ready: the statuses of /readyz meanwhile: a read-only disk is reported, so that an operator can act.
     """
 
     name: str
@@ -104,7 +104,7 @@ def disk(word: str) -> Callable[[World], Callable[[], object]]:
 
 
 ADVERSITIES: Final = (
-    # ECR's rejections cost one token a minute: each of these begins with a daemon that has asked for none lately.
+    # ECR's rejections cost one token a minute: each of these begins with a daemon that has not requested one lately.
     (Adversity("AWS fails", without_token(failing("api"))),),
     (Adversity("AWS is slow", without_token(slow), cold=(200,)),),
     (Adversity("AWS hangs", without_token(hung("api"))),),
@@ -119,7 +119,7 @@ ADVERSITIES: Final = (
         Adversity("bucket hangs", hung("bucket")),
     ),
     (
-        # The last known addresses are good as long as nobody knows better.
+        # The last known addresses are used as long as no server knows better.
         Adversity("DNS fails", names("failing"), cold=(200,)),
         Adversity("DNS is slow", names("slow"), cold=(200,)),
         Adversity("DNS hangs", names("hung"), cold=(200,)),
@@ -136,12 +136,12 @@ ADVERSITIES: Final = (
 
 async def suffer(world: World, adversity: Adversity) -> Row:
     """
-    Let it go wrong, measure, and let all be well again.
+    Start the fault, measure, and end it.
     """
     end = adversity.begin(world)
     try:
         cold = asyncio.ensure_future(world.get(world.cold(), seconds=IN_TIME))
-        await asyncio.sleep(0.2)  # whatever can be held up is
+        await asyncio.sleep(0.2)  # whatever can be delayed is
         large = asyncio.ensure_future(world.get(world.large, seconds=AT_ONCE))
         small, tag, health = await asyncio.gather(world.get(world.small), world.get(world.tag), world.get("/healthz"))
         await asyncio.sleep(FRESH_SECONDS)
@@ -165,7 +165,7 @@ def at_once(got: Got, *statuses: int) -> Cell:
 
 async def recover(world: World) -> Cell:
     """
-    Ask for what is not cached until it is given.
+    Request uncached content until it is served.
     """
     began = time.monotonic()
     while (await world.get(world.cold(), seconds=RECOVERED)).status != 200:

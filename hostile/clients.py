@@ -1,5 +1,5 @@
 """
-Clients that attack: by crowds, by odd targets, by asking for one kind as another, and by never reading.
+Clients that attack: by crowds, by odd targets, by requesting one kind as another, and by never reading.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PLACES: Final = ("/v2/secret/app/manifests/latest", "/v2/team/../secret/app/mani
 
 async def herd(world: World) -> Row:
     """
-    Ask for a manifest of as many repositories at once as there are clients, each with the right password.
+    Request a manifest of as many repositories at once as there are clients, each with the right password.
     """
     paths = []
     for number in range(HERD):
@@ -50,7 +50,7 @@ async def herd(world: World) -> Row:
 
 async def same(world: World) -> Row:
     """
-    Ask for one cold blob with as many clients: one worker fetches it, for all.
+    Request one cold blob with as many clients: one worker fetches it, for all.
     """
     path = world.push("team/app", "herd", 4 * 2**20)
     before = world.standin.bytes_sent
@@ -94,7 +94,7 @@ async def targets(world: World) -> Row:
 
 async def kinds(world: World) -> Row:
     """
-    Ask for content of one kind, and of one repository, as another.
+    Request content of one kind, and of one repository, as another.
     """
     digest = {name: path.rpartition("/")[2] for name, path in (("layer", world.large), ("small", world.small))}
     wrong = [
@@ -132,7 +132,7 @@ async def pipelined(world: World) -> Row:
 
 async def only_sending(world: World) -> Row:
     """
-    Ask for a blob, read nothing, and go on sending.
+    Request a blob, read nothing, and go on sending.
     """
     request = f"GET {world.large} HTTP/1.1\r\nHost: x\r\n{LOGIN}\r\n\r\n".encode()
     return Row(f"a blob unread, {SENT / 2**20:.0f} MiB sent behind it", [await flood(world, request, b"x" * SENT)])

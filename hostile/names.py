@@ -1,5 +1,5 @@
 """
-A name server that obeys: it knows every name, and all of them are this machine.
+A name server under the test's control: it knows every name, and all of them are this machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SLOW_SECONDS = 1.5
 
 class NameServer(DatagramProtocol):
     """
-    Answers every question for an address with this machine's.
+    Answers every query for an address with this machine's.
 
     @ivar mood: C{well}, C{failing} (SERVFAIL), C{slow} or C{hung} (no answer).
     """

@@ -1,5 +1,5 @@
 """
-What was measured, as tables.
+The measurements as tables.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ class Cell:
     """
     One measurement.
 
-    @ivar holds: whether it is what was promised.
+    @ivar holds: whether the promise was kept.
     """
 
     text: str
@@ -26,7 +26,7 @@ class Cell:
 @dataclass(frozen=True)
 class Row:
     """
-    What was measured in one adversity.
+    The measurements of one adversity.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Row:
 @dataclass
 class Table:
     """
-    Rows under the same promises.
+    Rows with the same promises.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Table:
     @property
     def broken(self) -> list[str]:
         """
-        Name what did not hold.
+        Return the broken promises.
         """
         return [
             f"{self.title}: {row.name}: {column}: {cell.text}"

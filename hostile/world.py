@@ -31,9 +31,9 @@ DISK: Final = Path(__file__).parent / "disk"
 @dataclass(frozen=True)
 class Got:
     """
-    What came of one request.
+    The result of one request.
 
-    @ivar status: 0 if no whole answer came.
+    @ivar status: 0 if there was no complete answer.
     @ivar seconds: until its end.
     """
 
@@ -49,7 +49,7 @@ class Got:
 
 class CountingSite(QuietSite):
     """
-    A site whose connections can be closed, so that names must be looked up again.
+    A site whose connections can be closed, so that names must be resolved again.
     """
 
     def __init__(self, resource: Any) -> None:
@@ -62,9 +62,6 @@ class CountingSite(QuietSite):
         return channel
 
     def hang_up(self) -> None:
-        """
-        Close all connections.
-        """
         channels, self._channels = self._channels, []
         for each in channels:
             if each.transport is not None and each.transport.connected:
@@ -112,38 +109,38 @@ class World:
 
     def disk(self, word: str) -> None:
         """
-        Tell the disk how to be.
+        Set the state of the disk.
         """
         self._disk.write_text(word.ljust(20))
 
     def push(self, repository: str, seed: str, size: int) -> str:
         """
-        Put a blob into the registry, and give its path.
+        Push a blob into the registry, and return its path.
         """
         return f"/v2/{repository}/blobs/{self.standin.push_blob(repository, noise(seed, size))}"
 
     def cold(self) -> str:
         """
-        Give the path of a blob that was never asked for.
+        Return the path of a blob that was never requested.
         """
         self._cold += 1
         return self.push("team/app", f"cold{self._cold}", SMALL_BYTES)
 
     async def start(self, *lines: str) -> None:
         """
-        Start the daemon and fill its cache with what is asked for later.
+        Start the daemon and fill its cache with the content of later requests.
         """
         await asyncio.to_thread(self.daemon.start)
         for path in (self.tag, self.small, self.large):
             for _ in range(WARMING):
                 got = await self.get(path, *lines)
                 assert got.status == 200, (path, got, self.daemon.process.tail())
-        for _ in range(WARMING):  # every worker has been to the bucket, and knows where it is
+        for _ in range(WARMING):  # every worker has used the bucket, and knows its address
             assert (await self.get(self.cold(), *lines)).status == 200
 
     async def get(self, path: str, *lines: str, method: str = "GET", seconds: float = 60) -> Got:
         """
-        Make one request, on a connection of its own.
+        Send one request, on a connection of its own.
         """
         began = time.monotonic()
         writer = None
@@ -163,14 +160,11 @@ class World:
 
     def memory(self) -> int:
         """
-        Give the resident bytes of the daemon and its workers.
+        Return the resident bytes of the daemon and its workers.
         """
         pid = self.daemon.process.pid
         return sum(Size.of(each).rss for each in (pid, *children(pid)))
 
     def stop(self) -> None:
-        """
-        End the daemon.
-        """
         self.disk("well")
         self.daemon.process.stop()

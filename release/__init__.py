@@ -1,3 +1,3 @@
 """
-What a release is made of, made so that anybody can make the same: C{make dist}.
+Build reproducible release artifacts: C{make dist}.
 """

@@ -1,5 +1,5 @@
 """
-Make what a release is made of, in C{dist}: the sdist, the wheel, the bill of materials, and the hashes of all.
+Build the artifacts of a release, in C{dist}: the sdist, the wheel, the bill of materials, and the hashes of all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 def make(checkout: Path) -> list[Path]:
     """
-    Make all of it, checked, or nothing.
+    Build and check everything; on failure leave nothing.
     """
     dist = checkout / "dist"
     shutil.rmtree(dist, ignore_errors=True)

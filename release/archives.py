@@ -1,11 +1,11 @@
 """
 The sdist and the wheel, byte for byte the same wherever and whenever they are built from the same sources.
 
-- The sources are the files that git does not ignore, in a folder of their own: what else lies about in a checkout
-  gets into nothing.
+- The sources are the files that git does not ignore, in a folder of their own: other files in a checkout
+  are never included.
 - All times are those of the last commit. The wheel takes them from SOURCE_DATE_EPOCH; the sdist, which setuptools
-  packs with the times, owners and modes that it finds, is packed anew.
-- The wheel is built from the sdist, as whoever installs the sdist builds it.
+  packs with the times, owners and modes that it finds, is packed again.
+- The wheel is built from the sdist, as for users who install the sdist.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ PLUGIN: Final = "twisted/plugins/ecrproxy_plugin.py"
 
 class ReleaseError(Exception):
     """
-    What was built is not as a release must be.
+    Raised if an artifact is not as a release must be.
     """
 
 
 def sources_of(checkout: Path) -> list[str] | None:
     """
-    List the files that git tracks, or would; none if the checkout is no repository.
+    List the files that git tracks, or would; None if the checkout is no repository.
     """
     if not (checkout / ".git").exists():
         return None
@@ -63,7 +63,7 @@ def copy_sources(checkout: Path, folder: Path) -> None:
 
 def epoch_of(checkout: Path, environ: Mapping[str, str]) -> int:
     """
-    Tell the time that everything is to have: the last commit's, or without git that of the newest file.
+    Return the time for all files: the last commit's, or without git that of the newest file.
     """
     if given := environ.get("SOURCE_DATE_EPOCH"):
         return int(given)
@@ -74,7 +74,7 @@ def epoch_of(checkout: Path, environ: Mapping[str, str]) -> int:
 
 def packed_anew(sdist: bytes, epoch: int) -> bytes:
     """
-    Pack an sdist so that it tells nothing of who packed it, and when.
+    Pack an sdist without traces of who packed it, and when.
     """
     result = io.BytesIO()
     with (
@@ -92,7 +92,7 @@ def packed_anew(sdist: bytes, epoch: int) -> bytes:
 
 def build(sources: Path, folder: Path, environ: Mapping[str, str]) -> tuple[Path, Path]:
     """
-    Build the sdist from a folder of sources, and the wheel from the sdist, with the setuptools that is installed.
+    Build the sdist from a folder of sources, and the wheel from the sdist, with the installed setuptools.
     """
     setuptools(sources, "--sdist", folder, environ)
     (sdist,) = folder.glob("*.tar.gz")
@@ -106,7 +106,7 @@ def build(sources: Path, folder: Path, environ: Mapping[str, str]) -> tuple[Path
 
 def unpack(sdist: Path, folder: Path) -> Path:
     """
-    Unpack an sdist, and give its folder.
+    Unpack an sdist, and return its folder.
     """
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -115,14 +115,14 @@ def unpack(sdist: Path, folder: Path) -> Path:
 
 def setuptools(sources: Path, what: str, folder: Path, environ: Mapping[str, str]) -> None:
     """
-    Have setuptools build it.
+    Build an sdist or a wheel with setuptools.
     """
     output(sys.executable, "-m", "build", "--no-isolation", what, "--outdir", folder, sources, env=environ)
 
 
 def build_twice(sources: Path, folder: Path, epoch: int) -> tuple[Path, Path]:
     """
-    Build from the sources, and once more from the sdist that came of it: both must be the same.
+    Build from the sources, and again from the resulting sdist: both must be the same.
 
     @raise ReleaseError: if they are not.
     """
@@ -144,7 +144,7 @@ def check(sdist: Path, wheel: Path, names: Iterable[str] | None) -> None:
     Check that the sdist has all sources and nothing else, and that the wheel leaves Twisted's own files alone.
 
     @param names: the sources, if they are known.
-    @raise ReleaseError: if it is not so.
+    @raise ReleaseError: if a check fails.
     """
     if names is not None:
         with tarfile.open(sdist) as archive:
@@ -160,9 +160,9 @@ def check(sdist: Path, wheel: Path, names: Iterable[str] | None) -> None:
 
 def output(*argv: str | Path, env: Mapping[str, str] | None = None) -> str:
     """
-    Run a program, which must succeed, and give what it says.
+    Run a program, which must succeed, and return its output.
 
-    @raise ReleaseError: if it fails, with all that it said.
+    @raise ReleaseError: if it fails, with its whole output.
     """
     done = subprocess.run([str(each) for each in argv], env=env, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,7 +1,7 @@
 """
-The bill of materials: what the container is made of, by hash, in CycloneDX.
+The bill of materials: the content of the container, by hash, in CycloneDX.
 
-Of one lock and one commit there is one bill: its time is the commit's, and it has no number that was drawn.
+One lock and one commit always give the same bill: its time is the commit's, and it has no random number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SPECIFICATION = "1.6"
 
 def project_of(checkout: Path) -> str:
     """
-    Write of the project what the bill says of it, in the form that the tool reads.
+    Write the project's own data in the format that the tool reads.
     """
     settings = configparser.ConfigParser()
     settings.read(checkout / "setup.cfg", "utf-8")
@@ -34,9 +34,9 @@ def project_of(checkout: Path) -> str:
 
 def bill_of(lock: Path, epoch: int) -> str:
     """
-    Give the bill of a lock, which was held against CycloneDX's schema.
+    Return the bill of a lock, validated against CycloneDX's schema.
 
-    @raise ReleaseError: if it does not keep to it.
+    @raise ReleaseError: if it is invalid.
     """
     with tempfile.TemporaryDirectory(prefix="bill-") as folder:
         project = Path(folder) / "pyproject.toml"

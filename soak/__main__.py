@@ -1,7 +1,7 @@
 """
 Run it, and report: C{python -m soak --seconds 600 --seed 1}.
 
-The exit status is 1 if something that must never be was seen.
+The exit status is 1 if an invariant was violated.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Soak:
 
     async def run(self) -> None:
         """
-        Let the clients do what they do, while the daemon comes and goes, and then stays.
+        Keep the clients busy while the daemon is restarted, and then stays.
         """
         goods = fill(Shelves())
         crowd = asyncio.ensure_future(Crowd(self.daemon.port, goods, self.tally).run(CLIENTS, str(self._seed)))
@@ -68,7 +68,7 @@ class Soak:
 
     async def watch(self, seconds: float) -> None:
         """
-        Let it run for a while, and note how large it gets.
+        Let it run for a while, and record its size.
         """
         until = time.monotonic() + seconds
         while time.monotonic() < until:
@@ -81,7 +81,7 @@ class Soak:
 
     def restart(self) -> None:
         """
-        Kill the daemon or ask it to end, look at what it left, and start it again.
+        Kill or stop the daemon, check what it left, and start it again.
         """
         if self._chance.random() < 0.7:
             self.daemon.process.kill()
@@ -93,7 +93,7 @@ class Soak:
 
     def end(self) -> None:
         """
-        Ask the daemon to end, which it must do in good order and in time.
+        Stop the daemon, which must exit cleanly and in time.
         """
         self.ends += 1
         status = self.daemon.process.terminate(DRAIN_SECONDS + PATIENCE)
@@ -105,7 +105,7 @@ class Soak:
 
     def settle(self) -> None:
         """
-        Now that all clients have left, see that nothing of them is left either.
+        Check, after all clients have left, that nothing of them is left either.
         """
         small = "descriptors and threads are few when nobody is there"
         self.wrong += wait_for(lambda: is_small(self.daemon.size()), f"{small}: {self.daemon.size()}")
@@ -134,7 +134,7 @@ def is_small(size: Size) -> bool:
 
 def report(soak: Soak, faults: dict[str, int], seed: int) -> None:
     """
-    Say what happened.
+    Print the result.
     """
     print(f"seed {seed}: killed {soak.kills} times, ended {soak.ends} times; at most {soak.peak}")
     print("left alone, it went from {} to {}".format(*soak.quiet))
@@ -152,7 +152,7 @@ def report(soak: Soak, faults: dict[str, int], seed: int) -> None:
 
 def main() -> int:
     """
-    Give the exit status.
+    Return the exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600)

@@ -1,7 +1,7 @@
 """
-Clients of every kind, which know what they ought to get.
+Clients of every kind, which know the right answers.
 
-An answer that is complete must be right: that is all that is asked of it, for upstream fails all the time.
+A complete answer must be right: nothing more is required of it, for upstream fails all the time.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ BAD: Final = (
 
 def is_mixed(body: bytes, right: bytes, wrong: bytes) -> bool:
     """
-    Tell whether a part has bytes of the blob and of what the bucket gave in its place, each where it belongs.
+    Return True if a part has bytes of the blob and of what the bucket sent in its place, each at its offset.
 
-    The daemon does not verify parts: a client that asks for them does.
+    The daemon does not verify parts: their clients do.
     """
     if len(body) != len(right):
         return False
@@ -56,16 +56,16 @@ def is_mixed(body: bytes, right: bytes, wrong: bytes) -> bool:
 
 class BrokenError(Exception):
     """
-    The answer ended before it was whole.
+    Raised if the answer ended before it was complete.
     """
 
 
 @dataclass
 class Tally:
     """
-    What came of all requests.
+    The results of all requests.
 
-    @ivar wrong: what must never be.
+    @ivar wrong: violated invariants.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -78,7 +78,7 @@ class Tally:
 
 class Connection:
     """
-    One connection, and the answers that come on it.
+    One connection, and the answers on it.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -100,9 +100,9 @@ class Connection:
 
     async def body(self, length: int, pause: float = 0, leave_after: int | None = None) -> bytes:
         """
-        Read so many bytes, at leisure.
+        Read so many bytes, slowly.
 
-        @raise BrokenError: if they don't come, or it is left before.
+        @raise BrokenError: if they don't come, or the client disconnects before.
         """
         data = bytearray()
         while len(data) < length:
@@ -125,7 +125,7 @@ async def patiently(reading: Awaitable[bytes]) -> bytes:
 
 class Crowd:
     """
-    Any number of clients, until they are told to leave.
+    Any number of clients, until they are told to stop.
     """
 
     def __init__(self, port: int, goods: Goods, tally: Tally) -> None:
@@ -178,7 +178,7 @@ class Crowd:
         self, there: Connection, path: str, data: bytes, *lines: str, pause: float = 0, leave_after: int | None = None
     ) -> str:
         """
-        Get something, and hold it against what it ought to be.
+        Send a request, and compare the answer with the right one.
         """
         status, fields = await there.ask("GET", path, *lines)
         length = int(fields["content-length"])
@@ -225,7 +225,7 @@ class Crowd:
             return str(status)
         if int(fields["content-length"]) == len(data):
             return "whole"
-        if fields["x-cache-status"] != "MISS":  # of what is not here, the word of a bucket that lies is all there is
+        if fields["x-cache-status"] != "MISS":  # for uncached content, only a bucket that lies gives the size
             self._tally.violate(f"HEAD of {path} has the size {fields['content-length']}, not {len(data)}")
         return "as upstream says"
 
@@ -234,7 +234,7 @@ class Crowd:
 
     async def several(self, there: Connection, chance: random.Random) -> str:
         """
-        Several requests on one connection, one behind the other.
+        Send several requests on one connection, pipelined.
         """
         outcome = ""
         for _ in range(chance.randint(2, 5)):
@@ -256,7 +256,7 @@ class Crowd:
 
     async def nonsense(self, there: Connection, chance: random.Random) -> str:
         """
-        Something that is no request: it is refused once, and what comes behind it is not answered.
+        Send garbage: it is rejected once, and what follows it is not answered.
         """
         there.writer.write(chance.choice(BAD) + b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
         got = b""

@@ -1,5 +1,5 @@
 """
-The daemon under test as a process: started, killed, ended, and looked at from outside.
+The daemon under test as a process: started, killed, stopped, and measured from outside.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OLD: Final = 30 * 24 * 3600
 @dataclass(frozen=True)
 class Size:
     """
-    How much of the machine a process has.
+    A process's use of the machine.
     """
 
     rss: int
@@ -65,7 +65,7 @@ class StandIn:
 
     def stop(self) -> dict[str, int]:
         """
-        End it, and give the faults that there were.
+        Stop it, and return its faults.
         """
         os.kill(self._popen.pid, signal.SIGTERM)
         counts, _ = self._popen.communicate(timeout=PATIENCE)
@@ -74,7 +74,7 @@ class StandIn:
 
 class Daemon:
     """
-    The daemon over one cache directory, whichever process it is at the moment.
+    The daemon over one cache directory, in whichever process at the moment.
 
     @param twistd: starts it.
     """
@@ -102,7 +102,7 @@ class Daemon:
 
     def used(self) -> int:
         """
-        The bytes of all files in the directory; while it runs some may be gone before they are looked at.
+        Return the bytes of all files in the directory; while it runs some may vanish before they are counted.
         """
         total = 0
         for folder, _, names in os.walk(self.cache):
@@ -115,7 +115,7 @@ class Daemon:
 
     def wrong_content(self) -> list[Path]:
         """
-        List the content that is not what its name says; what was seen to be right is not looked at again.
+        List the content that does not match its digest; verified files are not checked again.
         """
         wrong, known = [], {}
         for path in self.files("content"):
@@ -129,7 +129,7 @@ class Daemon:
 
     def age(self) -> None:
         """
-        Make what was left unfinished look as old as if nobody had come back for it for a month.
+        Make unfinished files look as old as if nobody had requested them for a month.
         """
         then = time.time() - OLD
         for path in self.files("arriving"):
@@ -165,7 +165,7 @@ def is_right(path: Path) -> bool:
 
 def wait_for(holds: Callable[[], bool], what: str) -> Sequence[str]:
     """
-    Give what did not come to hold in time.
+    Return the conditions that did not hold in time.
     """
     try:
         eventually(holds, what)

@@ -1,5 +1,5 @@
 """
-What there is to pull, the same for the stand-in that has it and the clients that know it.
+The content, the same for the stand-in that has it and the clients that know it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Goods:
     @property
     def size(self) -> int:
         """
-        The bytes of all blobs.
+        Return the bytes of all blobs.
         """
         return sum(map(len, self.blobs.values()))
 

@@ -1,8 +1,8 @@
 """
 The stand-in for ECR as a program that misbehaves all the time: C{python -m soak.standin --seed 1 --faults}.
 
-It prints its URLs when it is ready, and serves until it is told to stop. Each fault lasts for a moment, one follows the
-other, and what comes is chosen by the seed.
+It prints its URLs when it is ready, and serves until it is stopped. Each fault lasts for a moment, one follows the
+other, and the seed chooses them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BREATHER: Final = 0.6
 
 class Weather:
     """
-    What goes wrong, one after the other.
+    A sequence of faults.
     """
 
     def __init__(self, standin: StandIn, goods: Goods, chance: random.Random) -> None:
@@ -59,7 +59,7 @@ class Weather:
 
     def turn(self) -> None:
         """
-        Let the next thing go wrong, and later be well again.
+        Start the next fault, and end it later.
         """
         fault = self._chance.choice(self._faults)
         self.counts[fault.__name__] += 1
@@ -80,7 +80,7 @@ class Weather:
 
     def stall(self) -> Callable[[], object]:
         """
-        A body whose headers came, and not a byte of it.
+        Send the headers, and not a byte of the body.
         """
         digest = self.digest()
         self._standin.hold(digest)
@@ -147,7 +147,7 @@ class Weather:
 
 def serve(reactor: Any, options: argparse.Namespace) -> dict[str, str]:
     """
-    Listen, and say where.
+    Listen, and print the addresses.
     """
     site = QuietSite(notFound())
     registry = f"http://{LOCAL}:{listen(reactor, 0, site)}"
@@ -168,7 +168,7 @@ def serve(reactor: Any, options: argparse.Namespace) -> dict[str, str]:
 
 def forget_often(reactor: Any, standin: StandIn) -> None:
     """
-    Keep no list of what was asked: it would grow for as long as this runs.
+    Drop the list of requests: it would grow for as long as this runs.
     """
     standin.forget_asked()
     reactor.callLater(1, forget_often, reactor, standin)

@@ -1,5 +1,6 @@
 """
-The same story told to two daemons, one with the hot path and one without: whatever can be seen must be the same.
+Run the same story against two daemons, one with the hot path and one without: all observable behaviour must be the
+same.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _LAST = re.compile(rb"(HTTP/1\.1 [^\r]*\r\n)((?:[^\r]+\r\n)*?)(Connection: close
 
 class Scene:
     """
-    A daemon that asks for a password, its stand-in, clients that stay connected, and all that can be seen of them.
+    A daemon that requires a password, its stand-in, keep-alive clients, and everything observable about them.
 
     @cvar shown: the header with the right password.
     """
@@ -96,7 +97,7 @@ class Scene:
 
     def _connected(self, number: int) -> tuple[Raw, End]:
         """
-        Connect a client, one of them over TLS.
+        Connect a client; one of the clients uses TLS.
         """
         client = Raw()
         return client, self.daemon.front.connect(client, "proxy.example", 80, secure=number == CONNECTIONS - 1)
@@ -104,13 +105,13 @@ class Scene:
     @property
     def answered(self) -> int:
         """
-        Tell how many requests the hot path has answered.
+        Return how many requests the hot path has answered.
         """
         return self.daemon.hot_path.answered if self.daemon.hot_path is not None else 0
 
     def send(self, number: int, data: bytes) -> None:
         """
-        Write to one of the connections; to another in its place if it is closed. A byte of 0xff ends a piece.
+        Write to a connection; if it is closed, open another in its place. A byte of 0xff ends a piece.
         """
         at = number % CONNECTIONS
         if self.clients[at][0].closed:
@@ -123,21 +124,21 @@ class Scene:
 
     def wait(self, seconds: float) -> None:
         """
-        Let time go by.
+        Advance the clock.
         """
         self.clock.advance(seconds)
         self.daemon.flush()
 
     def gather(self) -> None:
         """
-        Have what is sent wait, and come together; or each at once again.
+        Delay what is sent and deliver it together; or deliver each piece at once again.
         """
         self.flushing = not self.flushing
         self.daemon.flush()
 
     def leave(self) -> None:
         """
-        Have a client go, whatever it waits for.
+        Disconnect a client, whatever it waits for.
         """
         self.clients[0][1].abortConnection()
         if self.flushing:
@@ -145,14 +146,14 @@ class Scene:
 
     def move(self) -> None:
         """
-        Have a client go, and who connects from now on come from elsewhere, or from where they may ask again.
+        Disconnect a client; new connections come from another address, or from one that may authenticate again.
         """
         self.daemon.front.client = ELSEWHERE if self.daemon.front.client == CLIENT else CLIENT
         self.leave()
 
     def guess(self, connection: int = 0) -> None:
         """
-        Have a client give as many wrong passwords as are let through, and one more.
+        Have a client send one wrong password more than are allowed.
         """
         for number in range(FAILURES + 1):
             shown = f"Authorization: {basic(USER, f'guess {number}')}"
@@ -160,33 +161,30 @@ class Scene:
 
     def move_tag(self) -> None:
         """
-        Have the tag lead to another image.
+        Point the tag at another image.
         """
         self.standin.push_image("team/app", "latest", layers=[bytes([len(self.lines) % 256])])
 
     def purge(self, digest: Digest) -> None:
-        """
-        Purge content.
-        """
         Inventory(self.daemon.store).remove([], [digest])
         self.look()
 
     def forget(self) -> None:
         """
-        Purge all that is known of repositories.
+        Purge everything known about repositories.
         """
         Inventory(self.daemon.store).remove([key for key, _, _ in self.index.entries()], [])
         self.look()
 
     def lose(self) -> None:
         """
-        Have the file of a blob vanish, as if somebody had deleted it.
+        Remove the file of a blob, as if somebody had deleted it.
         """
         self.of_file().unlink(missing_ok=True)
 
     def replace(self) -> None:
         """
-        Have somebody put another file, of the same bytes, in the place of a blob's.
+        Replace the file of a blob by another one with the same bytes.
         """
         if self.of_file().exists():
             copy = self.root / "copy"
@@ -195,28 +193,28 @@ class Scene:
 
     def spoil(self) -> None:
         """
-        Have other bytes in the file of a blob.
+        Overwrite bytes in the file of a blob.
         """
         if self.of_file().exists():
             self.of_file().write_bytes(bytes(FILE_BYTES))
 
     def condemn(self) -> None:
         """
-        Have the operator verify the blob, who finds it as it is.
+        Have the operator verify the blob; its content is compared as it is.
         """
         for _ in Inventory(self.daemon.store).verify(Digest.parse(self.file), keep=False):
             pass
 
     def cut(self) -> None:
         """
-        Have the file of a blob end early.
+        Truncate the file of a blob.
         """
         if self.of_file().exists():
             os.truncate(self.of_file(), FILE_BYTES // 2)
 
     def evict(self) -> None:
         """
-        Have a blob go for room's sake.
+        Evict a blob to free space.
         """
         self.daemon.store.evict_unused([Digest.parse(self.file)])
 
@@ -225,7 +223,7 @@ class Scene:
 
     def stop_reading(self) -> None:
         """
-        Have a client read no more, or read on.
+        Pause or resume a client's reading.
         """
         end = self.clients[0][1]
         end.reading = not end.reading and not end.disconnecting
@@ -234,7 +232,7 @@ class Scene:
 
     def look(self) -> None:
         """
-        Have the daemon hear of purges.
+        Have the daemon check for purges.
         """
         self.daemon.flush()
         self.clock.advance(1)
@@ -242,7 +240,7 @@ class Scene:
 
     def change_password(self) -> None:
         """
-        Have another password be right.
+        Change the valid password.
         """
         right = PASSWORD if self.passwords.read_bytes().endswith(b"\n\n") else OTHER
         self.passwords.write_bytes(line(USER, right) + (b"\n" if right == PASSWORD else b"\n\n"))
@@ -251,7 +249,7 @@ class Scene:
 
     def reload(self) -> None:
         """
-        Have the registries be read again, and another pattern of names with them.
+        Reload the registries, with another pattern of names.
         """
         self.open = not self.open
         pattern = parse_pattern(".*" if self.open else "team/other")
@@ -260,27 +258,28 @@ class Scene:
 
     def drain(self) -> None:
         """
-        Begin to end.
+        Start draining.
         """
         self.daemon.site.connections.drain()
         self.daemon.flush()
 
     def fill(self) -> None:
         """
-        Have as many transfers under way as may be, or none again.
+        Use up all transfer slots, or free them.
         """
         if not self.daemon.crowd.begin_transfer():
             self.daemon.crowd.end_transfer()
 
     def seen(self) -> list[Any]:
         """
-        Return all that there is to see, but for the time of the day in answers, and where C{Connection} is in them.
+        Return everything observable, except for the dates in answers and the position of C{Connection} among their
+        headers.
         """
         crowd = self.daemon.crowd
         return [
             *(_LAST.sub(rb"\1\3\2", _DATE.sub(b"Date: ", bytes(client.got))) for client, _ in self.clients),
             [client.closed for client, _ in self.clients],
-            sorted(self.lines, key=lambda each: (each.ended, each.request)),  # together, they come in any order
+            sorted(self.lines, key=lambda each: (each.ended, each.request)),  # sent together, they arrive in any order
             [each for each in self.daemon.figures.served.requests.rows() if each],
             self.daemon.figures.served.saved.top(10),
             [(asked.method, asked.path) for asked in self.standin.asked],
@@ -288,9 +287,6 @@ class Scene:
         ]
 
     def close(self) -> None:
-        """
-        Clear it away.
-        """
         self.index.close()
         shutil.rmtree(self.root)
         shutil.rmtree(self.passwords.parent)
@@ -298,7 +294,7 @@ class Scene:
 
 def heads(scene: Scene) -> list[bytes]:
     """
-    Make the heads that clients send: each asks for something that may be cached, in its own way.
+    Build the request heads that clients send: each requests something cacheable, in a different form.
     """
     shown = scene.shown
     accept = "Accept: application/vnd.oci.image.manifest.v1+json\r\n"
@@ -388,17 +384,17 @@ def deeds(scene: Scene) -> list[Callable[[], object]]:
 
 def step_of(what: int, which: int = 0) -> int:
     """
-    Return the byte of a story that stands for a request or a deed, counted together.
+    Return the byte of a story that stands for a request or a deed; both share one numbering.
 
-    @param which: of the connections.
+    @param which: the connection.
     """
     return len(_IN_STORIES) * what + which
 
 
 def tell(scene: Scene, story: bytes) -> None:
     """
-    Have a story happen: each byte is a request on a connection, or a deed, or the beginning of a request with one other
-    byte: which request, where in it, and what is there follow.
+    Run a story: each byte is a request on a connection, a deed, or the beginning of a request with one byte changed; in
+    the last case the request, the position and the new byte follow.
     """
     requests, others = heads(scene), deeds(scene)
     steps = iter(story)
@@ -417,8 +413,8 @@ def tell(scene: Scene, story: bytes) -> None:
 
 def compare(story: bytes) -> int:
     """
-    Tell a story to both, and see that there is no difference. Tags are trusted for a while if its length is odd, and
-    what manifests list is read ahead if half of it is.
+    Run a story against both daemons and assert that there is no difference. Stories of odd length set a TTL for tags;
+    half of these read ahead what manifests list.
 
     @return: how many requests the hot path has answered.
     """

@@ -1,5 +1,5 @@
 """
-Who calls C{ecr-proxy} in a test: his terminal, his variables, his clock, and the daemon that he reaches.
+Call C{ecr-proxy} in a test, with a terminal, environment variables, a clock and a daemon.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Stream(io.StringIO):
 
 class Caller:
     """
-    Calls the command, and reads what it writes.
+    Calls the command and captures its output.
 
     @ivar status: the last exit status.
-    @ivar asked: the places that were asked.
-    @ivar exchange: answers there.
+    @ivar asked: the URLs that were requested.
+    @ivar exchange: answers to those requests.
     @ivar started: the command lines of the daemons that this process became.
     """
 
@@ -50,14 +50,14 @@ class Caller:
 
     def at_a_terminal(self, typed: str = "") -> None:
         """
-        Be a person, who will have typed this.
+        Act as a terminal on which this will be typed.
         """
         self.stdin = Stream(typed)
         self.stdin.tty = self.stderr.tty = self.stdout.tty = True
 
     def call(self, *arguments: str, subcommands: Sequence[Subcommand] = SUBCOMMANDS) -> str:
         """
-        Call it.
+        Run the command.
 
         @return: what it wrote to stdout.
         """
@@ -74,13 +74,13 @@ class Caller:
     @property
     def complaint(self) -> str:
         """
-        What it wrote to stderr.
+        Return what it wrote to stderr.
         """
         return self.stderr.getvalue()
 
     def seconds(self) -> float:
         """
-        Tell the time, which goes on by a step each time that it is looked at.
+        Return the time, which advances by one step with each call.
         """
         self.time += self.step
         return self.time
@@ -100,6 +100,6 @@ class Caller:
 
 def nobody(method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
     """
-    A port that nobody listens on.
+    Return a port on which nothing listens.
     """
     raise ConnectionRefusedError(111, "Connection refused")

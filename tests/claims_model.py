@@ -1,8 +1,8 @@
 """
-Processes that bring blobs into one directory, follow each other, evict, and are killed: the protocol of claims, run.
+Run the claim protocol: processes that fetch blobs into one directory, follow each other, evict, and are killed.
 
 ``python -m tests.claims_model --seconds 8 --seed 1`` prints what happened, as JSON. Each process is a fork of this
-one, which has no file of the directory open; it kills its own children alone.
+one, which has no file of the directory open; it kills only its own children.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LEAVES: Final = 300
 
 class Client:
     """
-    One process: pulls blobs, as fast as it can, and evicts.
+    One process: pulls blobs as fast as it can, and evicts.
     """
 
     def __init__(self, root: Path, seed: str, blobs: list[bytes]) -> None:
@@ -90,7 +90,7 @@ class Client:
 
     def read(self, fd: int, start: int, stop: int, data: bytes) -> None:
         """
-        Send bytes to a client, who holds them against what they should be.
+        Send bytes to a client, which compares them with the expected ones.
         """
         for offset in range(start, stop, PIECE):
             end = min(stop, offset + PIECE)
@@ -101,7 +101,7 @@ class Client:
 
     def bring(self, writer: Writer, position: int) -> None:
         """
-        Fetch what is missing, while a client reads from C{position} on.
+        Fetch the missing ranges while a client reads from C{position} on.
         """
         data = self.blobs[writer.digest]
         for start, stop in self.pieces(writer):
@@ -124,7 +124,7 @@ class Client:
 
     def pieces(self, writer: Writer) -> Iterator[tuple[int, int]]:
         """
-        Yield what is missing, out of order.
+        Yield the missing ranges, out of order.
         """
         missing = [
             (offset, min(stop, offset + PIECE)) for start, stop in writer.gaps for offset in range(start, stop, PIECE)
@@ -160,7 +160,7 @@ class Client:
 
 def start(root: Path, seed: str, blobs: list[bytes], until: float) -> int:
     """
-    Start a client; gives its process id.
+    Start a client; return its process id.
     """
     pid = os.fork()
     if not pid:
@@ -179,7 +179,7 @@ def run(root: Path, seed: str, blobs: list[bytes], until: float) -> NoReturn:
 
 def model(root: Path, seconds: float, seed: int) -> dict[str, object]:
     """
-    Run it, and judge what is left in the directory.
+    Run the model and check the directory afterwards.
     """
     chance = random.Random(seed)
     blobs = [random.Random(f"{seed}-{size}").randbytes(size) for size in SIZES]

@@ -1,7 +1,7 @@
 """
-How the tests that make up their own examples are run: the same examples each time, and not too many.
+Configure Hypothesis: the same examples in each run, and not too many.
 
-C{HYPOTHESIS_PROFILE=thorough} takes other ones each time, and twenty times as many.
+C{HYPOTHESIS_PROFILE=thorough} uses different ones in each run, and twenty times as many.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ settings.register_profile(
     "same",
     derandomize=True,
     database=None,
-    deadline=None,  # this machine's time says nothing
+    deadline=None,  # timings on this machine say nothing
     max_examples=100,
     stateful_step_count=30,
     suppress_health_check=[HealthCheck.too_slow],

@@ -1,13 +1,13 @@
 """
-The whole daemon in memory: real parts over the stand-in ECR, asked from the front over HTTP.
+The whole daemon in memory: real parts over the stand-in ECR, driven over HTTP.
 
 Rules of the kit:
 
-- All that is ours is real: cache directory, janitor, token service, treq, Resource tree.
+- All our own parts are real: cache directory, janitor, token service, treq, Resource tree.
 - The two networks, before and behind the daemon, are L{Network}s: wires between real twisted.web
-  clients and servers, with the back-pressure of sockets. Nothing moves but in C{flush}.
-- Time is a C{Clock}. What the daemon does in threads is done at once, or by hand with L{Hands}.
-- After each test the rules that always hold are held against what is left of it, see L{DaemonTestCase}.
+  clients and servers, with the back-pressure of sockets. Data moves only in C{flush}.
+- Time is a C{Clock}. Calls in threads run at once, or by hand with L{Hands}.
+- After each test, L{DaemonTestCase} checks its invariants.
 """
 
 from __future__ import annotations
@@ -119,14 +119,14 @@ NAMED: Final = 'registry="123456789012.dkr.ecr.eu-west-1.amazonaws.com"'
 
 def at_once(blocking: Callable[..., T], *args: Any) -> Deferred[T]:
     """
-    Do what the daemon does in threads here and now.
+    Run calls for threads at once, in the calling thread.
     """
     return execute(blocking, *args)
 
 
 class Hands:
     """
-    Threads that work when told to: C{in_thread} for a slow disk.
+    Threads that run their calls when told to: C{in_thread} for a slow disk.
     """
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class Hands:
 
     def work(self, count: int = 1) -> None:
         """
-        Do the next calls.
+        Run the next calls.
         """
         for _ in range(count):
             self.do()
@@ -152,7 +152,7 @@ class Hands:
 
     def do(self, which: int = 0) -> None:
         """
-        Do one of the calls. As with a thread, the event loop hears of it later: see L{tell}.
+        Run one of the calls. As with a thread, the event loop gets the result later: see L{tell}.
         """
         done, blocking, args = self.waiting[which]
         del self.waiting[which]
@@ -160,7 +160,7 @@ class Hands:
 
     def tell(self, which: int = 0) -> None:
         """
-        Pass the outcome of one of the calls that were done on.
+        Pass on the result of one finished call.
         """
         done, outcome = self.untold[which]
         del self.untold[which]
@@ -168,7 +168,7 @@ class Hands:
 
     def work_off(self) -> None:
         """
-        Do all calls, and what they lead to.
+        Run all calls, and those that they lead to.
         """
         while self.untold:
             self.tell()
@@ -179,10 +179,11 @@ class Hands:
 @implementer(ITransport, IConsumer, IPushProducer)
 class End:
     """
-    One end of a wire: what a protocol sees as its transport.
+    One end of a wire: the transport that a protocol sees.
 
-    As on a socket, whoever writes faster than the other end reads is told to wait; who is told to wait and stops
-    reading sees no end of the connection either; and what was written before an abort may all have arrived.
+    As with a socket, a protocol that writes faster than the other end reads is told to pause; one that is told to pause
+    and
+    stops reading doesn't see the end of the connection either; and data written before an abort may all have arrived.
     """
 
     peer: End
@@ -201,7 +202,7 @@ class End:
     @property
     def waiting(self) -> int:
         """
-        How many bytes wait to be read at the other end.
+        Return how many bytes wait to be read at the other end.
         """
         return sum(map(len, self._out))
 
@@ -263,7 +264,7 @@ class End:
 
     def move(self) -> bool:
         """
-        Do one thing that a reactor would; tell whether there was any.
+        Do one thing that a reactor would; return True if there was any.
         """
         if not self.connected:
             return False
@@ -291,7 +292,7 @@ class End:
 
     def _read_end(self) -> bool:
         """
-        Tell the protocol that nothing more comes: for most, that is the end.
+        Tell the protocol that nothing more comes; for most, that ends the connection.
         """
         half = IHalfCloseableProtocol(self.protocol, None)
         if half is None:
@@ -304,7 +305,7 @@ class End:
 
     def half_close(self) -> None:
         """
-        Send no more, and go on reading.
+        Send no more, but go on reading.
         """
         self.peer._fin = True  # noqa: SLF001
 
@@ -324,7 +325,7 @@ class End:
     def _over(self, reason: Exception) -> None:
         self.connected = False
         producer, self._producer = self._producer, None
-        if producer is not None:  # as abstract.FileDescriptor.connectionLost has it, in this order
+        if producer is not None:  # the same order as abstract.FileDescriptor.connectionLost
             producer.stopProducing()
         self.protocol.connectionLost(Failure(reason))
 
@@ -334,7 +335,7 @@ class Network:
     """
     Wires from any client to one server.
 
-    @ivar site: makes the server's side of each.
+    @ivar site: builds the server's side of each.
     """
 
     site: Any
@@ -354,7 +355,7 @@ class Network:
 
     def agent(self, *, persistent: bool) -> Agent:
         """
-        The daemon's own kind of client, whose connections all end here.
+        Return the daemon's kind of client agent, whose connections all end here.
         """
         pool = connection_pool(self._clock, persistent=persistent)
         agent: Agent = Agent.usingEndpointFactory(self._clock, self, pool)
@@ -365,7 +366,7 @@ class Network:
 
     def connect(self, protocol: Protocol, host: str, port: int, *, secure: bool) -> End:
         """
-        Lay a wire.
+        Connect a client by a new wire.
         """
         there: Address = IPv4Address("TCP", host, port)
         here: Address = IPv4Address("TCP", self.client, 31337)
@@ -385,7 +386,7 @@ class Network:
 
     def move(self) -> bool:
         """
-        Do one thing on each wire; tell whether there was any.
+        Do one thing on each wire; return True if there was any.
         """
         self.ends = [wire for wire in self.ends if any(end.connected for end in wire)]
         moved = [end.move() for wire in self.ends for end in wire]  # each of them, not only the first
@@ -408,7 +409,7 @@ class _Endpoint:
 
 class Reply(Protocol):
     """
-    What a client has got so far.
+    What a client has received so far.
 
     @ivar code: the status; 0 before the headers came.
     @ivar ended: how it ended: "whole", "broken", or not yet.
@@ -424,7 +425,7 @@ class Reply(Protocol):
 
     def begin(self, response: IResponse) -> None:
         self.code, self.headers = response.code, response.headers
-        told = self.header("Content-Length")  # Twisted leaves it among the headers of an answer to HEAD alone
+        told = self.header("Content-Length")  # Twisted leaves it among the headers only in answers to HEAD
         self.length = int(told) if told else response.length if isinstance(response.length, int) else None
         response.deliverBody(self)
 
@@ -440,7 +441,7 @@ class Reply(Protocol):
 
     def header(self, name: str) -> str | None:
         """
-        The one value of a header.
+        Return the only value of a header.
         """
         values = self.headers.getRawHeaders(name, [])
         assert len(values) < 2, f"{name} came {len(values)} times"
@@ -449,14 +450,14 @@ class Reply(Protocol):
     @property
     def cache(self) -> str | None:
         """
-        The word of X-Cache-Status.
+        Return the value of X-Cache-Status.
         """
         return self.header("X-Cache-Status")
 
     @property
     def error(self) -> tuple[int, str, str]:
         """
-        Status, code and message of a registry's refusal.
+        Return status, code and message of a registry error.
         """
         (error,) = json.loads(self.body)["errors"]
         return self.code, error["code"], error["message"]
@@ -477,7 +478,7 @@ class Reply(Protocol):
 @implementer(IBodyProducer)
 class _Body:
     """
-    What a client sends, all at once.
+    A request body, sent all at once.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -499,7 +500,7 @@ class _Body:
 
 class Raw(Protocol):
     """
-    A client that writes what it is told and keeps every byte that comes back.
+    A client that writes raw bytes and keeps every byte that comes back.
     """
 
     def __init__(self) -> None:
@@ -517,7 +518,7 @@ class Raw(Protocol):
 
 class Administered:
     """
-    What has an operator's port.
+    A daemon with an admin port.
 
     @ivar admin: the network to it.
     """
@@ -540,7 +541,7 @@ class Administered:
         port: Network | None = None,
     ) -> Reply:
         """
-        Ask on the operator's port, or on another.
+        Send a request to the admin port, or to another.
         """
         reply, url = Reply(), f"http://{host}:5001{path}"
         fields = Headers({name: [value] for name, value in (headers or {}).items()})
@@ -553,7 +554,8 @@ class Administered:
 
     def figure(self, line: str) -> float:
         """
-        Read a figure, named with its labels as /metrics has it, but for the registry, of which there is one.
+        Return the value of a metric, named with its labels as in /metrics, but without the registry, of which there is
+        only one.
         """
         page = re.sub(r"\{registry=\"[^\"]*\"\}", "", self.ask_admin("/metrics").body.decode())
         page = re.sub(r"\{registry=\"[^\"]*\",", "{", page)
@@ -563,7 +565,7 @@ class Administered:
 
 class Other:
     """
-    What asks a registry beside the default one.
+    The client of a registry other than the default one.
     """
 
     def __init__(self, known: Known, standin: StandIn, clock: Clock, tally: Tally) -> None:
@@ -612,8 +614,8 @@ class Daemon(Administered):
 
     @ivar back: the network to ECR and its buckets.
     @ivar front: the network to the clients.
-    @ivar scheme: http or https: how clients ask.
-    @ivar set_by: by how many seconds the time of the day was set; the clock that timers go by is never set.
+    @ivar scheme: http or https, for the clients.
+    @ivar set_by: how many seconds the wall clock was set forward; the clock of timers is never set.
     """
 
     def __init__(  # noqa: PLR0913, PLR0915 (what a test may want otherwise)
@@ -663,7 +665,7 @@ class Daemon(Administered):
         self.tokens = TokenService(fetch or self._issue, clock, self.now, chance=lambda: 0.5)
         self.governor = Governor(quotas, together, clock)
         self.circuit = Circuit(clock.seconds)
-        # Without chance the next try comes at once, unless upstream asks for more time.
+        # Without jitter the next attempt comes at once, unless upstream asks for more time.
         self.figures = Figures("0", now=self.now)
         name = RegistryId.of_url(standin.registry).host
         metered = MeteredAgent(agent(self.back), standin.registry, self.figures.upstream, clock, name)
@@ -743,8 +745,8 @@ class Daemon(Administered):
         self.status = Status(
             standin.registry, self.figures, self.readiness, self.process.standing, incidents, self.now, clock
         )
-        # By itself, so that tests which count or hold calls in threads see their own.
-        # At once: tests that count or hold what is done in threads mean other things.
+        # Separate, so that tests which count or hold calls in threads see only their own.
+        # At once: tests that count or hold calls in threads mean other calls.
         self.purges = Purges(self.store.index, self.cache.forget_purged, at_once, clock)
         api = Api(Inventory(self.store), self.purges.look, in_thread, in_thread, clock)
         metrics = Metrics(self.figures, self.readiness)
@@ -760,7 +762,7 @@ class Daemon(Administered):
         self.scrub.startService()
         self.purges.startService()
         self.tokens.startService()
-        _, sampler = self.status.services  # the other hears the log, which outlives this daemon: see DaemonTestCase
+        _, sampler = self.status.services  # the other one gets the log, which outlives this daemon: see DaemonTestCase
         sampler.startService()
 
     def _ahead(self, transfers: Transfers) -> ReadingAhead:
@@ -768,7 +770,7 @@ class Daemon(Administered):
 
     def now(self) -> float:
         """
-        Tell the time of the day.
+        Return the wall-clock time.
         """
         return self.clock.seconds() + self.set_by
 
@@ -782,7 +784,7 @@ class Daemon(Administered):
 
     def reload(self, others: Mapping[RegistryTable, StandIn]) -> None:
         """
-        Have other registries beside the default one.
+        Reload with other registries beside the default one.
         """
         self.worlds.latest = self._world(others, self.worlds.latest.upstreams)
 
@@ -804,7 +806,7 @@ class Daemon(Administered):
 
     async def readiness(self) -> Readiness:
         """
-        What the daemon can do, told as tap tells it.
+        Return the readiness that tap would report.
         """
         found = await self.condition.latest()
         sources = [each.source() for each in self.askings()]
@@ -812,7 +814,7 @@ class Daemon(Administered):
 
     def kill(self) -> None:
         """
-        End as by SIGKILL: the kernel closes files and connections, and nothing is tidied up.
+        End as by SIGKILL: the kernel closes files and connections, and nothing is cleaned up.
         """
         for download in self.pull_through._arriving.values():  # noqa: SLF001
             for file in (download._file, download._followed):  # noqa: SLF001
@@ -835,7 +837,7 @@ class Daemon(Administered):
 
     def ask(self, method: str, path: str, **headers: str) -> Reply:
         """
-        Send a request, and let happen what can. Underscores in header names stand for hyphens.
+        Send a request and flush. Underscores in header names stand for hyphens.
         """
         reply = self.send(method, path, **headers)
         self.flush()
@@ -857,9 +859,9 @@ class Daemon(Administered):
 
     def raw(self, data: bytes, network: Network | None = None) -> bytes:
         """
-        Send bytes on a connection of their own, and say what came back.
+        Send bytes on a connection of their own, and return what came back.
 
-        @param network: to what; the clients' own if it is not told.
+        @param network: the network to use; by default that of the clients.
         """
         client = Raw()
         self.replies.append(client)
@@ -870,20 +872,20 @@ class Daemon(Administered):
 
 class DaemonTestCase(SynchronousTestCase):
     """
-    A daemon, a stand-in ECR, a clock, and the rules that hold whatever a test does:
+    A daemon, a stand-in ECR, a clock, and invariants that are checked after each test:
 
-    - what is content is what its name says;
+    - content matches its digest;
     - the files of the cache are within the limit;
-    - the token went to the registry alone, and no header of a client went anywhere;
-    - no token, no presigned query and no client's password is in any log event, in any answer to a client,
-      in the figures, in what else upstream was asked, or in what the daemon's own objects say of themselves.
+    - the token went only to the registry, and no header of a client went anywhere;
+    - no token, presigned query or password of a client is in any log event, in any answer to a client,
+      in the metrics, in other requests to upstream, or in the representations of the daemon's own objects.
 
-    @cvar kind: what is started: L{Daemon}, or a kind of it.
+    @cvar kind: the class to start: L{Daemon}, or a subclass.
     """
 
     kind: Callable[..., Any] = Daemon
     hot_path = True
-    """Whether what is known by the bytes of its head is answered by the short way."""
+    """Whether the hot path answers requests whose head is known."""
     index_in_memory = True
     """Whether no other process needs the index."""
 
@@ -899,12 +901,12 @@ class DaemonTestCase(SynchronousTestCase):
         observer = cast(ILogObserver, self.note)
         globalLogPublisher.addObserver(observer)
         self.addCleanup(globalLogPublisher.removeObserver, observer)
-        self.addCleanup(self.check_all)  # not tearDown: trial calls that once all cleanups are done, and the files gone
+        self.addCleanup(self.check_all)  # not tearDown: trial calls that after all cleanups, when the files are gone
         self.daemon = self.start()
 
     def make_index(self) -> Index:
         """
-        Open the index as a process does; one in memory is empty.
+        Open the index as a process does; one in memory starts empty.
         """
         now = self.clock.seconds
         index = Index(self.root, lambda: self.daemon.now() if self.daemons else now(), memory=self.index_in_memory)
@@ -913,7 +915,7 @@ class DaemonTestCase(SynchronousTestCase):
 
     def note(self, event: LogEvent) -> None:
         """
-        Keep what is logged.
+        Keep a log event.
         """
         self.events.append(event)
         for daemon in self.daemons:
@@ -921,7 +923,7 @@ class DaemonTestCase(SynchronousTestCase):
 
     def start(self, **options: Any) -> Daemon:
         """
-        Start a daemon over the test's cache directory; the test's other helpers ask this one from now on.
+        Start a daemon over the test's cache directory; the test's other helpers use this one from now on.
         """
         if self.daemons and not self.index_in_memory:
             self.index = self.make_index()
@@ -943,7 +945,7 @@ class DaemonTestCase(SynchronousTestCase):
 
     def pass_time(self, seconds: float) -> None:
         """
-        Let time go by, a second at a time, and all that is due happen.
+        Advance the clock, a second at a time.
         """
         whole = int(seconds)
         for step in [1.0] * whole + [seconds - whole]:
@@ -952,7 +954,7 @@ class DaemonTestCase(SynchronousTestCase):
 
     def arrive(self, digest: str, count: int) -> None:
         """
-        Have a bucket send so many bytes more, and let them get to whoever waits.
+        Have a bucket send so many bytes more, and let them reach the client.
         """
         self.standin.deliver(digest, count)
         self.flush()
@@ -961,7 +963,7 @@ class DaemonTestCase(SynchronousTestCase):
 
     def answer_with(self, data: bytes, *, close: bool = True) -> None:
         """
-        Have ECR write C{data}, whatever it is, as its answer to the next request; then let happen what can.
+        Have ECR answer the next request with C{data}, verbatim; then flush.
         """
         self.standin.hang("registry", times=1)
         self.flush()
@@ -971,11 +973,11 @@ class DaemonTestCase(SynchronousTestCase):
             server.loseConnection()
         self.flush()
 
-    # What holds of an answer.
+    # Assertions about answers.
 
     def assertWhole(self, reply: Reply, body: bytes, cache: str | None = None, code: int = 200) -> None:
         """
-        The client has got C{body}, and knows that this is all.
+        Assert that the client has received C{body}, and that it was complete.
         """
         self.assertEqual((code, "whole", len(body)), (reply.code, reply.ended, len(reply.body)))
         self.assertTrue(body == reply.body, "other bytes came")
@@ -984,7 +986,7 @@ class DaemonTestCase(SynchronousTestCase):
 
     def assertRefused(self, reply: Reply, status: int, code: str, saying: str = "") -> None:
         """
-        The client was refused in the distribution spec's JSON.
+        Assert that the client got an error in the distribution spec's JSON.
         """
         self.assertEqual("whole", reply.ended)
         found = reply.error
@@ -994,45 +996,45 @@ class DaemonTestCase(SynchronousTestCase):
 
     def assertBroken(self, reply: Reply, body: bytes) -> None:
         """
-        The client has got a part of C{body} at most, and can't take it for the whole.
+        Assert that the client has received at most a part of C{body}, and can tell that it is not complete.
         """
         self.assertEqual("broken", reply.ended)
         self.assertLess(len(reply.body), max(1, len(body)))
         self.assertTrue(body.startswith(bytes(reply.body)), "other bytes came")
 
-    # What holds of the cache.
+    # Assertions about the cache.
 
     def files(self, top: str = "content") -> list[Path]:
         return [path for path in sorted((self.root / top).rglob("*")) if path.is_file()]
 
     def arriving(self) -> list[Path]:
         """
-        List what is arriving, or was interrupted: the data, without the claims beside them.
+        List the data files of downloads, active or interrupted, without the claims beside them.
         """
         files = self.files("arriving")
         return [path for path in files if path.suffix != ".claim" or path.with_suffix("") not in files]
 
     def has(self, digest: str) -> bool:
         """
-        Tell whether C{digest} is in the cache.
+        Return True if C{digest} is in the cache.
         """
         return self.file_of(digest).is_file()
 
     def file_of(self, digest: str) -> Path:
         """
-        The file that keeps C{digest}.
+        Return the path of the file of C{digest}.
         """
         return self.root / self.daemon.store.content_path(Digest.parse(digest))
 
     def used(self) -> int:
         """
-        The bytes of disk that all files of the cache take, those that arrive included.
+        Return how many bytes of disk all files of the cache use, incomplete ones included.
         """
         return sum(on_disk(path.stat().st_size) for path in [*self.files("content"), *self.arriving()])
 
     def entries(self) -> dict[EntryKey, Entry]:
         """
-        What the index knows of repositories.
+        Return what the index contains about repositories.
         """
         return {key: entry for key, entry, _ in self.index.entries()}
 
@@ -1044,14 +1046,14 @@ class DaemonTestCase(SynchronousTestCase):
 
     def promised(self) -> int:
         """
-        The bytes of disk that are promised to what arrives, or taken by what transfers have left.
+        Return how many bytes of disk are reserved for downloads or used by what interrupted ones have left.
         """
         return self.index.totals.arriving
 
     def logged(self) -> str:
         return "\n".join(f"{formatEvent(event)} {event.get('log_failure', '')}" for event in self.events)
 
-    # What holds after every test.
+    # Invariants after every test.
 
     def check_all(self) -> None:
         self.check_content()
@@ -1077,14 +1079,14 @@ class DaemonTestCase(SynchronousTestCase):
 
     def secrets(self) -> list[str]:
         """
-        What nobody is to read.
+        Return everything that must stay secret.
         """
         signed = ("X-Amz-Signature", "X-Amz-Security-Token", "X-Amz-Credential", *self.standin.urls.signatures())
         return [*signed, "QVdTOg", *self.standin.tokens.issued(), PASSWORD, SHOWN.split()[1]]
 
     def check_secrets(self) -> None:
         """
-        Hold that no secret is where somebody may read it.
+        Assert that no secret is visible anywhere.
         """
         told = [*map(all_of, self.events), *(all_of_reply(each) for each in self.replies())]
         told += [repr(each) for daemon in self.daemons for each in ours(daemon)]
@@ -1106,7 +1108,7 @@ class DaemonTestCase(SynchronousTestCase):
 
 def all_of(event: LogEvent) -> str:
     """
-    Write all that a log might show of an event.
+    Return everything that a log might show of an event.
     """
     text = f"{formatEvent(event)} {event!r} {event.get('log_failure', '')!r}"
     failure = event.get("log_failure")
@@ -1115,7 +1117,7 @@ def all_of(event: LogEvent) -> str:
 
 def all_of_reply(reply: Reply | Raw) -> str:
     """
-    Write the headers that a client got, and the body if it is no content.
+    Return the headers that a client got, and the body unless it is content.
     """
     if isinstance(reply, Raw):
         return reply.got.decode("latin-1")
@@ -1125,7 +1127,7 @@ def all_of_reply(reply: Reply | Raw) -> str:
 
 def ours(daemon: Daemon) -> list[object]:
     """
-    Find the objects of the daemon's own classes that can be come to from its parts, attribute by attribute.
+    Find the objects of the daemon's own classes that can be reached from its parts, attribute by attribute.
     """
     found: dict[int, object] = {}
     waiting: list[object] = list(vars(daemon).values())

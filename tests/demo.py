@@ -1,9 +1,9 @@
 """
-What C{make demo} shows: an image pulled twice through the daemon, from a stand-in for ECR.
+Run what C{make demo} shows: an image pulled twice through the daemon, from a stand-in for ECR.
 
-The stand-in and the daemon are programs of their own, as they would be anywhere; the daemon is the one that twistd
-starts. All of it stays on this machine, in a directory that is gone afterwards. The exit status is 0 if both pulls
-gave what their digests name, and the second took no layer from upstream.
+The stand-in and the daemon are separate programs; the daemon is the one that twistd
+starts. All of it stays on this machine, in a directory that is removed afterwards. The exit status is 0 if both pulls
+returned content that matches its digests, and the second downloaded no layer from upstream.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ MANIFEST_TYPES: Final = (
 
 class DemoError(Exception):
     """
-    The demonstration can't go on, and why.
+    Raised if the demonstration can't go on.
     """
 
 
 @dataclass
 class Pull:
     """
-    What came of pulling the image once.
+    The result of one pull of the image.
     """
 
     title: str
@@ -73,14 +73,14 @@ class Pull:
 
     def took(self, count: int) -> None:
         """
-        Note bytes that came.
+        Count received bytes.
         """
         with self.lock:
             self.received += count
 
     def answered(self, status: str) -> None:
         """
-        Note an answer's X-Cache-Status.
+        Record an answer's X-Cache-Status.
         """
         with self.lock:
             self.statuses[status] += 1
@@ -88,7 +88,7 @@ class Pull:
 
 def get(place: str, path: str, accept: str = "*/*") -> HTTPResponse:
     """
-    Ask for something that has to be there.
+    Request something that must exist.
     """
     connection = HTTPConnection(place, timeout=SILENT_SECONDS)
     connection.request("GET", path, headers={"Accept": accept, "Connection": "close"})
@@ -100,7 +100,7 @@ def get(place: str, path: str, accept: str = "*/*") -> HTTPResponse:
 
 def fetch(place: str, path: str, digest: str, pull: Pull, end: float) -> bytes:
     """
-    Fetch what a digest names, and verify it.
+    Fetch content by its digest, and verify it.
     """
     parts, state = [], hashlib.sha256()
     with get(place, path, MANIFEST_TYPES) as response:
@@ -119,7 +119,7 @@ def fetch(place: str, path: str, digest: str, pull: Pull, end: float) -> bytes:
 
 def pull_image(place: str, title: str) -> Pull:
     """
-    Pull the image as a client does: its manifest, then all that the manifest lists.
+    Pull the image as a client does: its manifest, then everything that the manifest lists.
     """
     pull, began = Pull(title), time.monotonic()
     fetch_image(place, IMAGE, pull, lambda fetching: show(pull, fetching, began))
@@ -134,10 +134,10 @@ def fetch_image(
     wait_for: Callable[[Sequence[Future[bytes]]], object] = wait,
 ) -> None:
     """
-    Fetch the manifest of an image, of several the first, and all that it lists.
+    Fetch the manifest of an image (the first one of an index), and everything that it lists.
 
     @param wait_for: waits for the blobs.
-    @raise DemoError: if anything is not as it should be.
+    @raise DemoError: if anything is wrong.
     """
     name, tag = image
     end = time.monotonic() + PULL_SECONDS
@@ -154,13 +154,13 @@ def fetch_image(
         ]
         wait_for(fetching)
     finally:
-        # Not waited for here: who still reads is cut off when the programs end.
+        # Don't wait for them here: those that are still reading are cut off when the programs end.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def show(pull: Pull, fetching: Sequence[Future[bytes]], began: float) -> None:
     """
-    Show how far a pull is until it is done: a bar on a terminal, a line at its end elsewhere.
+    Show the progress of a pull until it is done: a bar on a terminal, a line at its end elsewhere.
 
     @raise DemoError: if a part of it failed.
     """
@@ -178,7 +178,7 @@ def show(pull: Pull, fetching: Sequence[Future[bytes]], began: float) -> None:
 
 def draw(pull: Pull, seconds: float) -> None:
     """
-    Draw the bar, if there is a terminal to draw it on.
+    Draw the bar, if there is a terminal.
     """
     if not sys.stdout.isatty():
         return
@@ -190,7 +190,7 @@ def draw(pull: Pull, seconds: float) -> None:
 
 class Program:
     """
-    A program that was started here, and is ended here by its own process id.
+    A program that was started here, and is stopped here by its own process id.
     """
 
     def __init__(self, argv: Sequence[str], environ: dict[str, str], cwd: Path, log: Path, **more: Any) -> None:
@@ -203,16 +203,16 @@ class Program:
                 stdin=subprocess.DEVNULL,
                 stderr=errors,
                 text=True,
-                # Ctrl-C at the terminal is for us: we end it.
+                # Ctrl-C at the terminal is for us: we stop it.
                 start_new_session=True,
                 **more,
             )
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """
-        Wait until it is ready.
+        Wait until the program is ready.
 
-        @raise DemoError: if it ends instead, or takes too long.
+        @raise DemoError: if it exits instead, or takes too long.
         """
         end = time.monotonic() + START_SECONDS
         while not ready():
@@ -227,7 +227,7 @@ class Program:
 
     def check(self) -> None:
         """
-        See that it still runs.
+        Check that the program still runs.
 
         @raise DemoError: if it does not.
         """
@@ -236,7 +236,7 @@ class Program:
 
     def end(self) -> None:
         """
-        End it, in whatever way it takes.
+        Stop the program, by SIGKILL if necessary.
         """
         self.process.terminate()
         try:
@@ -249,7 +249,7 @@ class Program:
 @contextmanager
 def running(program: Program) -> Iterator[Program]:
     """
-    End the program when we are done, however that comes.
+    Stop the program when the block ends, whatever the reason.
     """
     try:
         yield program
@@ -259,7 +259,7 @@ def running(program: Program) -> Iterator[Program]:
 
 def environment(home: Path, **more: str) -> dict[str, str]:
     """
-    Make an environment in which nothing of the caller's AWS or proxy settings is left.
+    Return an environment without the caller's AWS and proxy settings.
     """
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
     return {**kept, "HOME": str(home), **more}
@@ -278,7 +278,7 @@ def start_stand_in(home: Path) -> Program:
 
 def start_daemon(home: Path, places: dict[str, Any], port: int, **more: str) -> Program:
     """
-    Start the daemon as an operator does, with keys that the stand-in does not look at.
+    Start the daemon as an operator does, with keys that the stand-in does not check.
 
     @param more: settings.
     """
@@ -293,7 +293,7 @@ def start_daemon(home: Path, places: dict[str, Any], port: int, **more: str) -> 
         "AWS_SECRET_ACCESS_KEY": "demo",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    twistd = Path(sys.executable).with_name("twistd")  # not resolved: it is the environment's
+    twistd = Path(sys.executable).with_name("twistd")  # not resolved: the environment's own interpreter
     log = home / "daemon.log"
     with log.open("ab") as output:
         argv = [str(twistd), "-n", "--pidfile=", "ecr-proxy"]
@@ -302,7 +302,7 @@ def start_daemon(home: Path, places: dict[str, Any], port: int, **more: str) -> 
 
 def is_ready(place: str) -> bool:
     """
-    Tell whether the daemon has its token and its cache.
+    Return True if the daemon has its token and its cache.
     """
     connection = HTTPConnection(place, timeout=SILENT_SECONDS)
     try:
@@ -316,7 +316,7 @@ def is_ready(place: str) -> bool:
 
 def upstream(places: dict[str, Any]) -> tuple[int, int]:
     """
-    Ask the stand-in what it was asked for: the bytes that its bucket sent, and requests for content.
+    Return what the stand-in recorded: the bytes that its bucket sent, and requests for content.
     """
     at = urlsplit(places["asked"])
     with get(at.netloc, at.path) as response:
@@ -326,7 +326,7 @@ def upstream(places: dict[str, Any]) -> tuple[int, int]:
 
 def report(pulls: Sequence[Pull]) -> None:
     """
-    Print what both pulls came to.
+    Print the results of both pulls.
     """
     print(f"\n{'':12}  {'time':>7}  {'from upstream':>13}  {'requests':>8}  X-Cache-Status")
     for pull in pulls:
@@ -337,9 +337,9 @@ def report(pulls: Sequence[Pull]) -> None:
 
 def run(home: Path) -> None:
     """
-    Start both programs, pull twice, and tell.
+    Start both programs, pull twice, and report.
 
-    @raise DemoError: if anything is not as it should be.
+    @raise DemoError: if anything is wrong.
     """
     began = time.monotonic()
     places_file = home / "places.json"
@@ -374,7 +374,7 @@ def interrupt(number: int, frame: object) -> NoReturn:
 
 def main() -> int:
     """
-    Give the exit status.
+    Return the exit status.
     """
     signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -1,16 +1,17 @@
 """
-What README.rst, CONTRIBUTING.rst and docs/ show: blocks of code, and what is said of running them.
+Parse README.rst, CONTRIBUTING.rst and docs/: blocks of code, and remarks about running them.
 
-A block of C{console} is run by tests/e2e/test_shown_commands.py, each page from top to bottom in one shell. C{$} stands
-before a command, C{#} before one of root's; lines below it are what it prints, C{...} standing for anything. A comment
-right before a block says what else is to be known of it::
+tests/e2e/test_shown_commands.py runs each block of C{console}, each page from top to bottom in one shell. C{$} precedes
+a command, C{#} one of root's; the lines below are its output, C{...} standing for anything. A comment
+right before a block says what else to know about it::
 
     .. Not run: needs an AWS account.
 
     .. Runs on: answers at http://localhost:5000/readyz
 
-The first one gives the reason why a block can't be run here, the second one the URL that tells that the block's
-last command, which starts the daemon and may stay in the foreground, has done so.
+The first one gives the reason why a block can't be run here. The second one gives a URL that answers as soon as the
+block's
+last command, which starts the daemon and may stay in the foreground, has started it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _REMARK: Final = re.compile(rf" *\.\. ((?:{NOT_RUN}|{RUNS_ON}).*)")
 @dataclass(frozen=True)
 class Command:
     """
-    One command that is shown, and the lines that it is said to print.
+    One shown command, and the output that the page claims.
     """
 
     text: str
@@ -45,8 +46,8 @@ class Block:
     """
     A block of code.
 
-    @ivar language: empty for a literal block, of which nobody can tell.
-    @ivar remark: the comment before it, if it is one that is for us.
+    @ivar language: empty for a literal block.
+    @ivar remark: the comment before it, if it is one of the kinds above.
     """
 
     page: Path
@@ -58,21 +59,21 @@ class Block:
     @property
     def place(self) -> str:
         """
-        Where it is, for people.
+        Return page and line, for messages.
         """
         return f"{self.page.relative_to(CHECKOUT)}:{self.line}"
 
     @property
     def not_run(self) -> str | None:
         """
-        Why it is not run; none if it is.
+        Return why it is not run; empty if it is run.
         """
         return self.remark.removeprefix(NOT_RUN).strip() if self.remark.startswith(NOT_RUN) else None
 
     @property
     def answers_at(self) -> str | None:
         """
-        Where its command answers while it runs on in the foreground.
+        Return the URL at which its command answers while it stays in the foreground.
         """
         return self.remark.removeprefix(RUNS_ON).strip() if self.remark.startswith(RUNS_ON) else None
 
@@ -132,7 +133,7 @@ def blocks(page: Path, text: str | None = None) -> Iterator[Block]:
 
 def _indented(lines: Sequence[str], at: int) -> tuple[int, list[str]]:
     """
-    Take the lines below one that are further in than it, and tell where they end.
+    Return the lines below one that are indented further, and where they end.
     """
     margin = len(lines[at]) - len(lines[at].lstrip())
     end = at + 1

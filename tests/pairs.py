@@ -1,7 +1,7 @@
 """
-Two daemons on one cache directory in the place of one: clients come to each of them in turn.
+Two daemons on one cache directory in the place of one: clients use them in turn.
 
-What a test case says of one daemon is asked of the two by a subclass of it and of L{TwoDaemons}. They have the clock,
+A subclass of a test case and of L{TwoDaemons} checks the same claims with the two daemons. They have the clock,
 the stand-in and the disk in common, and nothing in memory.
 """
 
@@ -20,13 +20,13 @@ from tests.daemon import Daemon, DaemonTestCase, Reply
 from tests.registry import StandIn
 
 LOOKS: Final = 4
-"""How often those who follow look at another's transfer before all is said to be at rest."""
+"""How often followers look at another process's transfer before everything counts as idle."""
 C = TypeVar("C", bound=type[SynchronousTestCase])
 
 
 class Pair(Daemon):
     """
-    A daemon that is asked every other time; the other times its twin is.
+    A daemon that gets every other request; its twin gets the rest.
 
     @param twin: another daemon on the same directory.
     """
@@ -37,7 +37,7 @@ class Pair(Daemon):
 
     def send(self, method: str, path: str, **headers: str) -> Reply:
         """
-        Send a request to the one whose turn it is.
+        Send a request to the daemon whose turn it is.
         """
         self._asked += 1
         if self._asked % 2:
@@ -47,15 +47,12 @@ class Pair(Daemon):
         return reply
 
     def kill(self) -> None:
-        """
-        Kill both.
-        """
         super().kill()
         self._twin.kill()
 
     def flush(self) -> None:
         """
-        Let everything happen that can happen in both; one of them may have to look at what the other has brought.
+        Let everything happen that can happen in both; one of them may have to look at what the other has fetched.
         """
         super().flush()
         for _ in range(LOOKS):
@@ -70,7 +67,7 @@ class Pair(Daemon):
 
 class TwoDaemons(DaemonTestCase):
     """
-    Have two daemons where a test case has one.
+    Use two daemons where a test case has one.
     """
 
     index_in_memory = False
@@ -93,7 +90,7 @@ class TwoDaemons(DaemonTestCase):
 
 def without(**tests: str) -> Callable[[C], C]:
     """
-    Leave out tests of which two daemons are another matter, each for a reason.
+    Skip tests for which two daemons make a difference, each with a reason.
     """
 
     def leave_out(case: C) -> C:

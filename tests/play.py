@@ -1,8 +1,8 @@
 """
-What C{make play} leaves running: the daemon before a stand-in for ECR, with a client that pulls now and then.
+Run what C{make play} shows: the daemon before a stand-in for ECR, with a client that pulls now and then.
 
-It prints where both are and what to type, until Ctrl-C. Nothing of it is left afterwards. PROXY_PORT chooses another
-port than the usual one.
+It prints the addresses of both and what to type, and runs until Ctrl-C. It leaves nothing behind. PROXY_PORT sets
+the port.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ Its log is {log}. Ctrl-C ends all of it.
 
 def usual_or_free(port: int) -> int:
     """
-    Give the port that the documentation names, or another if it is taken.
+    Return the port in the documentation, or a free one if it is in use.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -96,13 +96,13 @@ def play(home: Path) -> None:
                 try:
                     fetch_image(place, image, Pull(""))
                 except (DemoError, OSError, HTTPException):
-                    daemon.check()  # what fails is for the status page to show
+                    daemon.check()  # the status page shows what fails
                 time.sleep(PAUSE_SECONDS)
 
 
 def main() -> int:
     """
-    Give the exit status.
+    Return the exit status.
     """
     signal.signal(signal.SIGTERM, interrupt)
     try:

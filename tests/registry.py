@@ -1,14 +1,14 @@
 """
 The stand-in for Amazon ECR that all tests share: the AWS call, the registry, and its bucket.
 
-L{StandIn} is all a test needs. Push into it, hand its C{resource} to a
+L{StandIn} is all that a test needs. Push into it, pass its C{resource} to a
 C{StubTreq} (or to a C{Site}), and look at C{asked} afterwards. It speaks the
-real protocols and keeps to ECR's oddities, which are told in the modules that
-decide the answers: L{tests.registry_replies}, L{tests.registry_bucket} and
+real protocols and reproduces ECR's quirks, which are described in the modules that
+build the answers: L{tests.registry_replies}, L{tests.registry_bucket} and
 L{tests.registry_content}.
 
 In memory, call C{flush()} on the C{StubTreq} after L{StandIn.deliver},
-L{StandIn.release}, L{StandIn.cut} and whenever time went on.
+L{StandIn.release}, L{StandIn.cut} and whenever the clock was advanced.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StandIn(Shelves, Faults):
     """
     An ECR in memory: the AWS call, the registry and its bucket; faults on demand.
 
-    @param realm: where its tokens are had, if it is one that is no private registry of ECR.
+    @param realm: the URL of its token service, unless it is a private registry of ECR.
     """
 
     def __init__(
@@ -70,47 +70,47 @@ class StandIn(Shelves, Faults):
 
     def issue_token(self) -> str:
         """
-        A token that is good for twelve hours, as the AWS call gives it: base64 of "AWS:password".
+        Issue a token that is valid for twelve hours, as the AWS call does: base64 of "AWS:password".
         """
         return self.tokens.issue()[0]
 
     def expire_tokens(self) -> None:
         """
-        Make every token so far an expired one: 403 DENIED.
+        Expire all tokens so far: 403 DENIED.
         """
         self.tokens.expire()
 
     def forget_tokens(self) -> None:
         """
-        Make every token so far one that was never issued: 400, no challenge.
+        Treat all tokens so far as never issued: 400, no challenge.
         """
         self.tokens.forget()
 
     def expire_urls(self) -> None:
         """
-        Make every URL into the bucket an expired one: 403.
+        Expire all URLs into the bucket: 403.
         """
         self.urls.expire()
 
-    # What was asked
+    # What was requested
 
     def requests(
         self, service: Service | None = None, method: str | None = None, path_contains: str = ""
     ) -> list[Asked]:
         """
-        The requests to a service, by a method, about a path or a digest (the bucket's too).
+        Return the requests to a service, by method, path or digest (the bucket's too).
         """
         return [asked for asked in self.asked if asked.matches(service, method, path_contains)]
 
     def count(self, service: Service | None = None, method: str | None = None, path_contains: str = "") -> int:
         """
-        How many such requests there were.
+        Return the number of such requests.
         """
         return len(self.requests(service, method, path_contains))
 
     def forget_asked(self) -> None:
         """
-        Count from nothing again.
+        Reset the recorded requests.
         """
         self.asked.clear()
         self.bytes_sent = 0
@@ -119,13 +119,13 @@ class StandIn(Shelves, Faults):
 
     def hold(self, digest: str) -> None:
         """
-        From now on send the headers of that blob, and wait with its body.
+        From now on send the headers of that blob, and hold back its body.
         """
         self._held.add(digest)
 
     def held(self, digest: str) -> int:
         """
-        How many requests for that blob are under way.
+        Return how many requests for that blob are in flight.
         """
         return len(self._sending(digest))
 
@@ -138,7 +138,7 @@ class StandIn(Shelves, Faults):
 
     def release(self, digest: str) -> None:
         """
-        Send the rest to every request held for that blob, and hold no more.
+        Send the rest to every request held for that blob, and stop holding.
         """
         self._held.discard(digest)
         for sending in self._sending(digest):
@@ -146,16 +146,16 @@ class StandIn(Shelves, Faults):
 
     def cut(self, digest: str) -> None:
         """
-        Close the connection of every request under way for that blob; go on holding new ones.
+        Close the connection of every request in flight for that blob; go on holding new ones.
         """
         for sending in self._sending(digest):
             sending.drop()
 
-    # How it is answered
+    # Answers
 
     def answer(self, request: Outgoing, asked: Asked) -> None:
         """
-        Answer one request that is already noted.
+        Answer one request that is already recorded.
         """
         fault = self._struck_by(asked)
         if fault is None:
@@ -168,7 +168,7 @@ class StandIn(Shelves, Faults):
             self.send(request, asked, fault.reply)
         elif fault.break_after is not None:
             self.send(request, asked, self._reply(asked), fault.break_after)
-        # else silence: the client waits until it gives up
+        # else silence: the client waits until it times out
 
     def _reply(self, asked: Asked) -> Reply:
         if asked.service == "registry":
@@ -188,7 +188,7 @@ class StandIn(Shelves, Faults):
         """
         Send one answer; with C{after} the connection ends after so many bytes of its body.
 
-        @param pace: bytes of its body a second; 0 for none.
+        @param pace: bytes of its body a second; 0 means no limit.
         """
         request.setResponseCode(reply.status)
         request.defaultContentType = None
@@ -226,7 +226,7 @@ class StandIn(Shelves, Faults):
 @implementer(IResource)
 class _Door:
     """
-    Where every request comes in: it is noted, then answered by the service its Host names.
+    The root resource: records every request, and passes it to the service that its Host names.
     """
 
     isLeaf = True
@@ -239,20 +239,14 @@ class _Door:
         }
 
     def getChildWithDefault(self, name: bytes, request: Request) -> _Door:
-        """
-        Nothing is below the door.
-        """
         return self
 
     def putChild(self, path: bytes, child: IResource) -> None:
-        """
-        Nothing can be put below it.
-        """
         raise NotImplementedError
 
     def render(self, request: Request) -> int:
         """
-        Note the request, and answer it when its time has come.
+        Record the request, and answer it when its time has come.
         """
         asked = self._asked(request)
         if asked.service == "api" and asked.path == "/_asked":
@@ -282,7 +276,7 @@ class _Door:
         place = _place("//" + headers.get("host", ""))
         service = self._services.get(place, "realm" if place == _place(self._standin.bearers.realm) else "api")
         if method == "POST" and path == "/":
-            service = "api"  # one port may serve both, as the runnable stand-in's does
+            service = "api"  # one port may serve both, as the standalone stand-in's does
         about = {"registry": named_in, "bucket": self._standin.urls.named_in}.get(service)
         repository, digest = about(path) if about else ("", "")
         body = request.content.read() if request.content else b""
@@ -290,7 +284,7 @@ class _Door:
 
     def _inspection(self) -> Reply:
         """
-        What was asked so far, for whoever runs the stand-in as a program.
+        Return what was requested so far, for users of the standalone stand-in.
         """
         seen = [
             {"service": asked.service, "method": asked.method, "target": asked.target} for asked in self._standin.asked
@@ -301,7 +295,7 @@ class _Door:
 
 def _place(url: str) -> str:
     """
-    Host and port of a URL, without the ports that go without saying.
+    Return host and port of a URL, without default ports.
     """
     place = urlsplit(url).netloc.lower()
     return place.removesuffix(":443").removesuffix(":80")

@@ -1,7 +1,7 @@
 """
 The S3 bucket of the stand-in for ECR: signed URLs, and blobs by range.
 
-A URL is good for GET, for its own path and query to the letter, and for a while.
+A URL is valid for GET, for its exact path and query, and for a limited time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TWICE: Final = (
 
 def bucket_error(status: int, code: str, message: str) -> Reply:
     """
-    An error the way S3 writes it.
+    Build an error as S3 writes it.
     """
     xml = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
     body = f'<?xml version="1.0" encoding="UTF-8"?>\n{xml}'.encode()
@@ -41,7 +41,7 @@ def bucket_error(status: int, code: str, message: str) -> Reply:
 @dataclass
 class Urls:
     """
-    The URLs the registry signs for the bucket, and the bucket checks.
+    The URLs that the registry signs for the bucket, and the bucket checks.
     """
 
     clock: IReactorTime
@@ -53,7 +53,7 @@ class Urls:
 
     def sign(self, repository: str, digest: str) -> str:
         """
-        A URL for one blob of one repository; no two are the same.
+        Sign a URL for one blob of one repository; no two are the same.
         """
         name = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{repository}/{digest}"))
         path = f"/{name[:4]}-{account_of(self.registry)}-{name}/{name}"
@@ -61,7 +61,7 @@ class Urls:
         now = self.clock.seconds()
         stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
         scope = f"AKIASTANDIN/{stamp[:8]}/{region_of(self.registry)}/s3/aws4_request"
-        # A long and ever new token, as temporary credentials have; with "+" and "=" to quote.
+        # A long token that is always new, as temporary credentials have; with "+" and "=" to quote.
         session = base64.b64encode(b"~~~" * 40 + f"{len(self._until):05d}xx".encode()).decode()
         query = (
             f"X-Amz-Security-Token={quote(session, safe='')}"
@@ -74,25 +74,25 @@ class Urls:
 
     def signatures(self) -> list[str]:
         """
-        The signatures of every URL signed so far.
+        Return the signatures of all URLs signed so far.
         """
         return list(self._until)
 
     def expire(self) -> None:
         """
-        End every URL signed so far.
+        Expire all URLs signed so far.
         """
         self._until = dict.fromkeys(self._until, float("-inf"))
 
     def named_in(self, path: str) -> tuple[str, str]:
         """
-        The repository and the digest a path of the bucket stands for.
+        Return the repository and the digest that a path of the bucket names.
         """
         return self._objects.get(path, ("", ""))
 
     def refusal(self, asked: Asked) -> Reply | None:
         """
-        Why the bucket turns a request away, if it does.
+        Return why the bucket rejects a request, if it does.
         """
         if "authorization" in asked.headers:
             return bucket_error(400, "InvalidArgument", _TWICE)
@@ -114,7 +114,7 @@ class Urls:
 @dataclass(frozen=True)
 class BucketSide:
     """
-    The bucket's half of ECR: bytes for whoever holds a signed URL.
+    The bucket's half of ECR: bytes for requests with a signed URL.
     """
 
     repositories: Mapping[str, Repository]
@@ -134,7 +134,7 @@ class BucketSide:
         if data is None:
             return bucket_error(404, "NoSuchKey", "The specified key does not exist.")
         data = self.corrupted.get(asked.digest, data)
-        # Not a hash of the bytes (nor is S3's, for what came in parts): corruption must not show.
+        # Not a hash of the bytes (nor is S3's, for multipart uploads): corruption must not show.
         etag = self.quirks.etag or f'"{hashlib.md5(asked.digest.encode()).hexdigest()}-1"'
         if asked.headers.get("if-match", etag) not in (etag, "*"):
             return bucket_error(412, "PreconditionFailed", "At least one condition did not hold")
@@ -142,7 +142,7 @@ class BucketSide:
 
     def _part(self, data: bytes, etag: str, asked: Asked) -> Reply:
         """
-        The range that was asked for, or everything.
+        Return the requested range, or everything.
         """
         headers = {
             "Content-Type": "application/octet-stream",
@@ -167,9 +167,9 @@ class BucketSide:
 
 def byte_range(header: str, total: int) -> tuple[int, int] | None:
     """
-    The half-open range of bytes a Range header asks for: empty if there are none, None for all.
+    Parse a Range header into a half-open range of bytes: empty if it selects none, None for everything.
 
-    S3 knows one range alone: several, like nonsense, mean everything.
+    S3 supports only a single range: several ranges, like nonsense, select everything.
     """
     found = _RANGE.fullmatch(header.strip())
     if found is None or not any(found.groups()):

@@ -2,7 +2,7 @@
 What the stand-in for ECR holds: repositories of blobs, manifests and tags.
 
 Pure data, without HTTP and without a clock. The one surprise in here is
-L{negotiated}: like ECR it rewrites an image manifest when a client asks by tag
+L{negotiated}: like ECR it rewrites an image manifest when a client requests it by tag
 and does not accept the stored type, so one tag can have two digests.
 """
 
@@ -39,7 +39,7 @@ _TO_OCI: Final = {docker: oci for oci, docker in _TO_SCHEMA2.items()}
 
 def digest_of(data: bytes, algorithm: str = "sha256") -> str:
     """
-    Name bytes the way registries do.
+    Return the digest of bytes as registries write it.
     """
     return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
 
@@ -56,13 +56,13 @@ class Manifest:
     @property
     def digest(self) -> str:
         """
-        The name of exactly these bytes.
+        Return the digest of exactly these bytes.
         """
         return digest_of(self.data)
 
     def parsed(self) -> dict[str, Any]:
         """
-        The manifest as JSON; nothing for one that is no JSON object.
+        Return the manifest as JSON; empty if it is not a JSON object.
         """
         try:
             found = json.loads(self.data)
@@ -87,7 +87,7 @@ class Image:
 
     def descriptor(self) -> dict[str, Any]:
         """
-        The image as an entry of an index.
+        Return the image as an entry of an index.
         """
         system, _, machine = self.platform.partition("/")
         return {
@@ -101,7 +101,7 @@ class Image:
 @dataclass
 class Repository:
     """
-    One repository: what was pushed under one name.
+    One repository and its content.
     """
 
     blobs: dict[str, bytes] = field(default_factory=dict)
@@ -110,13 +110,13 @@ class Repository:
 
     def tag_names(self) -> list[str]:
         """
-        All tags in an order that never changes and is not alphabetical: nor is ECR's.
+        Return all tags in a stable order that is not alphabetical: nor is ECR's.
         """
         return sorted(self.tags, key=lambda tag: hashlib.sha256(tag.encode()).digest())
 
     def delete_manifest(self, digest: str) -> None:
         """
-        Forget a manifest, and with it the tags that lead to it.
+        Delete a manifest and its tags.
         """
         del self.manifests[digest]
         self.tags = {tag: to for tag, to in self.tags.items() if to != digest}
@@ -141,7 +141,7 @@ class Repository:
 
 def accepted(accept: str | None) -> frozenset[str]:
     """
-    The media types of an Accept header; none at all stands for "anything".
+    Return the media types of an Accept header; a missing header accepts anything.
     """
     wanted = set()
     for item in (accept or "").split(","):
@@ -153,9 +153,9 @@ def accepted(accept: str | None) -> frozenset[str]:
 
 def negotiated(stored: Manifest, accept: str | None) -> Manifest:
     """
-    What ECR answers for a tag: the stored manifest, or its OCI or schema2 twin.
+    Return what ECR answers for a tag: the stored manifest, or its OCI or schema2 equivalent.
 
-    What has no twin (indexes, layers that are neither tar nor gzip) goes out as stored.
+    Without an equivalent (indexes, layers that are neither tar nor gzip) it is sent as stored.
     """
     wanted = accepted(accept)
     if not wanted or wanted & {stored.media_type, "*/*", "application/*"}:
@@ -168,7 +168,7 @@ def negotiated(stored: Manifest, accept: str | None) -> Manifest:
 
 def _converted(stored: Manifest, twins: Mapping[str, str]) -> Manifest | None:
     """
-    The same manifest with every media type swapped, if every one of them can be.
+    Return the same manifest with every media type converted, if all of them can be.
     """
     manifest = stored.parsed()
     parts = [manifest.get("config", {}), *manifest.get("layers", [])]
@@ -182,7 +182,7 @@ def _converted(stored: Manifest, twins: Mapping[str, str]) -> Manifest | None:
 
 def layer(name: str, content: bytes) -> bytes:
     """
-    A real layer holding one file: the same bytes each time, so the same digest.
+    Return a real layer with one file: the same bytes each time, so the same digest.
     """
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
@@ -198,7 +198,7 @@ def _is_gzip(data: bytes) -> bool:
 
 def image_config(layers: Sequence[bytes], platform: str) -> bytes:
     """
-    A config real clients believe: its diff ids are those of the unpacked layers.
+    Return a config that real clients accept: its diff ids are those of the unpacked layers.
     """
     system, _, machine = platform.partition("/")
     diffs = [digest_of(gzip.decompress(data) if _is_gzip(data) else data) for data in layers]
@@ -214,7 +214,7 @@ def image_config(layers: Sequence[bytes], platform: str) -> bytes:
 
 def image_manifest(config: bytes, layers: Sequence[bytes], media_type: str) -> bytes:
     """
-    A manifest of OCI's or Docker's kind over a config and its layers.
+    Return a manifest of OCI's or Docker's kind over a config and its layers.
     """
 
     def described(data: bytes, oci_type: str) -> dict[str, Any]:
@@ -240,7 +240,7 @@ class Shelves:
 
     def push_blob(self, repository: str, data: bytes, algorithm: str = "sha256") -> str:
         """
-        Put a blob into one repository, and say its digest.
+        Put a blob into one repository; return its digest.
         """
         digest = digest_of(data, algorithm)
         self._repository(repository).blobs[digest] = data
@@ -248,7 +248,7 @@ class Shelves:
 
     def push_manifest(self, repository: str, manifest: bytes | Mapping[str, Any], media_type: str, *tags: str) -> str:
         """
-        Put a manifest into a repository under any number of tags, and say its digest.
+        Put a manifest into a repository under any number of tags; return its digest.
         """
         data = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
         pushed = Manifest(data, media_type)
@@ -282,7 +282,7 @@ class Shelves:
 
     def push_index(self, repository: str, tag: str, images: Sequence[Image], media_type: str = OCI_INDEX) -> str:
         """
-        Put one name over images for several platforms, and say its digest.
+        Put an index of images for several platforms into a repository; return its digest.
         """
         entries = [image.descriptor() for image in images]
         index = {"schemaVersion": 2, "mediaType": media_type, "manifests": entries}
@@ -290,25 +290,25 @@ class Shelves:
 
     def delete_tag(self, repository: str, tag: str) -> None:
         """
-        Take a tag away; what it led to stays.
+        Delete a tag, but not its manifest.
         """
         del self.repositories[repository].tags[tag]
 
     def delete_manifest(self, repository: str, digest: str) -> None:
         """
-        Take a manifest away, with the tags that lead to it.
+        Delete a manifest and its tags.
         """
         self.repositories[repository].delete_manifest(digest)
 
     def delete_blob(self, repository: str, digest: str) -> None:
         """
-        Take a blob away from one repository.
+        Delete a blob from one repository.
         """
         del self.repositories[repository].blobs[digest]
 
     def delete_repository(self, repository: str) -> None:
         """
-        Take a repository away with all it holds.
+        Delete a repository and its content.
         """
         del self.repositories[repository]
 

@@ -1,5 +1,5 @@
 """
-What goes wrong with the stand-in for ECR, when a test says so.
+Faults that a test can inject into the stand-in for ECR.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tests.registry_replies import api_error, registry_error
 @dataclass
 class Fault:
     """
-    Something that goes wrong, for some requests, some number of times or until removed.
+    A fault, for some requests, some number of times or until removed.
 
-    With a C{reply} it is answered instead; with C{break_after} the true answer
+    With C{reply} the request gets that answer; with C{break_after} the true answer
     stops after so many bytes; with C{pace} its body comes at so many bytes a second,
-    or with 0 not at all; C{drop} closes without a word; else there is silence.
+    or with 0 not at all; C{drop} closes the connection without an answer; else there is no answer.
     """
 
     service: Service
@@ -33,7 +33,7 @@ class Fault:
 
     def strikes(self, asked: Asked) -> bool:
         """
-        Say whether this request is hit, and count it.
+        Return True if this request is affected, and count it.
         """
         if self.times == 0 or not asked.matches(self.service, self.method, self.path_contains):
             return False
@@ -43,14 +43,14 @@ class Fault:
 
     def remove(self) -> None:
         """
-        Let all be well again.
+        Remove the fault.
         """
         self.times = 0
 
 
 class Faults:
     """
-    The faults in force, and the usual ones by name.
+    The active faults, and shortcuts for the usual ones.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Faults:
 
     def fault(self, fault: Fault) -> Fault:
         """
-        Let something go wrong; of several that fit a request, the one added last does.
+        Add a fault; of several that match a request, the one added last applies.
         """
         self._faults.insert(0, fault)
         return fault
@@ -76,7 +76,7 @@ class Faults:
         method: str | None = None,
     ) -> Fault:
         """
-        Answer the next requests that fit with this status instead.
+        Answer the next matching requests with this status.
         """
         reply = Reply(status, dict(headers or {}), body)
         return self.fault(Fault(service, method, path_contains, times, reply))
@@ -89,7 +89,7 @@ class Faults:
         path_contains: str = "",
     ) -> Fault:
         """
-        Let IAM forbid: a 403 that no new token mends.
+        Answer as if IAM denied access: a 403 that a new token doesn't change.
         """
         who = "User: arn:aws:iam::123456789012:user/stand-in"
         text = f"{who} is not authorized to perform: {action}"
@@ -105,7 +105,7 @@ class Faults:
         retry_after: str | None = None,
     ) -> Fault:
         """
-        Say "too many requests" in the service's own words.
+        Answer "too many requests" in the service's own words.
         """
         words = {
             "registry": registry_error(429, "TOOMANYREQUESTS", "Rate exceeded"),
@@ -138,7 +138,7 @@ class Faults:
         times: int | None = None,
     ) -> Fault:
         """
-        Never answer, nor close.
+        Neither answer nor close.
         """
         return self.fault(Fault(service, method, path_contains, times))
 
@@ -154,7 +154,7 @@ class Faults:
         """
         Send headers, and the body at so many bytes a second; with 0 no byte of it, and no end.
 
-        C{reply} is sent so instead of the true answer.
+        C{reply} is sent that way instead of the true answer.
         """
         return self.fault(Fault(service, None, path_contains, times, reply, pace=pace))
 
@@ -172,7 +172,7 @@ class Faults:
 
     def heal(self) -> None:
         """
-        Remove all faults and all corruption; what is held stays held.
+        Remove all faults and all corruption; held requests stay held.
         """
         self._faults.clear()
         self._corrupted.clear()

@@ -1,5 +1,5 @@
 """
-The words the parts of the stand-in for ECR share: what was asked, what is answered, what is odd.
+Requests, answers and quirks: the types that the parts of the stand-in for ECR share.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class Asked:
     """
     One request as it arrived; header names are in lower case.
 
-    C{digest} and C{repository} say what it is about where that can be known,
-    for the bucket too, whose paths do not tell.
+    C{digest} and C{repository} are set where they can be known,
+    for the bucket too, whose paths do not show them.
     """
 
     service: Service
@@ -33,13 +33,13 @@ class Asked:
     @property
     def target(self) -> str:
         """
-        Path and query, as in the request line.
+        Return path and query, as in the request line.
         """
         return f"{self.path}?{self.query}" if self.query else self.path
 
     def matches(self, service: str | None, method: str | None, path_contains: str) -> bool:
         """
-        Say whether this is a request to that service, by that method, about that path or digest.
+        Return True if this is a request to that service, with that method, about that path or digest.
         """
         return (
             service in (None, self.service)
@@ -51,7 +51,7 @@ class Asked:
 @dataclass(frozen=True)
 class Reply:
     """
-    One answer, whole; the length is told by whoever sends it.
+    One complete answer; the sender adds its length.
     """
 
     status: int
@@ -62,7 +62,7 @@ class Reply:
 @dataclass
 class Quirks:
     """
-    How this ECR behaves where real ones differ, or where a test wants another figure.
+    How this ECR behaves where real ones differ, or where a test needs another value.
     """
 
     blob_head: int = 200
@@ -91,7 +91,7 @@ class Quirks:
 
 def account_of(registry: str) -> str:
     """
-    The account a registry's name begins with.
+    Return the account in a registry's name.
     """
     found = re.search(r"//(\d{12})\.", registry)
     return found[1] if found else "123456789012"
@@ -99,7 +99,7 @@ def account_of(registry: str) -> str:
 
 def region_of(registry: str) -> str:
     """
-    The region a registry's name tells.
+    Return the region in a registry's name.
     """
     found = re.search(r"\.([a-z]{2}(?:-[a-z]+)+-\d)\.", registry)
     return found[1] if found else "eu-west-1"

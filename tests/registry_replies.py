@@ -1,8 +1,8 @@
 """
 What the stand-in for ECR answers: the registry, and the two AWS calls.
 
-Everything in here decides, nothing in here sends: an L{Asked} goes in and a
-L{Reply} comes out. Time is read from the clock one is handed.
+This module decides and sends nothing: it maps an L{Asked} to a
+L{Reply}. Time is read from the given clock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ROUTE: Final = re.compile(r"/v2/(?P<name>.+)/(?:(?P<kind>manifests|blobs|referr
 
 def registry_error(status: int, code: str, message: str) -> Reply:
     """
-    An error the way the distribution specification writes it.
+    Build an error as the distribution specification writes it.
     """
     body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
     return Reply(status, {"Content-Type": "application/json; charset=utf-8"}, body)
@@ -37,7 +37,7 @@ def registry_error(status: int, code: str, message: str) -> Reply:
 
 def api_error(status: int, kind: str, message: str) -> Reply:
     """
-    An error the way AWS writes it in its JSON protocol.
+    Build an error as AWS writes it in its JSON protocol.
     """
     body = json.dumps({"__type": kind, "message": message}).encode()
     return Reply(status, {"Content-Type": "application/x-amz-json-1.1"}, body)
@@ -45,7 +45,7 @@ def api_error(status: int, kind: str, message: str) -> Reply:
 
 def named_in(path: str) -> tuple[str, str]:
     """
-    The repository and the digest a registry path is about; empty where there is none.
+    Return the repository and the digest in a registry path; empty where there is none.
     """
     route = _ROUTE.fullmatch(unquote(path))
     if route is None:
@@ -56,7 +56,7 @@ def named_in(path: str) -> tuple[str, str]:
 
 def _sent(data: bytes, wanted: str) -> Reply:
     """
-    What a registry sends that has its blobs on its own disk.
+    Answer like a registry that has its blobs on its own disk.
     """
     headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}
     chosen = byte_range(wanted, len(data))
@@ -70,7 +70,7 @@ def _sent(data: bytes, wanted: str) -> Reply:
 @dataclass
 class Tokens:
     """
-    The registry tokens that were given out, and what becomes of each.
+    The registry tokens that were issued, and their state.
     """
 
     clock: IReactorTime
@@ -80,7 +80,7 @@ class Tokens:
 
     def issue(self) -> tuple[str, float]:
         """
-        Give out a new token, and say when it ends.
+        Issue a new token; return it and its expiry.
         """
         until = self.clock.seconds() + self.quirks.token_lifetime
         serial = f"{next(self._serials):08d}"
@@ -93,31 +93,31 @@ class Tokens:
 
     def take(self, token: str) -> None:
         """
-        Let in, for good, whoever shows a token that somebody else gives out.
+        Accept, for good, a token that another service issues.
         """
         self._until[token] = float("inf")
 
     def issued(self) -> list[str]:
         """
-        All that were given out and are remembered.
+        Return all issued tokens that are remembered.
         """
         return list(self._until)
 
     def expire(self) -> None:
         """
-        End all of them now.
+        Expire all of them now.
         """
         self._until = dict.fromkeys(self._until, float("-inf"))
 
     def forget(self) -> None:
         """
-        Make as if none was ever given out.
+        Treat all of them as never issued.
         """
         self._until.clear()
 
     def refusal(self, authorization: str | None, registry: str, repository: str = "") -> Reply | None:
         """
-        Why the registry turns a request away for its Authorization header, if it does.
+        Return why the registry rejects a request for its Authorization header, if it does.
         """
         if authorization is None:
             challenge = f'Basic realm="{registry}/",service="ecr.amazonaws.com"'
@@ -136,13 +136,13 @@ class Tokens:
 class Bearers(Tokens):
     """
     The tokens of a registry other than ECR's private ones, and its token service: distribution's "Token Authentication
-    Specification"; ECR Public's oddities by field notes C14.
+    Specification"; ECR Public's quirks by field notes C14.
 
     @ivar realm: the service's URL.
     @ivar public: whether this is like ECR Public: its tokens are for all repositories, and an expired one is a 400.
-    @ivar logins: those that it takes, as they go behind C{Basic}; none if anybody gets a token.
-    @ivar denied: the repositories for which it gives a token that is good for nothing, as Docker Hub does.
-    @ivar lifetime: of tokens, in seconds; as it is told, too.
+    @ivar logins: the logins that it accepts, as they follow C{Basic}; empty if anonymous clients get a token.
+    @ivar denied: the repositories for which it issues a token without any rights, as Docker Hub does.
+    @ivar lifetime: of tokens, in seconds; as stated in answers, too.
     """
 
     realm: str = ""
@@ -154,14 +154,14 @@ class Bearers(Tokens):
     @property
     def challenge(self) -> str:
         """
-        What is said to whoever shows no token.
+        Return the challenge for requests without a token.
         """
         said = f'Bearer realm="{self.realm}",service="registry.test"'
         return f'{said},scope="aws"' if self.public else said
 
     def reply(self, asked: Asked) -> Reply:
         """
-        Give out a token.
+        Issue a token.
         """
         scheme, _, login = asked.headers.get("authorization", "").partition(" ")
         if self.logins and (scheme != "Basic" or login not in self.logins):
@@ -177,7 +177,7 @@ class Bearers(Tokens):
 
     def refusal(self, authorization: str | None, registry: str, repository: str = "") -> Reply | None:
         """
-        Why the registry turns a request away for its Authorization header, if it does.
+        Return why the registry rejects a request for its Authorization header, if it does.
         """
         scheme, _, token = (authorization or "").partition(" ")
         until = self._until.get(token) if scheme == "Bearer" else None
@@ -194,7 +194,7 @@ class Bearers(Tokens):
 @dataclass(frozen=True)
 class RegistrySide:
     """
-    The registry's half of ECR: who may ask, what is there, and where the bytes are.
+    The registry's half of ECR: authorization, content, and redirects to the bucket.
     """
 
     url: str
@@ -248,7 +248,7 @@ class RegistrySide:
         if not by_digest:
             found = negotiated(found, asked.headers.get("accept"))
         headers = {"Content-Type": found.media_type}
-        if asked.method == "HEAD":  # a GET lacks it, see aws/containers-roadmap#1931
+        if asked.method == "HEAD":  # missing in answers to GET, see aws/containers-roadmap#1931
             headers["Docker-Content-Digest"] = found.digest
             return Reply(200, headers, found.data)
         return Reply(200, headers, self.corrupted.get(found.digest, found.data))
@@ -295,7 +295,7 @@ class RegistrySide:
 
 def _invalid(parameter: str, why: str) -> Reply:
     """
-    ECR's own words for a query it does not like.
+    Reject a query in ECR's own words.
     """
     text = f"Invalid parameter at '{parameter}' failed to satisfy constraint: '{why}'"
     return registry_error(400, "UNSUPPORTED", text)
@@ -303,7 +303,7 @@ def _invalid(parameter: str, why: str) -> Reply:
 
 def _page_size(asked: Asked, default: int) -> int | Reply:
     """
-    How many names fit a page, or why ECR refuses to say: it does not clamp n.
+    Return how many names fit a page, or ECR's error: it does not clamp n.
     """
     given = parse_qs(asked.query, keep_blank_values=True).get("n", [str(default)])[0]
     if not given.isascii() or not given.isdigit() or int(given) < 1:
@@ -315,7 +315,7 @@ def _page_size(asked: Asked, default: int) -> int | Reply:
 
 def _page_token(last: str) -> str:
     """
-    A long opaque word that breaks when it is decoded twice: it holds a plus and an equals sign.
+    Return a long opaque page token that breaks when it is decoded twice: it holds a plus and an equals sign.
     """
     # "~" as the third byte of a group of three becomes "+"; one byte over a group becomes "==".
     text = f"{digest_of(last.encode())}{digest_of(last.encode(), 'sha512')}~~~|{last}|"
@@ -325,7 +325,7 @@ def _page_token(last: str) -> str:
 
 def _place(token: str, names: list[str]) -> int:
     """
-    Where the page after L{_page_token} starts; ValueError for a word that is none.
+    Return where the page after L{_page_token} starts; raise ValueError if the token is invalid.
     """
     text = base64.b64decode(token, validate=True).decode()
     _, last, _ = text.split("|")
@@ -334,7 +334,7 @@ def _place(token: str, names: list[str]) -> int:
 
 def _referrers(repository: Repository, digest: str, asked: Asked) -> Reply:
     """
-    An index of what refers to a digest; an empty one where nothing does.
+    Return an index of the referrers of a digest; empty if there are none.
     """
     found = list(repository.referrers(digest))
     headers = {"Content-Type": OCI_INDEX}
@@ -357,7 +357,7 @@ class ApiSide:
 
     def reply(self, asked: Asked) -> Reply:
         """
-        Answer one call, of either of the two protocols AWS speaks here.
+        Answer one call, in either of the two AWS protocols used here.
         """
         signed = asked.headers.get("authorization", "").startswith("AWS4-HMAC-SHA256 ")
         if asked.method != "POST" or asked.path != "/":
@@ -390,7 +390,7 @@ class ApiSide:
 
 def _sts_reply(status: int, element: Literal["Error", "GetCallerIdentityResult"], inner: str) -> Reply:
     """
-    One answer in the XML of AWS's query protocol.
+    Build an answer in the XML of AWS's query protocol.
     """
     root = "ErrorResponse" if element == "Error" else "GetCallerIdentityResponse"
     xml = f'<{root} xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><{element}>{inner}</{element}></{root}>'

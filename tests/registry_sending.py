@@ -1,9 +1,9 @@
 """
-How the stand-in for ECR sends a body: in pieces, as fast as the client reads or a test allows.
+Send a body from the stand-in for ECR: in pieces, as fast as the client reads or a test allows.
 
 One producer serves all: L{Sending} writes until the transport says pause, until
-the bytes a test allowed are used up, until the rate is reached, or until the
-place where the connection is to break.
+the bytes that a test allowed are used up, until the rate is reached, or until the
+byte at which the connection is to break.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class Sending:
         Send the headers, then what may be sent of the body.
         """
         self._request.registerProducer(self, True)
-        self._request.write(b"")  # the headers leave even if no byte of the body may
+        self._request.write(b"")  # send the headers even if no byte of the body may be sent
         self._go()
 
     def allow(self, count: int | None) -> None:
         """
-        Let that many more bytes go, or with None all of them.
+        Allow that many more bytes, or with None all of them.
         """
         if self._allowed is not None:
             self._allowed = None if count is None else self._allowed + count
@@ -79,37 +79,37 @@ class Sending:
 
     def drop(self) -> None:
         """
-        Close the connection where it is.
+        Close the connection after what was sent so far.
         """
         if not self.over:
             self._end()
-            # Not an abort: what was sent so far is to arrive.
+            # Not an abort: what was sent so far must arrive.
             self._request.loseConnection()
 
     def pauseProducing(self) -> None:
         """
-        The client reads slower than we write.
+        Pause: the client reads slower than we write.
         """
         self._paused = True
 
     def resumeProducing(self) -> None:
         """
-        The client has caught up.
+        Resume: the client has caught up.
         """
         self._paused = False
         self._go()
 
     def stopProducing(self) -> None:
         """
-        The client has gone.
+        Stop: the client has disconnected.
         """
         self._stop()
 
     def _go(self) -> None:
         """
-        Write until something says stop.
+        Write until there is a reason to stop.
         """
-        # write() may call pauseProducing() before it returns, so all is looked up each turn.
+        # write() may call pauseProducing() before it returns, so look everything up in each turn.
         while not (self._paused or self.over or self._later):
             if self._break_after is not None and self._sent >= self._break_after:
                 self.drop()
@@ -121,7 +121,7 @@ class Sending:
 
     def _write_piece(self) -> bool:
         """
-        Write the next piece, if there is one that may go now.
+        Write the next piece, if one may be sent now.
         """
         size = PIECE if self._rate is None else min(PIECE, max(1, int(self._rate / 20)))
         limits = (self._sent + size, len(self._body), self._allowed, self._break_after)
@@ -131,7 +131,7 @@ class Sending:
         self._sent += len(piece)
         self._wrote(len(piece))
         if self._rate is not None:
-            # Against the start, so that late timers do not add up.
+            # Measured from the start, so that late timers do not add up.
             due = self._started + self._sent / self._rate
             wait = max(0.0, due - self._clock.seconds())
             self._later = self._clock.callLater(wait, self._due)

@@ -2,7 +2,7 @@
 The stand-in for ECR as a program: C{python -m tests.registry_server --port 0}.
 
 It prints one line of JSON with its URLs when it is ready, and serves until it
-is told to stop. Point C{AWS_ENDPOINT_URL} at C{api}, and a proxy at C{registry}.
+is stopped. Point C{AWS_ENDPOINT_URL} at C{api}, and a proxy at C{registry}.
 """
 
 from __future__ import annotations
@@ -45,31 +45,29 @@ class _Reactor(IReactorCore, IReactorTCP, IReactorTime):
 
 class QuietSite(Site):
     """
-    A Site without an access log: it would cost more than the answers.
+    A Site without an access log, which would cost more than the answers.
     """
 
     def log(self, request: Request) -> None:
-        """
-        Say nothing.
-        """
+        pass
 
 
 def _site() -> QuietSite:
-    site: Callable[[IResource], QuietSite] = QuietSite  # which twisted.web does not annotate
+    site: Callable[[IResource], QuietSite] = QuietSite  # not annotated in twisted.web
     return site(notFound())
 
 
-@lru_cache(maxsize=32)  # most tests want the same again, and a MiB takes as long as a small test
+@lru_cache(maxsize=32)  # most tests request the same again, and a MiB takes as long as a small test
 def noise(seed: str, length: int) -> bytes:
     """
-    Bytes that do not compress, the same for the same seed.
+    Return incompressible bytes, the same for the same seed.
     """
     return hashlib.shake_128(seed.encode()).digest(length)
 
 
 def push_samples(standin: StandIn, layers: int, layer_bytes: int) -> dict[str, str]:
     """
-    Push what a demonstration pulls: an image of several layers, one for several platforms.
+    Push the images for a demonstration: one of several layers, one for several platforms.
     """
     app = standin.push_image(
         "demo/app",
@@ -88,7 +86,7 @@ def push_samples(standin: StandIn, layers: int, layer_bytes: int) -> dict[str, s
 
 def push_many(standin: StandIn, total: int) -> dict[str, str]:
     """
-    Push many blobs into one repository, until they have so many bytes together: each has from 16 KiB to 4 MiB.
+    Push blobs of 16 KiB to 4 MiB into one repository, until they have so many bytes together.
     """
     chance, pushed, names = random.Random("many"), 0, dict[str, str]()
     while pushed < total:
@@ -100,7 +98,7 @@ def push_many(standin: StandIn, total: int) -> dict[str, str]:
 
 def listen(reactor: _Reactor, port: int, site: QuietSite) -> int:
     """
-    Listen on this machine alone, and say on which port it came to be.
+    Listen on loopback only; return the port.
     """
     host = reactor.listenTCP(port, cast("ServerFactory", site), interface=LOCAL).getHost()
     assert isinstance(host, IPv4Address)
@@ -109,7 +107,7 @@ def listen(reactor: _Reactor, port: int, site: QuietSite) -> int:
 
 def serve(reactor: _Reactor, options: argparse.Namespace) -> dict[str, object]:
     """
-    Listen, build the stand-in for the ports one got, and say where everything is.
+    Listen, build the stand-in for the allocated ports, and print its URLs.
     """
     sites = _site(), _site()
     port = listen(reactor, options.port, sites[0])
@@ -136,7 +134,7 @@ def serve(reactor: _Reactor, options: argparse.Namespace) -> dict[str, object]:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
-    Read the command line.
+    Parse the command line.
     """
     parser = argparse.ArgumentParser(prog="python -m tests.registry_server", description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="registry and AWS API; 0: any")
@@ -152,7 +150,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main() -> None:
     """
-    Run until stopped; complaints go to standard error.
+    Run until stopped; errors go to standard error.
     """
     from twisted.internet import reactor as installed
 

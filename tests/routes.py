@@ -1,5 +1,5 @@
 """
-The registry that tests speak of where it makes no difference which one it is.
+The registry that tests use where it makes no difference which one it is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,6 @@ REGISTRY: Final = RegistryId.of_host("123456789012.dkr.ecr.eu-west-1.amazonaws.c
 
 def route_to(target: str) -> Route:
     """
-    Understand a request target of that registry.
+    Parse a request target of that registry.
     """
     return parse_route(target, REGISTRY)

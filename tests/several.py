@@ -33,11 +33,11 @@ from tests.daemon import Administered, Daemon, DaemonTestCase, End, Network, at_
 
 class Running:
     """
-    A worker that runs, as the transport of the parent's protocol; its memory is a daemon.
+    A running worker, as the transport of the parent's protocol; its memory is a daemon.
 
-    @ivar signals: that it was sent.
-    @ivar reread: what it was told to read again.
-    @ivar orphaned: how often it was told that its parent has gone.
+    @ivar signals: the signals that were sent.
+    @ivar reread: what it was told to reload.
+    @ivar orphaned: how often it was told that its parent has exited.
     """
 
     def __init__(self, protocol: ProcessProtocol, pid: int, daemon: Daemon, machine: Machine) -> None:
@@ -63,7 +63,7 @@ class Running:
 
     def connect(self, channel: Channel) -> None:
         """
-        Lay the channel.
+        Connect the channel.
         """
         address = UNIXAddress("")
         self.ends = End(channel, address, address), End(self.channel, address, address)
@@ -75,21 +75,18 @@ class Running:
 
     def move(self) -> bool:
         """
-        Do one thing on the channel; tell whether there was any.
+        Do one thing on the channel; return True if there was any.
         """
         moved = [end.move() for end in self.ends if not self.hangs]
         return any(moved)
 
     def signalProcess(self, name: str) -> None:
-        """
-        Take a signal.
-        """
         assert self.pid is not None, "a signal to nobody"
         self.signals.append(name)
 
     def end(self, reason: Exception | None = None) -> None:
         """
-        Have it ended.
+        End the process.
         """
         self.pid = None
         self.reports.running = False
@@ -101,7 +98,7 @@ class Running:
 
     def end_in_order(self) -> None:
         """
-        Have it end as SIGTERM asks for.
+        End the process in the way that SIGTERM does.
         """
         self.reports.stopService()
         while self.move():
@@ -111,7 +108,7 @@ class Running:
 
 class Machine:
     """
-    A reactor that starts processes, in a test's idea of them.
+    A reactor that starts processes in memory.
     """
 
     def __init__(self, clock: Clock, make: Callable[[], Daemon]) -> None:
@@ -124,7 +121,7 @@ class Machine:
 
     def callWhenRunning(self, function: Callable[..., object], *args: object) -> None:
         """
-        Call: it runs.
+        Call the function: the reactor runs.
         """
         function(*args)
 
@@ -141,7 +138,7 @@ class Machine:
 
     def adoptStreamConnection(self, fd: int, family: int, factory: Any) -> None:
         """
-        Have the process that was started last at the other end.
+        Attach the process that was started last to the other end.
         """
         assert family == socket.AF_UNIX
         self.spawned[-1].connect(factory.buildProtocol(None))
@@ -149,14 +146,14 @@ class Machine:
     @property
     def running(self) -> list[Running]:
         """
-        The processes that have not ended.
+        Return the processes that have not ended.
         """
         return [each for each in self.spawned if each.pid is not None]
 
 
 class Several(Administered):
     """
-    A parent with its workers. Clients come to C{daemons}, the operator to the parent.
+    A parent with its workers. Clients connect to C{daemons}, the operator to the parent.
     """
 
     def __init__(self, case: DaemonTestCase, count: int = 2, **options: Any) -> None:
@@ -201,7 +198,7 @@ class Several(Administered):
 
     def pass_time(self, seconds: int) -> None:
         """
-        Let time go by, a second at a time, and all that is due happen.
+        Advance the clock, a second at a time.
         """
         for _ in range(seconds):
             self.clock.advance(1)

@@ -1,5 +1,5 @@
 """
-What any store must do, whatever it is made of: a store's tests begin with a subclass of L{StoreContract}.
+The tests that any store must pass: a store's tests begin with a subclass of L{StoreContract}.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ANY: frozenset[str] = frozenset()
 
 def failing(number: int) -> Callable[..., Any]:
     """
-    Make a system call that fails.
+    Return a system call that fails.
     """
 
     def fail(*args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ def failing(number: int) -> Callable[..., Any]:
 
 def scratch(case: SynchronousTestCase) -> Path:
     """
-    Name a directory that is not there yet, and won't be when the test is over.
+    Return the path of a directory that doesn't exist yet and is removed after the test.
     """
     folder = tempfile.mkdtemp(prefix="ecrproxy-")
     case.addCleanup(shutil.rmtree, folder)
@@ -52,28 +52,28 @@ def scratch(case: SynchronousTestCase) -> Path:
 
 def confirmed(data: bytes = b"manifest", when: float = START, media_type: str = MANIFEST_TYPE) -> Confirmed:
     """
-    Make an answer of ECR's that leads to C{data}.
+    Return an answer of ECR's that leads to C{data}.
     """
     return Confirmed(Descriptor(media_type, Digest.of(data), len(data)), when)
 
 
 def entry_of(*answers: Confirmed) -> Entry:
     """
-    Make what a tag led to.
+    Return the entry of a tag.
     """
     return Entry({frozenset({each.descriptor.media_type}): each for each in answers})
 
 
 def key_of(path: str) -> EntryKey:
     """
-    Name the entry of what C{path} asks for.
+    Return the key of the entry for C{path}.
     """
     return EntryKey.of(route_to(path))
 
 
 def put(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
     """
-    Bring C{data} into a store as a transfer does.
+    Put C{data} into a store as a transfer does.
     """
     digest = Digest.of(data, algorithm)
     claim = store.claim(digest)
@@ -87,7 +87,7 @@ def put(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
 
 def begin(store: Store, digest: Digest, size: int) -> Writer:
     """
-    Claim a digest, and begin its file, or go on with what is left of it.
+    Claim a digest, and create its file, or resume it.
     """
     claim = store.claim(digest)
     assert isinstance(claim, Claim), claim
@@ -100,7 +100,7 @@ def begin(store: Store, digest: Digest, size: int) -> Writer:
 
 def give_to_another(case: SynchronousTestCase, store: Store) -> None:
     """
-    Have all files of a store be another user's than this one, and than the one who owns the directory.
+    Give all files of a store to another user than this one and the owner of the directory.
     """
     real = Path.stat
 
@@ -115,7 +115,7 @@ def give_to_another(case: SynchronousTestCase, store: Store) -> None:
 
 def being_read(store: Store) -> set[Digest]:
     """
-    Tell which content a store has open for those who read it, and not only for who may come.
+    Return which content a store holds open for readers, not only in its pool.
     """
     kept = store.kept._files if store.kept is not None else {}  # noqa: SLF001
     return {digest for digest, file in store._opened.items() if file._holders > (digest in kept)}  # noqa: SLF001
@@ -123,7 +123,7 @@ def being_read(store: Store) -> set[Digest]:
 
 def read(store: Store, digest: Digest) -> bytes | None:
     """
-    Read content as an answer does; none for a miss.
+    Read content as an answer does; return None for a miss.
     """
     content = store.open(digest)
     if content is None:
@@ -136,7 +136,7 @@ def read(store: Store, digest: Digest) -> bytes | None:
 
 class StoreContract(SynchronousTestCase):
     """
-    A store gives back what was brought into it, verified, or nothing.
+    A store returns what was put into it, verified, or nothing.
     """
 
     def make_store(self) -> Store:
@@ -146,22 +146,16 @@ class StoreContract(SynchronousTestCase):
         raise NotImplementedError
 
     def setUp(self) -> None:
-        """
-        An empty store.
-        """
         self.store = self.make_store()
 
     def test_an_empty_store_has_nothing(self) -> None:
-        """
-        What never came is a miss, for content and for entries.
-        """
         self.assertFalse(self.store.has(Digest.of(b"x")))
         self.assertIsNone(self.store.open(Digest.of(b"x")))
         self.assertIsNone(self.store.entry(key_of("/v2/a/manifests/latest")))
 
     def test_what_was_committed_is_given_back(self) -> None:
         """
-        Content is found by its digest, of both algorithms, whether or not its size is known.
+        With digests of both algorithms, whether or not the size is known.
         """
         for algorithm in ("sha256", "sha512"):
             digest = put(self.store, b"some content", algorithm)
@@ -171,7 +165,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_only_small_content_is_read_into_memory(self) -> None:
         """
-        That of no manifest and no small blob: it stays where it is.
+        Not that of manifests and small blobs only: all other content stays on disk.
         """
         for size in (MANIFEST_LIMIT, MANIFEST_LIMIT + 1):
             digest = put(self.store, bytes(size))
@@ -199,7 +193,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_empty_content_is_content(self) -> None:
         """
-        Of nothing, too, there is a digest.
+        Empty content has a digest, too.
         """
         digest = put(self.store, b"")
         self.assertTrue(self.store.has(digest))
@@ -207,7 +201,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_pieces_come_together(self) -> None:
         """
-        Content arrives in pieces of any size, of which some may be empty.
+        Pieces have any size; some may be empty.
         """
         data = bytes(range(256)) * 300
         writer = begin(self.store, Digest.of(data), len(data))
@@ -221,7 +215,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_what_has_arrived_is_read_while_more_arrives(self) -> None:
         """
-        Clients follow a transfer through the file that it goes into.
+        Clients follow a transfer through the file into which it is written.
         """
         writer = begin(self.store, Digest.of(b"first second"), 12)
         self.addCleanup(writer.discard)
@@ -231,7 +225,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_a_transfers_hash_can_be_carried_on_elsewhere(self) -> None:
         """
-        A transfer that loses its disk is verified all the same.
+        A transfer that loses its disk is verified anyway.
         """
         digest = Digest.of(b"first second")
         writer = begin(self.store, digest, 12)
@@ -244,7 +238,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_what_is_arriving_is_not_there_yet(self) -> None:
         """
-        Until it is verified whole, nobody finds content by its digest.
+        Content can't be found by its digest before it is verified.
         """
         digest = Digest.of(b"whole")
         writer = begin(self.store, digest, 5)
@@ -257,7 +251,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_what_is_not_what_its_digest_names_never_gets_in(self) -> None:
         """
-        Wrong, missing and surplus bytes are refused, and leave nothing that could be found.
+        Content with wrong, missing or surplus bytes is rejected, and leaves nothing that could be found.
         """
         digest = Digest.of(b"right")
         for wrong in ([b"wrong"], [b"righ"], [b"r", b"ight"[:3], b"!"], []):
@@ -271,7 +265,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_what_was_announced_too_long_is_cut(self) -> None:
         """
-        Content has the bytes that its digest names, whatever length was announced.
+        Content has the bytes that match its digest, whatever length was announced.
         """
         digest = Digest.of(b"short")
         writer = begin(self.store, digest, 5000)
@@ -282,7 +276,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_more_than_was_announced_is_not_written(self) -> None:
         """
-        The disk has no room promised for it.
+        No disk space is reserved for it.
         """
         digest = Digest.of(b"longer")
         writer = begin(self.store, digest, 2)
@@ -292,7 +286,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_one_of_several_brings_a_digest_in(self) -> None:
         """
-        Who else wants it meanwhile is told so, and afterwards that it is there.
+        Other processes learn that a transfer runs, and afterwards that the content is there.
         """
         digest = Digest.of(b"same")
         one = begin(self.store, digest, 4)
@@ -306,7 +300,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_committing_again_changes_nothing(self) -> None:
         """
-        The same content may come twice, and who reads it meanwhile reads on.
+        The same content may arrive twice; readers read on meanwhile.
         """
         digest = put(self.store, b"same")
         content = self.store.open(digest)
@@ -318,7 +312,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_discarding_after_the_commit_takes_nothing_back(self) -> None:
         """
-        What is content stays content; letting go twice is no mistake.
+        Content stays; releasing twice is no error.
         """
         digest = Digest.of(b"kept")
         writer = begin(self.store, digest, 4)
@@ -331,7 +325,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_letting_go_of_content_twice_is_no_mistake(self) -> None:
         """
-        A client that leaves while its answer ends lets go from two sides.
+        A client that disconnects while its answer ends releases from two sides.
         """
         digest = put(self.store, b"x")
         content = self.store.open(digest)
@@ -342,7 +336,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_removed_content_is_gone_but_for_who_reads_it(self) -> None:
         """
-        Evicting passes it over; purging cuts no answer short.
+        Eviction skips content that is being read; a purge cuts no answer short.
         """
         digest = put(self.store, b"evicted")
         content = self.store.open(digest)
@@ -356,16 +350,13 @@ class StoreContract(SynchronousTestCase):
 
     def test_removing_what_is_not_there_is_no_mistake(self) -> None:
         """
-        Two who drop the same thing don't hinder each other.
+        Two callers that remove the same content don't hinder each other.
         """
         self.store.evict_unused([Digest.of(b"x")])
         self.assertTrue(self.store.unlink(Digest.of(b"x")))
         self.store.index.forget(key_of("/v2/a/manifests/latest"))
 
     def test_a_saved_entry_replaces_the_one_before(self) -> None:
-        """
-        The latest word counts.
-        """
         key = key_of("/v2/a/manifests/latest")
         for data in (b"old", b"new"):
             self.store.save((key, entry_of(confirmed(data))))

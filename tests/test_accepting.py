@@ -20,7 +20,7 @@ from ecrproxy.daemon.process import most_clients
 
 class Listener:
     """
-    A listening socket: connections that wait, or why none can be accepted.
+    A listening socket: waiting connections, or the reason why none can be accepted.
     """
 
     family, type, proto = socket.AF_INET, socket.SOCK_STREAM, 0
@@ -40,7 +40,7 @@ class Listener:
 
 class Port:
     """
-    A port over such a socket, as Twisted's.
+    A port over such a socket, like Twisted's.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Port:
 
     def turn(self) -> list[socket.socket]:
         """
-        Accept as a reactor has it: whenever somebody waits, unless it is paused.
+        Accept like a reactor: whenever a connection waits, unless the port is paused.
         """
         accepted = []
         while self.reading and (self.listener.backlog or self.listener.problem):
@@ -82,7 +82,7 @@ class GateTests(SynchronousTestCase):
 
     def accept(self, port: Port, count: int) -> list[socket.socket]:
         """
-        Let so many connect to a port.
+        Open so many connections to a port.
         """
         port.listener.backlog += count
         accepted = port.turn()
@@ -95,7 +95,7 @@ class GateTests(SynchronousTestCase):
 
     def test_no_more_are_accepted_than_there_is_room_for(self) -> None:
         """
-        Through all ports together; the others wait, and are accepted one by one as others close.
+        All ports share the limit; the others wait, and are accepted one by one as connections close.
         """
         gate = self.gate(3)
         with capturedLogs() as events:
@@ -117,7 +117,7 @@ class GateTests(SynchronousTestCase):
 
     def test_without_descriptors_accepting_pauses_for_a_second(self) -> None:
         """
-        It does not spin, and is tried again at once when a connection closes.
+        The port does not spin, and tries again at once when a connection closes.
         """
         for problem in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
             self.setUp()

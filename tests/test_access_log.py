@@ -1,5 +1,5 @@
 """
-A line a request, gathered in a rush; an id for each, in its answer and its line.
+One line per request, batched under load; an id for each, in its answer and its line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AccessLogTests(SynchronousTestCase):
 
     def logged(self, *paths: str, seconds: float = 0) -> list[str | None]:
         """
-        Write lines, let time pass, and tell what was logged.
+        Write lines, let time pass, and return what was logged.
         """
         with capturedLogs() as events:
             for path in paths:
@@ -40,7 +40,7 @@ class AccessLogTests(SynchronousTestCase):
 
     def test_a_line_by_itself_is_logged_at_once(self) -> None:
         """
-        Who looks at the log of a quiet daemon sees each request as it is answered.
+        On a quiet daemon each request is visible as soon as it is answered.
         """
         for path in ("/one", "/two"):
             self.assertEqual([text_of(path)], self.logged(path))
@@ -61,7 +61,7 @@ class AccessLogTests(SynchronousTestCase):
 
     def test_the_last_lines_are_not_lost(self) -> None:
         """
-        When the daemon ends, what was gathered is logged; what comes after that is logged at once.
+        On shutdown the batch is logged; later lines are logged at once.
         """
         self.logged("/one", "/two")
         with capturedLogs() as events:
@@ -79,14 +79,14 @@ class AccessLogTests(SynchronousTestCase):
 
     def test_what_is_not_there_is_a_dash(self) -> None:
         """
-        So that each word has its place.
+        Each word keeps its place.
         """
         line = AccessLine(0, "", "GET", "/", 0, 0, 0, "-", "-", 0, "abc", aborted=True)
         self.assertEqual("- GET / - 0 bytes 0.000 s - - upstream 0.000 s id abc aborted", str(line))
 
     def test_the_registry_comes_last_where_there_are_several(self) -> None:
         """
-        Who reads a line by the places of its words finds all others where they were.
+        Programs that split a line find all other words in the same places.
         """
         line = line_of("/")._replace(registry="quay.io")
         self.assertEqual(text_of("/"), str(line))
@@ -94,13 +94,13 @@ class AccessLogTests(SynchronousTestCase):
 
     def test_nothing_passes_for_anything_else(self) -> None:
         """
-        Control characters and what is no ASCII are written as escapes.
+        Control characters and non-ASCII characters are escaped.
         """
         self.assertEqual(r"/a\x1b[2J\x7f\xff", printable(b"/a\x1b[2J\x7f\xff", 100))
 
     def test_nothing_becomes_longer_by_escapes(self) -> None:
         """
-        A path is as long as one that is served may be, however it is written.
+        A path has the maximum length of one that is served, however it is written.
         """
         for sent in (b"/" + b"\x85" * 999, b"/" * 999):
             self.assertEqual(PATH_LENGTH, len(printable(sent, PATH_LENGTH)))
@@ -109,7 +109,7 @@ class AccessLogTests(SynchronousTestCase):
 
     def test_refused_requests_of_a_client_are_counted(self) -> None:
         """
-        Whoever floods the log with them hides nobody: others have their lines, and so has what was answered.
+        A client that floods the log hides nothing: other clients have their lines, and so have answered requests.
         """
         flood = [line_of(f"/{number}")._replace(status=401, client="2001:db8::1") for number in range(50)]
         others = [line_of("/other")._replace(status=404), line_of("/answered")._replace(client="2001:db8::1")]
@@ -126,20 +126,16 @@ class AccessLogTests(SynchronousTestCase):
 
 
 class IdTests(SynchronousTestCase):
-    """
-    Which ids are taken.
-    """
-
     def test_sane_ones_are_kept(self) -> None:
         """
-        Those of load balancers, tracers and people; as long as they may be.
+        Ids of load balancers and tracers, up to the maximum length.
         """
         for shown in (b"7", b"9f86d081-884c-4d63-a5b6-3f0c8c3f8b8e", b"1-67891233:abc/def=+@x_y.z", b"a" * LONGEST):
             self.assertEqual(shown.decode(), choose_id([shown], self.fail))
 
     def test_others_are_replaced(self) -> None:
         """
-        None, several, too long, and what could break a line, a header or a page.
+        Missing, repeated and overlong ids, and those that could break a line, a header or a page.
         """
         for shown in (
             [],
@@ -158,12 +154,12 @@ class IdTests(SynchronousTestCase):
 
 class StopwatchTests(SynchronousTestCase):
     """
-    Seconds in several turns.
+    Seconds in several intervals.
     """
 
     def test_turns_are_added(self) -> None:
         """
-        What was not waited for is not counted; to start or stop twice changes nothing.
+        Time outside of intervals is not counted; starting or stopping twice changes nothing.
         """
         clock = Clock()
         watch = Stopwatch(clock.seconds)
@@ -180,7 +176,7 @@ class StopwatchTests(SynchronousTestCase):
 
 class LinesTests(DaemonTestCase):
     """
-    What the daemon tells of requests.
+    What the daemon logs about requests.
     """
 
     def setUp(self) -> None:
@@ -191,7 +187,7 @@ class LinesTests(DaemonTestCase):
 
     def lines(self) -> list[AccessLine]:
         """
-        Give the lines since this was last asked.
+        Return the lines since the last call.
         """
         self.pass_time(GATHER_SECONDS)
         found = [line for event in self.events for line in getattr(event.get("lines"), "lines", ())]
@@ -204,7 +200,7 @@ class LinesTests(DaemonTestCase):
 
     def test_each_request_has_its_line(self) -> None:
         """
-        With all that is known of it, and without its query.
+        With everything known about it, but without its query.
         """
         self.get(f"{self.blob}?secret=1", X_Request_Id="story-1")
         line = self.line()
@@ -218,7 +214,7 @@ class LinesTests(DaemonTestCase):
 
     def test_every_answer_has_the_id_of_its_line(self) -> None:
         """
-        Content, errors, health, and what is refused before it is a request.
+        Content, errors, health, and what is rejected before it becomes a request.
         """
         for method, path in (
             ("GET", self.blob),
@@ -244,14 +240,14 @@ class LinesTests(DaemonTestCase):
 
     def test_ids_differ(self) -> None:
         """
-        Each request that brings none has one of its own.
+        Each request without an id gets one.
         """
         ids = {self.get("/v2/").header("X-Request-Id") for _ in range(100)}
         self.assertEqual(100, len(ids))
 
     def test_upstream_seconds_are_those_of_waiting_for_it(self) -> None:
         """
-        For the answer and for bytes; not those in which the client takes nothing, and none on hits.
+        For the answer and for bytes; not while the client doesn't read, and none on hits.
         """
         self.standin.hold(self.digest)
         self.standin.throttle("registry", times=1, retry_after="3")
@@ -274,7 +270,7 @@ class LinesTests(DaemonTestCase):
 
     def test_a_failure_was_waited_for(self) -> None:
         """
-        An error that took long tells where the time went.
+        The line of a slow error shows where the time went.
         """
         self.standin.hang("registry")
         self.daemon.send("GET", "/v2/team/app/tags/list")
@@ -284,7 +280,7 @@ class LinesTests(DaemonTestCase):
 
     def test_a_client_that_leaves_has_its_line(self) -> None:
         """
-        With what it got until then; and is counted.
+        With the bytes that it got until then; it is counted.
         """
         self.standin.hold(self.digest)
         reply = self.get(self.blob)
@@ -304,9 +300,6 @@ class LinesTests(DaemonTestCase):
         return self.daemon.figure(f"ecr_proxy_requests_total{{{labels}}}")
 
     def test_a_client_that_leaves_before_its_answer_has_no_status(self) -> None:
-        """
-        It was sent none.
-        """
         self.standin.hang("registry")
         reply = self.daemon.send("GET", self.blob)
         self.flush()
@@ -319,7 +312,7 @@ class LinesTests(DaemonTestCase):
 
     def test_an_answer_that_is_broken_off_has_its_line(self) -> None:
         """
-        As one with a wrong digest: all but its last bytes were sent.
+        As an answer with a wrong digest: all but its last bytes were sent.
         """
         self.standin.corrupt(self.digest, self.data[::-1])
         self.assertBroken(self.get(self.blob), self.data[::-1])
@@ -330,7 +323,7 @@ class LinesTests(DaemonTestCase):
 
     def test_nobody_who_asked_for_nothing_has_a_line(self) -> None:
         """
-        Connections that are opened and closed, or left in the middle of a head, are no requests.
+        Connections that are opened and closed, or that end in the middle of a head, are no requests.
         """
         for sent in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: a\r\n"):
             self.daemon.raw(sent)

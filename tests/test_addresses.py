@@ -1,5 +1,5 @@
 """
-An address is told from a name.
+Tell addresses from names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class AddressTests(SynchronousTestCase):
 
     def test_names_are_not(self) -> None:
         """
-        Nor is what only looks like one, or has brackets or a port.
+        Nor is what only looks like an address, or has brackets or a port.
         """
         for text in ("", "localhost", "127.1", "1.2.3.4.5", "256.1.1.1", "[::1]", "127.0.0.1:53", "1.2.3.4\n"):
             self.assertFalse(is_address(text), text)

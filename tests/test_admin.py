@@ -1,5 +1,5 @@
 """
-The operator's port, asked over HTTP.
+The admin port, over HTTP.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tests.daemon import NAMED, DaemonTestCase, noise
 
 class CrowdTests(DaemonTestCase):
     """
-    Anybody on the machine who opens connections to the operator's port, and asks for nothing.
+    A client on the machine that opens connections to the admin port, and sends no requests.
     """
 
     def test_connections_are_bounded(self) -> None:
         """
-        Those of silent clients, and those of clients in the middle of a request; who asks is answered all the same.
+        Those of silent clients, and those in the middle of a request; other requests are still answered.
         """
         for sent in (b"", b"GET /metrics"):
             for number in range(3 * CONNECTIONS):
@@ -82,7 +82,7 @@ class MetricsTests(DaemonTestCase):
 
     def test_an_upstream_that_is_not_reached_is_told(self) -> None:
         """
-        Connections that fail are an outcome too.
+        Failed connections are an outcome too.
         """
         self.standin.refuse("registry")
         self.get("/v2/team/app/manifests/latest")
@@ -91,7 +91,7 @@ class MetricsTests(DaemonTestCase):
 
     def test_the_cache_tells_how_full_it_is(self) -> None:
         """
-        Bytes, files, limit, evictions and the oldest use are read when they are asked for.
+        Bytes, files, limit, evictions and the oldest use are read at each scrape.
         """
         self.start(limit=400_000)
         self.get(self.blob)
@@ -104,7 +104,7 @@ class MetricsTests(DaemonTestCase):
 
     def test_a_transfer_under_way_is_told(self) -> None:
         """
-        The figure is there while it lasts, and gone when it has ended.
+        The metric exists while the transfer lasts.
         """
         self.standin.hold(self.digest)
         self.daemon.send("GET", self.blob)
@@ -116,14 +116,14 @@ class MetricsTests(DaemonTestCase):
 
     def test_the_token_tells_when_it_expires_and_how_often_it_was_not_had(self) -> None:
         """
-        What an alert needs: the expiry as a time, and failures as a count.
+        For alerts: the expiry as a timestamp, and failures as a count.
         """
         self.assertGreater(self.daemon.figure("ecr_proxy_token_expiry_timestamp_seconds"), self.daemon.now())
         self.assertEqual(0, self.daemon.figure("ecr_proxy_token_refresh_failures_total"))
 
     def test_an_ecr_that_fails_is_told_by_tries_and_circuit(self) -> None:
         """
-        What was asked again is counted, and which questions go to ECR is one of three states.
+        Retries are counted, and the circuit's state is one of three.
         """
         self.assertEqual(1, self.daemon.figure('ecr_proxy_circuit_state{state="closed"}'))
         self.standin.fail("registry", status=503)
@@ -136,7 +136,7 @@ class MetricsTests(DaemonTestCase):
 
     def test_figures_document_and_page_say_what_readyz_says(self) -> None:
         """
-        While ECR fails for the one repository that is asked for, and the circuit is closed to no other.
+        While ECR fails for the one repository that is requested, and the circuit is closed for all others.
         """
         self.standin.fail("registry", status=503)
         for expected in (True, False):
@@ -157,7 +157,7 @@ class MetricsTests(DaemonTestCase):
 
     def test_no_label_grows_with_what_clients_ask_for(self) -> None:
         """
-        Whatever is asked, in whatever way, there are as many series as before.
+        Whatever is requested, the number of series stays the same.
         """
 
         def series() -> int:
@@ -172,14 +172,11 @@ class MetricsTests(DaemonTestCase):
         self.assertEqual(before, series())
 
     def test_clients_do_not_see_it(self) -> None:
-        """
-        What is for the operator is not on the port for clients.
-        """
         self.assertRefused(self.get("/metrics"), 404, "UNSUPPORTED")
 
     def test_the_operators_port_tells_of_readiness_too(self) -> None:
         """
-        So that a prober needs no other port.
+        So probers need no other port.
         """
         self.assertEqual(200, self.daemon.ask_admin("/readyz").code)
         self.assertEqual(200, self.daemon.ask_admin("/healthz").code)
@@ -188,12 +185,12 @@ class MetricsTests(DaemonTestCase):
 
 class MetricsPortTests(DaemonTestCase):
     """
-    What Prometheus is let at, where it is not let at the operator's port.
+    What Prometheus may access where it has no access to the admin port.
     """
 
     def test_has_figures_and_health_under_any_name_and_nothing_else(self) -> None:
         """
-        Neither what purges nor what tells names of repositories.
+        Neither purges nor names of repositories.
         """
         port = self.daemon.scraped
         page = self.daemon.ask_admin("/metrics", port=port, host="ecr-proxy.example")
@@ -208,12 +205,12 @@ class MetricsPortTests(DaemonTestCase):
 
 class TallyTests(SynchronousTestCase):
     """
-    Counting, and adding up what others have counted.
+    Count, and add up the counts of others.
     """
 
     def test_what_was_taken_can_be_added_elsewhere(self) -> None:
         """
-        Two workers' counts add up to what one process would have counted, and none is told twice.
+        Two workers' counts add up to what one process would have counted; nothing is counted twice.
         """
         one, two, all_of_it, sums = Tally(), Tally(), Tally(), Tally()
         for tally, seconds, size in ((one, 0.25, 5), (two, 0.5, 7), (one, 1024.0, 11)):
@@ -228,12 +225,12 @@ class TallyTests(SynchronousTestCase):
 
 class FiguresTests(SynchronousTestCase):
     """
-    Figures that parts know.
+    Metrics of which the values come from other parts.
     """
 
     def test_of_each_it_is_known_how_workers_become_one(self) -> None:
         """
-        A figure that is not listed would be missing where there are workers.
+        An unlisted metric would be missing with workers.
         """
         parents = {CAN_SERVE, CAN_FETCH, CERTIFICATE_EXPIRY}
         self.assertEqual({*FIGURES, *parents}, {each.figure for each in all_readings()})
@@ -256,9 +253,6 @@ class FiguresTests(SynchronousTestCase):
         self.assertEqual(figure(one, start), figure(three, start))
 
     def test_the_time_of_workers_that_have_ended_stays_counted(self) -> None:
-        """
-        A counter never goes back.
-        """
         workers = list[int]()
         figures = Figures("1", lambda: workers)
 
@@ -279,7 +273,7 @@ class FiguresTests(SynchronousTestCase):
 
     def test_several_by_label_and_one_that_is_not_there(self) -> None:
         """
-        A reading may give a figure for each value of a label, or none for now.
+        A reading may give a value for each label, or none for now.
         """
         figures = Figures("1.2.3")
         figures.watch(
@@ -298,13 +292,9 @@ class FiguresTests(SynchronousTestCase):
 
 
 class RouteTests(SynchronousTestCase):
-    """
-    Kinds of requests.
-    """
-
     def test_a_target_is_of_one_of_a_few_kinds(self) -> None:
         """
-        By the words of the distribution spec; all else is other.
+        By the words of the distribution spec; all others are "other".
         """
         for target, route in {
             "/v2/": "api",

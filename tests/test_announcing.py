@@ -1,5 +1,5 @@
 """
-What the log says of a daemon's start, of its being ready, and of its end.
+What the daemon logs when it starts, becomes ready, and ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ENVIRON = {"PROXY_ECR_ENDPOINT": "https://123456789012.dkr.ecr.eu-west-1.amazona
 
 def lines(environ: Mapping[str, str], tables: Mapping[str, Mapping[str, object]] | None = None) -> str:
     """
-    Give the first lines of a daemon.
+    Return the first lines of a daemon.
     """
     registries, problems = parse_registries("a file", tables or {})
     assert not problems, problems
@@ -31,13 +31,9 @@ def lines(environ: Mapping[str, str], tables: Mapping[str, Mapping[str, object]]
 
 
 class SettingsLinesTests(SynchronousTestCase):
-    """
-    The first lines.
-    """
-
     def test_tell_version_registry_cache_address_access_and_operators_port(self) -> None:
         """
-        With the fewest settings that there can be.
+        With the fewest settings possible.
         """
         text = lines({})
         for words in (
@@ -89,10 +85,6 @@ class SettingsLinesTests(SynchronousTestCase):
 
 
 class SummaryTests(SynchronousTestCase):
-    """
-    The last line.
-    """
-
     def test_tells_what_clients_got_and_how_much_of_it_came_from_the_cache(self) -> None:
         tally = Tally()
         tally.note(("blob", "GET", "200", "HIT", "r"), 1.0, 30 * MIB)
@@ -107,10 +99,6 @@ class SummaryTests(SynchronousTestCase):
 
 
 class AnnouncingTests(SynchronousTestCase):
-    """
-    When which line is written.
-    """
-
     def setUp(self) -> None:
         self.clock = Clock()
         self.readiness = Readiness(can_serve=False, can_fetch=False, reasons=("no token",))
@@ -124,7 +112,7 @@ class AnnouncingTests(SynchronousTestCase):
 
     def said(self, seconds: int) -> list[tuple[LogLevel, str]]:
         """
-        Let time go by, and give what is written meanwhile.
+        Let time pass, and return what is logged meanwhile.
         """
         with capturedLogs() as events:
             if not self.announcing.running:
@@ -140,7 +128,7 @@ class AnnouncingTests(SynchronousTestCase):
 
     def test_what_is_wrong_only_for_a_moment_is_not_told(self) -> None:
         """
-        A worker that is yet to start, or a token that is on its way.
+        A worker that is about to start, or a token that is being fetched.
         """
         self.readiness = Readiness(can_serve=True, can_fetch=False, reasons=("no token",))
         self.assertEqual(2, len(self.said(int(PATIENCE) - 1)))

@@ -1,5 +1,5 @@
 """
-The whole daemon, alone or with another on its directory, where wires, threads, clients and time act in any order.
+The whole daemon, alone or with another on its directory, with wires, threads, clients and time acting in any order.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ COMES, LEAVES, MOVES, WAITS = 0.02, 0.003, 0.002, 0.02
 @dataclass
 class Client:
     """
-    One that has asked.
+    A client that has sent a request.
 
-    @ivar wanted: what it may get.
+    @ivar wanted: the bodies that it may get.
     """
 
     reply: Reply
@@ -51,9 +51,7 @@ class AnyOrderTests(DaemonTestCase):
     """
 
     def setUp(self) -> None:
-        """
-        Begin with nothing.
-        """
+        pass
 
     def setup_example(self) -> None:
         super().setUp()
@@ -72,10 +70,10 @@ class AnyOrderTests(DaemonTestCase):
     @given(st.integers(1, 2), st.booleans(), st.integers(0, 2**32))
     def test_each_client_gets_what_it_asked_for(self, count: int, parts: bool, seed: int) -> None:
         """
-        It gets the right bytes, and all of them. Then no file is open, no claim locked, nothing taken or promised, and
-        the index says what is there.
+        It gets the right bytes, and all of them. Then no file is open, no claim locked, nothing in use or reserved, and
+        the index matches the directory.
         """
-        if parts:  # of a size that the blobs have some of
+        if parts:  # the size of some of the blobs
             for module in (proxy, inflow, download):
                 self.patch(module, "SMALLEST_PART", 2**18)
             self.patch(inflow, "LARGEST_PART", 2**19)
@@ -96,14 +94,14 @@ class AnyOrderTests(DaemonTestCase):
 
     def push(self) -> None:
         """
-        Have the tag lead to another image.
+        Point the tag at another image.
         """
         layers = [BLOBS[1], BLOBS[len(self.manifests) % len(BLOBS)]]
         self.manifests.append(self.standin.push_image("team/app", "tag", layers=layers).manifest)
 
     def play(self, chance: Random) -> None:
         """
-        Let happen what can, until nobody waits for anything.
+        Run until nothing waits any longer.
         """
         pauses = 0
         for _ in range(STEPS):
@@ -147,7 +145,7 @@ class AnyOrderTests(DaemonTestCase):
 
     def possible(self) -> list[Callable[[], bool]]:
         """
-        What may happen next: each tells whether it did.
+        Return what may happen next: each returns True if it did.
         """
         events: list[Callable[[], bool]] = []
         for daemon, hands in zip(self.daemons, self.hands, strict=True):
@@ -160,7 +158,7 @@ class AnyOrderTests(DaemonTestCase):
 
     def come(self, chance: Random) -> None:
         """
-        Have a client ask for a blob, a part of one, or the tag.
+        Have a client request a blob, a part of one, or the tag.
         """
         daemon, at = chance.choice(self.daemons), chance.randrange(len(BLOBS))
         data, path = BLOBS[at], f"/v2/team/app/blobs/{self.digests[at]}"
@@ -179,7 +177,7 @@ class AnyOrderTests(DaemonTestCase):
 
     def check_rest(self) -> None:
         """
-        Hold what is left against what there should be.
+        Compare what is left with what there should be.
         """
         self.clock.advance(KEPT_SECONDS)
         for daemon in self.daemons:
@@ -197,16 +195,13 @@ class AnyOrderTests(DaemonTestCase):
 
 
 def done(act: Callable[[int], None], which: int) -> bool:
-    """
-    Do it.
-    """
     act(which)
     return True
 
 
 def free(daemon: Daemon) -> int:
     """
-    Return how many connections to buckets can be taken.
+    Return how many connections to buckets are free.
     """
     taken = 0
     while (more := daemon.lanes.take(2**60)) > 1:

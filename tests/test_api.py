@@ -1,5 +1,5 @@
 """
-The API that the command asks, over HTTP on the operator's port.
+The API that the command uses, over HTTP on the admin port.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIB = 2**20
 
 class ApiTestCase(DaemonTestCase):
     """
-    A daemon that has an image, as a client has pulled it.
+    A daemon with an image that a client has pulled.
     """
 
     def setUp(self) -> None:
@@ -30,25 +30,16 @@ class ApiTestCase(DaemonTestCase):
         self.pull("team/app", "v1", self.image)
 
     def pull(self, repository: str, tag: str, image: Image) -> None:
-        """
-        Pull an image.
-        """
         self.assertEqual(200, self.get(f"/v2/{repository}/manifests/{tag}").code)
         for digest in (image.config, *image.layers):
             self.assertEqual(200, self.get(f"/v2/{repository}/blobs/{digest}").code)
 
     def ask(self, path: str) -> list[Any]:
-        """
-        Ask for documents.
-        """
         reply = self.daemon.ask_admin(f"/api/{path}", headers=SHOWN)
         self.assertEqual((200, "whole"), (reply.code, reply.ended))
         return [json.loads(line) for line in reply.body.splitlines()]
 
     def post(self, path: str, document: object, **headers: str) -> Reply:
-        """
-        Post a document.
-        """
         shown = {**SHOWN, "Content-Type": "application/json", **headers}
         return self.daemon.ask_admin(f"/api/{path}", "POST", body=json.dumps(document).encode(), headers=shown)
 
@@ -64,10 +55,6 @@ class ApiTestCase(DaemonTestCase):
 
 
 class ListingTests(ApiTestCase):
-    """
-    What is there.
-    """
-
     def test_entries_tell_of_repositories_and_what_they_hold(self) -> None:
         """
         A tag leads to its manifest, a manifest to what it lists; each with its last use.
@@ -96,7 +83,7 @@ class ListingTests(ApiTestCase):
 
     def test_content_is_told_by_digest_in_order(self) -> None:
         """
-        Each file once, with its bytes, its last use, and when it was verified.
+        Each file once, with its size, its last use, and the time of its verification.
         """
         found = self.ask("content")
         self.assertEqual({self.daemon.now()}, {round(each[what]) for each in found for what in ("used", "verified")})
@@ -107,7 +94,7 @@ class ListingTests(ApiTestCase):
 
     def test_looking_is_no_use(self) -> None:
         """
-        What is listed, and verified, is as old as before: it goes when it would have gone.
+        Listing and verifying don't change the last use, so the order of eviction stays the same.
         """
         self.clock.advance(1000)
         before = [(path, path.stat().st_mtime_ns) for path in self.files()], self.ask("content")
@@ -122,7 +109,7 @@ class ListingTests(ApiTestCase):
 
     def test_what_is_no_content_is_passed_over(self) -> None:
         """
-        Others may leave files there.
+        Other programs may leave files there.
         """
         before = self.ask("entries"), self.ask("content")
         folder = self.files()[0].parent
@@ -130,11 +117,11 @@ class ListingTests(ApiTestCase):
         os.mkfifo(folder / f"{folder.name}{'0' * 62}")
         self.start()
         self.assertEqual(before, (self.ask("entries"), self.ask("content")))
-        (folder / "notes.txt").unlink()  # so that what always holds of content does
+        (folder / "notes.txt").unlink()  # for the invariants about content
 
     def test_long_documents_are_told_in_small_pieces(self) -> None:
         """
-        Whatever manifests list, a reader that stops has little of the answer.
+        Whatever manifests list, little of the answer waits for a reader that stops.
         """
         layers = [
             {"mediaType": OCI_LAYER, "size": 1, "digest": self.standin.push_blob("team/app", bytes([number, 1]))}
@@ -160,7 +147,7 @@ class ListingTests(ApiTestCase):
 
     def test_a_large_directory_is_told_step_by_step(self) -> None:
         """
-        A slow reader has the work wait, and nothing but a step of it is in memory; who leaves ends it.
+        A slow reader pauses the work, and only one step of it is in memory; a client that disconnects ends it.
         """
         hands = Hands()
         daemon = self.start(in_thread=hands)
@@ -190,10 +177,6 @@ class ListingTests(ApiTestCase):
 
 
 class RemovingTests(ApiTestCase):
-    """
-    What goes.
-    """
-
     index_in_memory = False
 
     def names(self, *references: str) -> list[str]:
@@ -201,7 +184,7 @@ class RemovingTests(ApiTestCase):
 
     def test_what_is_named_goes_and_is_counted(self) -> None:
         """
-        Files and bytes are told, and the limit has room again.
+        Files and bytes are reported, and the limit has space again.
         """
         before = self.used()
         layer = self.image.layers[0]
@@ -216,10 +199,10 @@ class RemovingTests(ApiTestCase):
 
     def test_where_the_index_can_not_be_written_content_goes_and_the_rest_is_told(self) -> None:
         """
-        On a full disk that is what makes room for the index.
+        On a full disk that frees the space for the index.
         """
         layer, config = self.image.layers[0], self.image.config
-        self.get(f"/v2/team/app/blobs/{layer}")  # a use that is yet to be written
+        self.get(f"/v2/team/app/blobs/{layer}")  # a use that is not written yet
         self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
         for document in ({"content": [layer]}, {"entries": self.names("v1")}):
             reply = self.post("remove", document)
@@ -231,7 +214,7 @@ class RemovingTests(ApiTestCase):
 
     def test_a_use_that_is_yet_to_be_written_is_one(self) -> None:
         """
-        What was used after the caller looked stays, also where the index can't be written.
+        Content that was used after the caller looked stays, also if the index can't be written.
         """
         layer = self.image.layers[0]
         looked = self.daemon.now() + 1
@@ -255,14 +238,14 @@ class RemovingTests(ApiTestCase):
 
     def test_a_pull_under_way_at_that_moment_brings_nothing_back(self) -> None:
         """
-        What a thread has read before it was removed is forgotten a second later.
+        What a thread has read before the removal is dropped a second later.
         """
         hands = Hands()
         self.start(in_thread=hands)
         hands.idle = False
         reply = self.daemon.send("GET", f"/v2/team/app/manifests/{self.image.digest}")
         self.flush()
-        hands.work()  # it has been read, and is not in memory yet
+        hands.work()  # already read, but not in memory yet
         content = [Digest("sha256", path.name) for path in self.files()]
         Inventory(self.daemon.store).remove(list(self.entries()), content)
         self.assertEqual([], self.files())
@@ -275,7 +258,7 @@ class RemovingTests(ApiTestCase):
 
     def test_another_daemon_on_the_directory_forgets_it_too(self) -> None:
         """
-        Within two seconds: it looks each second.
+        Within two seconds: it checks each second.
         """
         one = self.daemon
         two = self.start()
@@ -290,7 +273,7 @@ class RemovingTests(ApiTestCase):
 
     def test_what_is_being_read_is_read_to_its_end(self) -> None:
         """
-        A purge breaks off nobody's pull.
+        A purge breaks off no pull.
         """
         data = noise("large", 3 * MIB)
         digest = self.standin.push_blob("team/app", data)
@@ -305,7 +288,7 @@ class RemovingTests(ApiTestCase):
 
     def test_what_was_used_meanwhile_stays(self) -> None:
         """
-        A person takes his time between seeing what would go and saying yes.
+        A person takes time between seeing the list and confirming.
         """
         since = self.daemon.now() + 1
         self.pass_time(100)
@@ -316,14 +299,14 @@ class RemovingTests(ApiTestCase):
 
     def test_what_is_not_there_is_no_trouble(self) -> None:
         """
-        Somebody else was quicker.
+        Another process was quicker.
         """
         told = self.remove(entries=["aws:x:1 manifests team/none latest "], content=[f"sha256:{'0' * 64}"])
         self.assertEqual({"entries": 0, "files": 0, "bytes": 0, "used": 0, "stuck": 0}, told)
 
     def test_what_can_not_go_is_told(self) -> None:
         """
-        And it goes on being counted.
+        It is still counted.
         """
         path = self.file_of(self.image.config)
         path.unlink()
@@ -335,7 +318,7 @@ class RemovingTests(ApiTestCase):
 
 class VerifyingTests(ApiTestCase):
     """
-    Whether it is what its name says.
+    Does content match its digest?
     """
 
     def damage(self, digest: str) -> None:
@@ -344,11 +327,11 @@ class VerifyingTests(ApiTestCase):
         data[-1] ^= 1
         status = path.stat()
         path.write_bytes(data)
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk does it
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk does
 
     def test_good_content_is_good(self) -> None:
         """
-        Its bytes are told as they are hashed.
+        Bytes are counted as they are hashed.
         """
         data = noise("nine", 9 * MIB)
         digest = self.standin.push_blob("team/app", data)
@@ -358,7 +341,7 @@ class VerifyingTests(ApiTestCase):
 
     def test_bad_content_is_dropped_and_fetched_anew(self) -> None:
         """
-        Even though the daemon has it in memory as proved: its disk has changed it.
+        Even if the daemon has it in memory as verified: the disk has changed it.
         """
         data = noise("rotten", 300_000)
         digest = self.standin.push_blob("team/app", data)
@@ -372,7 +355,7 @@ class VerifyingTests(ApiTestCase):
 
     def test_bad_content_may_be_kept_but_is_not_served(self) -> None:
         """
-        For who wants to look at it.
+        For inspection.
         """
         data = noise("rotten", 300_000)
         digest = self.standin.push_blob("team/app", data)
@@ -392,7 +375,7 @@ class VerifyingTests(ApiTestCase):
 
     def test_it_can_be_made_slow(self) -> None:
         """
-        Steps wait for each other, so that the disk has time for pulls.
+        Steps pause, so that the disk has time for pulls.
         """
         data = noise("eight", 8 * MIB)
         digest = self.standin.push_blob("team/app", data)
@@ -408,7 +391,7 @@ class VerifyingTests(ApiTestCase):
 
     def test_pulls_have_their_turn_between_its_steps(self) -> None:
         """
-        It takes no more than one thread's call at a time.
+        It uses at most one thread's call at a time.
         """
         data = noise("eight", 8 * MIB)
         digest = self.standin.push_blob("team/app", data)
@@ -429,7 +412,7 @@ class VerifyingTests(ApiTestCase):
 
 class RefusalTests(ApiTestCase):
     """
-    Who may not ask, and what is not understood.
+    Requests that are rejected.
     """
 
     def assertUnchanged(self, reply: Reply, status: int, word: str) -> None:
@@ -455,16 +438,13 @@ class RefusalTests(ApiTestCase):
         )
 
     def test_no_answer_may_be_read_by_another_site(self) -> None:
-        """
-        As answers to clients may.
-        """
         for path in ("/api/entries", "/api/content"):
             self.assertIsNone(self.daemon.ask_admin(path, headers=SHOWN).header("Access-Control-Allow-Origin"))
         self.assertIsNone(self.post("remove", {}).header("Access-Control-Allow-Origin"))
 
     def test_reading_changes_nothing(self) -> None:
         """
-        What removes is asked for by POST alone, what lists by GET.
+        Removal needs POST, listing needs GET.
         """
         reply = self.daemon.ask_admin("/api/remove", headers=SHOWN)
         self.assertUnchanged(reply, 405, "POST")
@@ -474,7 +454,7 @@ class RefusalTests(ApiTestCase):
 
     def test_clients_have_no_such_port(self) -> None:
         """
-        On theirs there is no API, and no body.
+        The client port has neither the API nor request bodies.
         """
         self.assertRefused(self.get("/api/entries", **SHOWN), 404, "UNSUPPORTED")
         sent = b"POST /api/remove HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nX-Ecrproxy-Api: 1\r\n\r\n{}"
@@ -507,7 +487,7 @@ class RefusalTests(ApiTestCase):
 
     def test_a_body_that_is_large_or_of_no_told_length_is_refused_unread(self) -> None:
         """
-        The operator's port holds a body in memory, so it is small.
+        The daemon holds a body of the admin port in memory, so it has to be small.
         """
         head = b"POST /api/remove HTTP/1.1\r\nHost: localhost\r\nX-Ecrproxy-Api: 1\r\n"
         for length in (b"Content-Length: 65537\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"):
@@ -518,7 +498,7 @@ class RefusalTests(ApiTestCase):
 
     def test_a_body_that_does_not_come_is_not_waited_for(self) -> None:
         """
-        It has as much time as a head.
+        Its timeout is that of a head.
         """
         head = b"POST /api/remove HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n{"
         self.raw_admin(head)
@@ -529,7 +509,7 @@ class RefusalTests(ApiTestCase):
 
     def test_an_answer_may_take_longer_than_a_body_may(self) -> None:
         """
-        Once the request is there, nothing limits the time that it takes.
+        Once the request has arrived, nothing limits the time for it.
         """
         data = noise("eight", 40 * MIB)
         digest = self.standin.push_blob("team/app", data)

@@ -1,5 +1,5 @@
 """
-The modules know of each other what docs/architecture.rst says, and stay small enough to be read.
+The modules depend on each other as docs/architecture.rst says, and stay small enough to read.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import ecrproxy
 PACKAGE = Path(ecrproxy.__file__).parent
 OURS = "ecrproxy."
 
-# room, which is a package or a module by itself: what of ours it may import, rooms or single modules of them.
-# What is not here may import nothing of ours but what is in the same room. tap, serving and command may import all.
+# room (a package or a module by itself): what of ours it may import, rooms or single modules.
+# Anything else may import only from the same room. tap, serving and command may import everything.
 ARROWS: dict[str, set[str]] = {
     "access": {
         "addresses",
@@ -222,7 +222,7 @@ TYPES_ONLY = {
     ("cache.janitor", "cache.store"),
     ("cache.verification", "threads"),
 }
-# what is the business of some modules alone
+# what only some modules deal with
 RESERVED = {
     "treq": {"registry.wire"},
     "botocore": {"command.checkup.aws", "registry.ecr"},
@@ -230,7 +230,7 @@ RESERVED = {
     "prometheus_client": {"metrics"},
     "twisted.web.resource": {"admin.port", "http.answering", "http.site"},
     "twisted.internet.reactor": {"tap"},
-    "twisted.internet.task.LoopingCall": {"periodic"},  # by itself it ends with the first call that fails
+    "twisted.internet.task.LoopingCall": {"periodic"},  # otherwise it ends with the first call that fails
 }
 LONGEST = 45
 
@@ -246,14 +246,14 @@ def modules() -> dict[str, ast.Module]:
 
 def room(name: str) -> str:
     """
-    Tell in which room a module is.
+    Return the room of a module.
     """
     return name.partition(".")[0]
 
 
 def for_types_only(tree: ast.Module) -> set[ast.AST]:
     """
-    Find what is imported for the type checker alone.
+    Find what is imported only for the type checker.
     """
     return {
         inner
@@ -266,7 +266,7 @@ def for_types_only(tree: ast.Module) -> set[ast.AST]:
 
 def imported(tree: ast.Module, *, at_run_time: bool = False) -> Iterator[str]:
     """
-    Name all that a module imports, wherever in it, both as the module and as the name in it.
+    Return everything that a module imports, anywhere in it, both as the module and as the name in it.
     """
     left_out = for_types_only(tree) if at_run_time else set()
     for node in ast.walk(tree):
@@ -282,7 +282,7 @@ def imported(tree: ast.Module, *, at_run_time: bool = False) -> Iterator[str]:
 
 def ours(tree: ast.Module, *, at_run_time: bool = False) -> set[str]:
     """
-    Name the modules of ours that a module imports.
+    Return which of our modules a module imports.
     """
     found = imported(tree, at_run_time=at_run_time)
     return {name.removeprefix(OURS) for name in found if name.startswith(OURS)} & modules().keys()
@@ -299,7 +299,7 @@ def definitions(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | a
 
 def described(node: ast.Module | ast.ClassDef) -> bool:
     """
-    Tell whether something has a docstring with words in it.
+    Return True if a definition has a docstring with text.
     """
     return bool((ast.get_docstring(node) or "").strip())
 
@@ -316,25 +316,22 @@ def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 class ArchitectureTests(SynchronousTestCase):
     """
-    What is written down about the package is true.
+    The rules for the package hold.
     """
 
     def setUp(self) -> None:
-        """
-        Read the package.
-        """
         self.modules = modules()
 
     def test_what_the_rules_speak_of_is_there(self) -> None:
         """
-        Rooms and modules of the rules exist.
+        Rooms and modules that the rules name exist.
         """
         there = self.modules.keys() | {room(name) for name in self.modules}
         self.assertEqual(set(), set(ARROWS).union(*ARROWS.values(), *RESERVED.values(), *TYPES_ONLY) - there)
 
     def test_imports_follow_the_arrows(self) -> None:
         """
-        Inner rooms know nothing of outer ones.
+        Inner rooms don't know outer ones.
         """
         wrong = {
             f"{name} -> {other}"
@@ -347,7 +344,7 @@ class ArchitectureTests(SynchronousTestCase):
 
     def test_imports_go_in_no_circle(self) -> None:
         """
-        Each module can be read after those that it imports, also for their types.
+        Each module can be read after its imports, also those for types.
         """
         left = {name: ours(tree) for name, tree in self.modules.items()}
         while free := {name for name, others in left.items() if not others & left.keys()}:
@@ -363,14 +360,14 @@ class ArchitectureTests(SynchronousTestCase):
 
     def test_imports_are_absolute(self) -> None:
         """
-        A module is called the same everywhere.
+        A module has the same name everywhere.
         """
         wrong = {name for name, tree in self.modules.items() if any(each.startswith(".") for each in imported(tree))}
         self.assertEqual(set(), wrong)
 
     def test_each_large_dependency_is_met_in_one_place(self) -> None:
         """
-        Only wire speaks treq, only ecr botocore, only port, answering and site resources, only tap the global reactor.
+        Only wire uses treq, only ecr botocore, only port, answering and site resources, only tap the global reactor.
         """
         wrong = {
             f"{name} imports {each}"
@@ -383,7 +380,7 @@ class ArchitectureTests(SynchronousTestCase):
 
     def test_the_environment_is_read_in_one_place(self) -> None:
         """
-        Only tap looks at os.environ; processes hands it on; health check, entrypoint and command are own programs.
+        Only tap reads os.environ; processes passes it on; health check, entrypoint and command are separate programs.
         """
         readers = {
             name
@@ -409,7 +406,7 @@ class ArchitectureTests(SynchronousTestCase):
 
     def test_functions_are_short(self) -> None:
         """
-        None has more lines than fit a screen.
+        No function has more lines than fit a screen.
         """
         wrong = {
             f"{name}.{node.name}": lines_of_code(node)
@@ -421,7 +418,7 @@ class ArchitectureTests(SynchronousTestCase):
 
     def test_modules_are_called_by_what_they_are(self) -> None:
         """
-        There is no drawer for odds and ends.
+        There is no module for odds and ends.
         """
         words = {word for name in self.modules for word in name.split(".")}
         self.assertEqual(set(), words & {"utils", "util", "helpers", "common", "errors", "interfaces"})

@@ -1,5 +1,6 @@
 """
-Files that arrive: one process writes each, and its record tells what is there. They are gone on with when that is sure.
+Incomplete downloads: one process writes each, and its record says which ranges are there. They are resumed if that is
+certain.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ DIGEST = Digest.of(DATA)
 
 class ArrivingTests(SynchronousTestCase):
     """
-    A cache directory with files that arrive.
+    A cache directory with incomplete downloads.
     """
 
     def setUp(self) -> None:
@@ -55,7 +56,7 @@ class ArrivingTests(SynchronousTestCase):
 
     def left_over(self, *stretches: tuple[int, int], size: int = SIZE) -> None:
         """
-        Have a writer that writes some of the blob, and dies.
+        Leave what a writer has written that exits in the middle of the blob.
         """
         writer = self.begin(size)
         for start, stop in stretches:
@@ -64,7 +65,7 @@ class ArrivingTests(SynchronousTestCase):
 
     def resume(self, size: int = SIZE) -> Writer | None:
         """
-        Claim the digest, and go on with what is there.
+        Claim the digest, and resume.
         """
         claim = self.store.claim(DIGEST)
         assert isinstance(claim, Claim), claim
@@ -95,7 +96,7 @@ class ArrivingTests(SynchronousTestCase):
 
     def counted(self) -> list[tuple[int, float]]:
         """
-        Tell what the index knows of the transfer: bytes of disk, and when it was interrupted.
+        Return what the index knows of the transfer: bytes of disk, and when it was interrupted.
         """
         return [(size, written) for _, size, written in self.store.index.arriving()]
 
@@ -106,7 +107,7 @@ class ArrivingTests(SynchronousTestCase):
 class ClaimTests(ArrivingTests):
     def test_one_process_gets_a_digest(self) -> None:
         """
-        The others are shown its transfer, or told to look again while there is nothing to show.
+        The others get its transfer, or are told to look again while there is nothing to follow.
         """
         claim = self.store.claim(DIGEST)
         assert isinstance(claim, Claim)
@@ -124,7 +125,7 @@ class ClaimTests(ArrivingTests):
 
     def test_a_second_name_of_a_file_elsewhere_is_not_written_to(self) -> None:
         """
-        It loses this name, and the next transfer is kept again.
+        Only this link is removed; the next transfer is cached again.
         """
         other = self.store.root / "elsewhere"
         other.write_bytes(b"precious")
@@ -135,7 +136,7 @@ class ClaimTests(ArrivingTests):
 
     def test_another_users_transfer_is_not_followed(self) -> None:
         """
-        He may write a record that calls anything verified.
+        That user may write a record that claims anything to be verified.
         """
         claim = self.store.claim(DIGEST)
         assert isinstance(claim, Claim)
@@ -146,7 +147,7 @@ class ClaimTests(ArrivingTests):
 
     def test_another_users_transfer_is_not_gone_on_with(self) -> None:
         """
-        Nor is it taken over, whether he put it in the place of one that is followed, or its record alone is his.
+        Nor is it taken over, whether that user has replaced the data file that is followed, or only owns the record.
         """
         for whose in ("data", "claim"):
             self.left_over((0, WORTH_RESUMING))
@@ -181,7 +182,7 @@ class ClaimTests(ArrivingTests):
 
     def test_content_that_is_being_evicted_is_not_replaced_meanwhile(self) -> None:
         """
-        Whoever evicts it would unlink the new one.
+        Eviction would unlink the new file.
         """
         put(self.store, DATA)
         with (self.store.root / self.store.content_path(DIGEST)).open("rb") as file:
@@ -227,7 +228,7 @@ class ClaimTests(ArrivingTests):
 
     def test_locks_take_no_descriptor_for_good_where_there_are_few(self) -> None:
         """
-        One file more may be opened, and two are needed.
+        One more file may be opened, and two are needed.
         """
         before, opens = set(Path("/proc/self/fd").iterdir()), os.open
 
@@ -258,7 +259,7 @@ class ClaimTests(ArrivingTests):
 
     def test_that_can_not_be_locked_may_be_another_process_s(self) -> None:
         """
-        An empty claim is removed by whoever has made it: its holder writes nothing there before ECR has answered.
+        An empty claim is removed by the process that made it: its holder writes nothing before ECR has answered.
         """
         claim = self.store.claim(DIGEST)
         assert isinstance(claim, Claim)
@@ -270,7 +271,7 @@ class ClaimTests(ArrivingTests):
 
     def test_that_somebody_has_removed_says_nothing_about_the_data(self) -> None:
         """
-        It is the next holder's.
+        The data belongs to the next holder.
         """
         writer = self.begin()
         self.path.unlink()
@@ -282,7 +283,7 @@ class ClaimTests(ArrivingTests):
 
     def test_that_somebody_has_removed_begins_nothing_and_resumes_nothing(self) -> None:
         """
-        Its holder was asking ECR meanwhile; another process has claimed the digest since, and writes.
+        Its holder waited for ECR meanwhile; another process has claimed the digest since, and writes.
         """
         self.left_over((0, 1000))
         claim = self.store.claim(DIGEST)
@@ -308,7 +309,7 @@ class ClaimTests(ArrivingTests):
 
     def test_content_has_the_bytes_of_its_writer(self) -> None:
         """
-        If somebody has replaced the directory, nothing else gets the name.
+        If the directory was replaced, nothing else gets the name.
         """
         writer = self.begin()
         writer.write(0, [DATA])
@@ -320,7 +321,7 @@ class ClaimTests(ArrivingTests):
 
     def test_content_has_the_bytes_of_its_writer_also_if_the_disk_hung_meanwhile(self) -> None:
         """
-        The writer is given up, another one begins, and then the disk does what it was asked to.
+        The writer gives up, another one begins, and then the disk does the first one's write.
         """
         writer = self.begin()
         writer.write(0, [DATA])
@@ -361,7 +362,7 @@ class PeerTests(ArrivingTests):
 
     def test_is_finished_when_it_is_verified(self) -> None:
         """
-        Before the disk has it for good, and also if it never does.
+        Before fsync, and also if that never ends.
         """
         writer = self.begin()
         writer.write(0, [DATA])
@@ -404,7 +405,7 @@ class PeerTests(ArrivingTests):
 
     def test_is_not_evicted_once_it_is_content(self) -> None:
         """
-        From its first byte on, with no moment between its writer's lock and that of who follows.
+        From its first byte on, with no moment between its writer's lock and that of the follower.
         """
         writer = self.begin()
         peer = self.peer()
@@ -417,14 +418,14 @@ class PeerTests(ArrivingTests):
 
     def test_is_taken_over_when_its_writer_dies(self) -> None:
         """
-        What was shown stays shown, and the file goes on where it was.
+        Readers keep what they have, and the file is resumed where it was.
         """
         writer = self.begin()
         peers = [self.peer(), self.peer()]
         writer.write(0, [DATA[:1000]])
         writer.write(5000, [DATA[5000:6000]])
         writer.close()
-        self.assertEqual([Step.WAIT] * 2, [self.step(peer) for peer in peers])  # there is something new to send
+        self.assertEqual([Step.WAIT] * 2, [self.step(peer) for peer in peers])  # there is new data to send
         self.assertEqual([Step.TAKE_OVER] * 2, [self.step(peer) for peer in peers])
         again = self.arriving.take_over(peers[0], DIGEST)
         assert again is not None
@@ -452,7 +453,7 @@ class PeerTests(ArrivingTests):
 
     def test_is_not_waited_for_if_it_has_no_name_any_more(self) -> None:
         """
-        Somebody has removed it, or begun anew.
+        Another process has removed it, or started again.
         """
         self.left_over((0, 1000))
         other = self.begin()
@@ -492,7 +493,7 @@ class PeerTests(ArrivingTests):
         writer.write(0, [DATA])
         writer.commit()
         peer.look()
-        self.path.write_bytes(peer.record.pack())  # as if its writer had died before it removed the claim
+        self.path.write_bytes(peer.record.pack())  # as if its writer had exited before it removed the claim
         self.assertIsNone(self.arriving.take_over(peer, DIGEST))
         self.assertEqual(Step.FINISH, self.step(peer))
 
@@ -503,12 +504,12 @@ class PeerTests(ArrivingTests):
 
     def test_shows_nothing_that_its_holder_has_not_begun_with(self) -> None:
         """
-        What an earlier one left may be of another boot, or of another size.
+        What an earlier holder left may be of another boot, or of another size.
         """
         self.left_over((0, 1000))
         claim = self.claimed()
         self.assertEqual(Met.BUSY, self.store.claim(DIGEST))
-        claim.release()  # as by a kill
+        claim.release()  # as after a kill
         self.assertEqual([(1000, SIZE)], self.resumed().gaps)
 
     def test_a_record_that_is_torn_is_read_again(self) -> None:
@@ -543,7 +544,7 @@ class PeerTests(ArrivingTests):
 
 class LocksTests(ArrivingTests):
     """
-    Two stores over one directory are to each other as two processes.
+    Two stores over one directory behave to each other like two processes.
     """
 
     def test_what_another_process_reads_is_not_evicted(self) -> None:
@@ -596,7 +597,7 @@ class LocksTests(ArrivingTests):
 class ResumeTests(ArrivingTests):
     def test_goes_on_to_the_whole(self) -> None:
         """
-        What is missing is told, written, and the whole is content.
+        Missing ranges are reported, then written, and the complete file becomes content.
         """
         self.left_over((0, 1000), (5000, 6000))
         writer = self.resumed()
@@ -613,7 +614,7 @@ class ResumeTests(ArrivingTests):
 
     def test_shows_what_was_written_since_the_machine_started(self) -> None:
         """
-        To readers of a part, who verify it: the page cache has it, whether it was synced or not.
+        To readers of ranges, which verify them: the page cache has the data, synced or not.
         """
         self.left_over((0, 1000), (5000, 6000))
         writer = self.resumed()
@@ -622,8 +623,8 @@ class ResumeTests(ArrivingTests):
 
     def test_shows_nothing_of_before_that_is_not_hashed(self) -> None:
         """
-        After a start of the machine what was there may be wrong: it shows when it is hashed, while what comes now
-        shows at once. So it is also for those who go on after this one.
+        After a reboot the data may be wrong: it is shown once it is hashed, while new data is shown at once. The same
+        holds for those that resume later.
         """
         self.left_over((0, 1000), (5000, 6000))
         self.arriving.directory.boot = b"another machine's"[:16]
@@ -638,7 +639,7 @@ class ResumeTests(ArrivingTests):
 
     def test_hashes_in_steps(self) -> None:
         """
-        A lane that wants to write never waits for gigabytes to be hashed.
+        A lane that wants to write never waits until gigabytes are hashed.
         """
         data = bytes(20 * MIB)
         digest = Digest.of(data)
@@ -654,7 +655,7 @@ class ResumeTests(ArrivingTests):
 
     def test_bytes_of_another_blob_never_get_in(self) -> None:
         """
-        The digest decides, as ever.
+        The digest decides.
         """
         self.left_over((0, 1000))
         with self.data.open("r+b") as file:
@@ -667,7 +668,7 @@ class ResumeTests(ArrivingTests):
 
     def test_of_a_file_that_has_all_its_bytes_asks_for_one_of_them(self) -> None:
         """
-        Its writer was killed before it had verified them, or named them.
+        Its writer was killed before it had verified or renamed the file.
         """
         self.left_over((0, SIZE))
         for state in (State.ARRIVING, State.VERIFIED):
@@ -683,7 +684,7 @@ class ResumeTests(ArrivingTests):
 
     def test_is_not_of_another_size(self) -> None:
         """
-        A file of a length that upstream does not announce any more is begun anew.
+        A file of another length than upstream announces starts again.
         """
         self.left_over((0, 1000), size=SIZE - 1)
         self.assertIsNone(self.resume())
@@ -696,7 +697,7 @@ class ResumeTests(ArrivingTests):
 
     def test_is_not_of_a_file_with_another_name(self) -> None:
         """
-        What is content too, by a link of somebody's, is never written to.
+        A file with another link, which may be content too, is never written to.
         """
         self.left_over((0, 1000))
         other = self.store.root / "other"
@@ -708,7 +709,7 @@ class ResumeTests(ArrivingTests):
 
     def test_is_not_of_what_can_not_be_read(self) -> None:
         """
-        A bad block where the record is costs a transfer, and fails nobody.
+        A bad block in the record costs a transfer, and causes no failure.
         """
         self.left_over((0, 1000))
         self.patch(os, "pread", failing(errno.EIO))
@@ -717,7 +718,7 @@ class ResumeTests(ArrivingTests):
 
     def test_of_small_files_is_not_worth_it(self) -> None:
         """
-        Under a megabyte nothing is left.
+        Below a megabyte nothing is left.
         """
         writer = self.begin(WORTH_RESUMING - 1)
         writer.write(0, [b"x"])
@@ -726,7 +727,7 @@ class ResumeTests(ArrivingTests):
 
     def test_is_done_without_where_the_disk_takes_no_record(self) -> None:
         """
-        The transfer goes on; only its leftovers are worth nothing.
+        The transfer goes on; only what it leaves is useless.
         """
         writer = self.begin()
         pwrite = os.pwrite
@@ -750,7 +751,7 @@ class CrashTests(SynchronousTestCase):
     @given(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE), st.booleans()), max_size=12))
     def test_come_to_the_whole_in_the_end(self, writes: list[tuple[int, int, bool]]) -> None:
         """
-        Whatever was written, in whatever order, before each crash: what is missing is all that has to come.
+        Whatever was written, in whatever order, before each crash: only the missing ranges are fetched.
         """
         folder = tempfile.mkdtemp(prefix="ecrproxy-")
         try:
@@ -825,7 +826,7 @@ class WrittenOnceTests(ArrivingTests):
 
     def test_what_another_thread_writes_is_not_written(self) -> None:
         """
-        Whichever came first would be hashed, and the other would be on the disk.
+        One of them would be hashed, and the other would be on the disk.
         """
         writer = self.begin()
         self.addCleanup(writer.discard)
@@ -877,13 +878,13 @@ class WrittenOnceTests(ArrivingTests):
 class LeftOverTests(ArrivingTests):
     def evict(self) -> bool:
         """
-        Evict what the index knows of.
+        Evict what the index knows.
         """
         return bool(self.store.evict_unused(each.what for each in self.store.index.arriving()))
 
     def test_counts_from_when_it_is_left(self) -> None:
         """
-        It counts as used then, with all that it takes of the disk; who goes on with it has that reserved.
+        It counts as used then, with its full size on disk; a process that resumes it has that reserved.
         """
         writer = self.begin()
         writer.write(0, [DATA[:1000]])
@@ -898,7 +899,7 @@ class LeftOverTests(ArrivingTests):
 
     def test_is_counted_by_a_sweep(self) -> None:
         """
-        As what its writer was killed over; what goes on meanwhile stays as it is.
+        As what a killed writer left; what is resumed meanwhile stays.
         """
         self.left_over((0, 1000))
         for _ in range(2):
@@ -910,7 +911,7 @@ class LeftOverTests(ArrivingTests):
 
     def test_of_a_killed_writer_is_no_transfer_under_way_any_more(self) -> None:
         """
-        Its reservation goes with its file.
+        Its reservation ends with its file.
         """
         self.left_over((0, 1000))
         self.store.index.arrive(Reservation(self.data.name, "killed"), SIZE + RECORD)
@@ -922,7 +923,7 @@ class LeftOverTests(ArrivingTests):
 
     def test_a_reservation_ends_with_a_sweep_that_finds_nothing_of_it(self) -> None:
         """
-        Its writer was killed before it made a file. Who holds the claim is about to make one.
+        Its writer was killed before it created a file. The holder of the claim is about to create one.
         """
         claim = self.store.claim(DIGEST)
         assert isinstance(claim, Claim)
@@ -936,7 +937,7 @@ class LeftOverTests(ArrivingTests):
 
     def test_a_reservation_of_what_is_content_ends_with_a_sweep_that_counts_that(self) -> None:
         """
-        Its writer was killed before it could tell, or can't open the index.
+        Its writer was killed before it could record that, or can't open the index.
         """
         self.store.index.arrive(Reservation(self.data.name, "killed"), SIZE)
         path = self.store.root / self.store.content_path(DIGEST)
@@ -947,7 +948,7 @@ class LeftOverTests(ArrivingTests):
 
     def test_is_evicted_like_any_other_file(self) -> None:
         """
-        Unless somebody goes on with it, or waits for it to go on.
+        Unless a process resumes it, or waits to.
         """
         self.left_over((0, 1000))
         writer = self.resume()
@@ -963,7 +964,7 @@ class LeftOverTests(ArrivingTests):
 
     def test_that_was_discarded_is_gone(self) -> None:
         """
-        A file that was gone on with and failed is not left again.
+        A file that was resumed and failed is not left again.
         """
         self.left_over((0, 1000))
         writer = self.resumed()
@@ -988,7 +989,7 @@ class LeftOverTests(ArrivingTests):
 
     def test_of_what_is_content_is_swept(self) -> None:
         """
-        What came by another way need not be gone on with.
+        Content that came by another way makes it obsolete.
         """
         self.left_over((0, 1000))
         path = self.store.root / self.store.content_path(DIGEST)
@@ -999,7 +1000,7 @@ class LeftOverTests(ArrivingTests):
 
     def test_without_a_use_is_swept(self) -> None:
         """
-        What has no record, or no data, or too little of it; what some process holds stays.
+        Without a record, without data, or with too little data; what some process holds stays.
         """
         self.left_over()
         other, lonely = (f"sha256-{Digest.of(each).hex}" for each in (b"other", b"lonely"))
@@ -1013,7 +1014,7 @@ class LeftOverTests(ArrivingTests):
 
     def test_of_a_folder_that_is_gone_is_none(self) -> None:
         """
-        Who removed the directory has removed what was left.
+        The leftovers were removed with the directory.
         """
         self.left_over((0, 1000))
         shutil.rmtree(self.arriving.folder)

@@ -1,5 +1,5 @@
 """
-What the daemon assumes of ECR, held against a stand-in that does it, does it otherwise, or gets it wrong.
+The daemon's assumptions about ECR, checked against a stand-in that meets them, differs, or is wrong.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ PAGE: Final = Path(__file__).resolve().parents[1] / "docs" / "ecr.rst"
 
 class Rig:
     """
-    A doctor beside a stand-in for ECR.
+    A doctor with a stand-in for ECR.
 
-    @ivar questions: those that were asked.
+    @ivar questions: the questions that were asked.
     """
 
     def __init__(self, **quirks: Any) -> None:
@@ -60,7 +60,7 @@ class Rig:
 
     def alter(self, question: str, status: int | None = None, body: bytes | None = None, **headers: str | None) -> None:
         """
-        Have an answer be otherwise in some respects; a header that is None is left out.
+        Change some parts of an answer; a header that is None is left out.
         """
         named = {name.replace("_", "-"): value for name, value in headers.items()}
 
@@ -73,19 +73,19 @@ class Rig:
 
     def silence(self, question: str) -> None:
         """
-        Have a question not be answered.
+        Leave a question unanswered.
         """
         self._altered[question] = lambda _: Contact("x", "it does not answer")
 
     def store_as(self, media_type: str) -> None:
         """
-        Have an index of that type behind the tag.
+        Put an index of that type behind the tag.
         """
         self.standin.push_index(REPOSITORY, TAG, [self.image], media_type)
 
     def refer(self, count: int) -> None:
         """
-        Have so many manifests refer to the image.
+        Add so many manifests that refer to the image.
         """
         subject = self.image.descriptor()
         for number in range(count):
@@ -109,14 +109,14 @@ class Rig:
         Body(response).done.addCallback(body.append)
         told = {name.decode().lower(): values[0].decode() for name, values in response.headers.getAllRawHeaders()}
         if isinstance(response.length, int):
-            told.setdefault("content-length", str(response.length))  # a GET's is not among the headers
+            told.setdefault("content-length", str(response.length))  # not among the headers of a GET
         contact = Contact("x", status=response.code, headers=told, body=body[0][: question.most])
         change = self._altered.get(question.name)
         return contact if change is None else change(contact)
 
     def in_time(self) -> bool:
         """
-        Tell whether there is time for one more question.
+        Return True if there is time for one more question.
         """
         return len(self.questions) < self.seconds
 
@@ -129,9 +129,6 @@ class Rig:
 
 
 def altered(question: str, status: int | None = None, body: bytes | None = None, **headers: str | None) -> Prepare:
-    """
-    See L{Rig.alter}.
-    """
     return lambda rig: rig.alter(question, status, body, **headers)
 
 
@@ -144,7 +141,7 @@ def with_quirks(**quirks: Any) -> Prepare:
 
 def error(question: str, status: int, code: str, message: str = "") -> Prepare:
     """
-    Have a question be refused in the specification's words.
+    Reject a question in the specification's words.
     """
     return altered(question, status, bytes(registry_error(status, code, message).body))
 
@@ -155,13 +152,13 @@ WELL, OTHER, WRONG, UNSEEN = Outcome.DOCUMENTED, Outcome.OTHERWISE, Outcome.DEFE
 
 def as_it_is(_: Rig) -> None:
     """
-    The stand-in does what is documented.
+    The stand-in behaves as documented.
     """
 
 
 def location(url: str) -> Prepare:
     """
-    Have blobs lie elsewhere.
+    Change the location of blobs.
     """
     return altered("blob", location=url)
 
@@ -374,7 +371,7 @@ CASES: Mapping[str, list[tuple[Outcome, Prepare]]] = {
     ],
     "tags-limit": [
         (WELL, altered("many-tags", 405)),
-        (OTHER, as_it_is),  # the stand-in says 400
+        (OTHER, as_it_is),  # the stand-in answers 400
         (OTHER, altered("many-tags", 200)),
         (UNSEEN, altered("many-tags", 403)),
     ],
@@ -401,7 +398,7 @@ CASES: Mapping[str, list[tuple[Outcome, Prepare]]] = {
 @functools.cache
 def seen_in(name: str, number: int) -> tuple[Rig, Seen]:
     """
-    Look at one of the cases.
+    Return what is seen in one of the cases.
     """
     rig = Rig()
     CASES[name][number][1](rig)
@@ -410,14 +407,14 @@ def seen_in(name: str, number: int) -> tuple[Rig, Seen]:
 
 def found_by(rig: Rig) -> dict[str, Finding]:
     """
-    Tell what is found, by the name of the assumption.
+    Return the findings by the name of the assumption.
     """
     return {each.check: each for each in findings(rig.seen())}
 
 
 class JudgementTests(SynchronousTestCase):
     """
-    Each assumption, held against each way in which ECR may be.
+    Each assumption, checked against each known behaviour of ECR.
     """
 
     def test_each_is_judged_by_what_was_seen(self) -> None:
@@ -457,7 +454,7 @@ class JudgementTests(SynchronousTestCase):
 
 class QuestionTests(SynchronousTestCase):
     """
-    What is asked, and how much of it.
+    What is asked, and how many requests that takes.
     """
 
     def test_only_reads_and_of_blobs_a_few_bytes(self) -> None:
@@ -519,7 +516,7 @@ class ReportTests(SynchronousTestCase):
 
     def test_no_case_has_a_name_a_digest_or_a_secret_in_it(self) -> None:
         """
-        Whatever the stand-in has said, of each case of each assumption.
+        Whatever the stand-in has answered, in each case of each assumption.
         """
         for name, cases in CASES.items():
             for number in range(len(cases)):
@@ -533,7 +530,7 @@ class ReportTests(SynchronousTestCase):
     @given(st.data())
     def test_nothing_that_anybody_answers_is_repeated(self, data: st.DataObject) -> None:
         """
-        A word that stands anywhere in any answer does not get into the report.
+        No word of any answer gets into the report.
         """
         word = "sesame"
         texts = st.sampled_from([word, f"https://{word}/?X-Amz-Expires={word}", f"application/{word}", f"bytes {word}"])

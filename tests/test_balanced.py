@@ -1,5 +1,5 @@
 """
-Connections through a load balancer: what their headers say, and what becomes of those that bring none.
+Connections through a load balancer, with and without the PROXY header.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PAIR: tuple[Address, Address] = IPv4Address("TCP", "198.51.100.1", 5), IPv4Addre
 
 def binary(command: int, kind: int, payload: bytes = b"") -> bytes:
     """
-    Write a header of version 2.
+    Build a header of version 2.
     """
     return SIGNATURE + struct.pack("!BBH", command, kind, len(payload)) + payload
 
@@ -136,7 +136,7 @@ class HeaderTests(SynchronousTestCase):
 
 class Behind(ProtocolWrapper):
     """
-    A client's side of a connection whose first bytes a balancer's header comes before, in one piece with them.
+    A client connection whose first bytes follow a balancer's header, in one piece with it.
     """
 
     def __init__(self, wrapped: Any, header: bytes) -> None:
@@ -189,7 +189,7 @@ class BalancedTests(DaemonTestCase):
 
     def secure(self) -> None:
         """
-        Speak TLS behind the header.
+        Start TLS after the header.
         """
         files = Files(scratch(self))
         keys = Certificate(files.key, files.certificate)
@@ -197,7 +197,7 @@ class BalancedTests(DaemonTestCase):
 
     def connect_securely(self, header: bytes, sent: bytes) -> tuple[Raw, End]:
         """
-        Connect a client that speaks TLS, by a balancer that passes it on behind its header.
+        Connect a TLS client through a balancer that prepends its header.
         """
         client = Raw()
         speaking = TLSMemoryBIOFactory(
@@ -211,7 +211,7 @@ class BalancedTests(DaemonTestCase):
 
     def test_tls_begins_behind_the_header(self) -> None:
         """
-        Under the client's address, with headers of both versions, and with a hello that comes along with them.
+        Under the client's address, with headers of both versions, and with a hello in the same piece.
         """
         self.balance(connections_per_address=1)
         self.secure()

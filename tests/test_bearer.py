@@ -1,5 +1,5 @@
 """
-Registries other than ECR's private ones: what they want to be shown, and where it goes.
+Registries other than ECR's private ones: their challenges, and where tokens go.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PUBLIC, PUBLIC_REALM = "public.ecr.aws", "https://public.ecr.aws:8443/token/"
 class ChallengeTests(SynchronousTestCase):
     def test_the_one_that_is_known_here_is_read(self) -> None:
         """
-        In any order, of any case, quoted or not, from one header or several. Bearer is better than a password.
+        In any order and case, quoted or not, from one header or several. Bearer is preferred to a password.
         """
         wanted = Challenge("bearer", "https://a.test/token?x=1", "a b, c")
         said = 'Bearer realm="https://a.test/token?x=1",service="a b, c"'
@@ -54,7 +54,7 @@ class ChallengeTests(SynchronousTestCase):
 
     def test_a_token_is_for_pulls_of_one_repository(self) -> None:
         """
-        Unless the registry's are for none in particular, as ECR Public's.
+        Unless the registry's tokens are for all repositories, as ECR Public's.
         """
         one = Challenge("bearer", "https://a.test/token?x=1", "a")
         self.assertEqual(
@@ -126,7 +126,7 @@ class FollowTests(SynchronousTestCase):
 class LoginTests(SynchronousTestCase):
     def test_a_file_system_that_hangs_delays_no_other_password(self) -> None:
         """
-        Nor one that is read from it once it answers again; and it holds one thread, however often it is asked for.
+        Nor one that is read from it once it answers again; it uses one thread, however many requests need the password.
         """
         hung, well, clock = scratch(self), scratch(self), Clock()
         hung.write_text("one")
@@ -161,7 +161,7 @@ class LoginTests(SynchronousTestCase):
 
     def assertNone(self, login: Login, why: str) -> None:
         """
-        Make sure that there is no password, of which the log says why and a client is not told the file.
+        Assert that there is no password, that the log says why, and that the client doesn't learn the file.
         """
         with capturedLogs() as events:
             problem = self.failureResultOf(Deferred.fromCoroutine(login.get()), TokenUnavailableError).value
@@ -252,14 +252,14 @@ class OthersTests(DaemonTestCase):
 
     def redirect(self, kind: str, body: bytes, headers: dict[str, str], status: int = 200) -> None:
         """
-        Have manifests or lists elsewhere, as registry.k8s.io has all.
+        Redirect manifests or lists, as registry.k8s.io does for all.
         """
         self.hub.fail("registry", status=307, path_contains=kind, headers={"Location": f"https://cdn.test/k8s/{kind}"})
         self.hub.fail("bucket", status=status, path_contains=kind, headers=headers, body=body)
 
     def test_manifests_and_lists_may_be_elsewhere(self) -> None:
         """
-        registry.k8s.io redirects all to one of several registries. The token does not go there.
+        registry.k8s.io redirects everything to one of several registries. The token does not go there.
         """
         self.redirect("manifests", self.nginx.manifest, {"Content-Type": OCI_MANIFEST})
         self.redirect("tags", b'{"name": "k8s/nginx", "tags": ["latest"]}', {})
@@ -290,7 +290,7 @@ class OthersTests(DaemonTestCase):
 
     def test_referrers_that_a_registry_does_not_know_are_404(self) -> None:
         """
-        distribution 2 has a page of plain text there. Clients look for the tag of the same meaning after a 404 alone.
+        distribution 2 answers with plain text. Clients look for the referrers tag only after a 404.
         """
         for prefix, standin, image in (
             ("hub/nginx", self.hub, self.nginx),
@@ -318,7 +318,7 @@ class OthersTests(DaemonTestCase):
 
     def test_each_part_of_a_blob_that_the_registry_itself_sends_is_asked_for_with_the_token(self) -> None:
         """
-        So nothing of it comes twice: not when it breaks off, nor for who wants its end first.
+        So nothing of it comes twice: neither when it breaks off, nor for a client that requests the end first.
         """
         self.hub.quirks.sends_blobs = True
         for number, wanted in enumerate(("", "bytes=20000000-20000999")):
@@ -350,7 +350,7 @@ class OthersTests(DaemonTestCase):
 
     def test_a_token_that_is_no_longer_taken_is_renewed(self) -> None:
         """
-        Docker Hub challenges; ECR Public answers 400 and says nothing.
+        Docker Hub challenges; ECR Public answers 400 without a challenge.
         """
         for standin, path, image in (
             (self.hub, "/v2/hub/nginx/manifests/latest", self.nginx),
@@ -362,7 +362,7 @@ class OthersTests(DaemonTestCase):
 
     def test_what_is_denied_is_denied_and_no_outage(self) -> None:
         """
-        Docker Hub gives anybody a token, and answers 401 about what is not there. Nothing old is served for it.
+        Docker Hub issues anonymous tokens, and answers 401 for missing repositories. Nothing stale is served for it.
         """
         self.get("/v2/hub/nginx/manifests/latest")
         self.hub.bearers.denied.add("library/nginx")
@@ -402,7 +402,7 @@ class OthersTests(DaemonTestCase):
 
     def test_a_registry_says_anew_where_its_tokens_are_after_it_gave_none(self) -> None:
         """
-        It named a realm elsewhere, or one that fails or knows nothing; other repositories' tokens are good meanwhile.
+        It named a realm elsewhere, or one that fails or issues nothing; other repositories' tokens stay valid.
         """
         self.get("/v2/hub/nginx/manifests/latest")
         for number, (realm, status) in enumerate((("https://elsewhere.test/", 200), (REALM, 500), (REALM, 404))):
@@ -420,16 +420,16 @@ class OthersTests(DaemonTestCase):
 
     def tell_who_shows_a_token(self, realm: str) -> None:
         """
-        Have the next token refused, and another realm named with that.
+        Have the next token rejected, with a challenge that names another realm.
         """
         said = f'Bearer realm="{realm}",service="registry.test",error="invalid_token"'
-        # To the HEAD, and to the GET that tells more.
+        # For the HEAD, and for the GET that gets details.
         self.hub.fail("registry", status=401, headers={"WWW-Authenticate": said}, path_contains="nginx", times=2)
         self.hub.forget_asked()
 
     def test_its_tokens_are_where_it_says_to_who_shows_none_if_there_are_none_elsewhere(self) -> None:
         """
-        nvcr.io names another realm to who shows a token that has expired, and nobody gets one there without a password.
+        nvcr.io names another realm in challenges for expired tokens, which issues no token without a password.
         """
         path = "/v2/hub/nginx/manifests/latest"
         self.get(path)
@@ -476,7 +476,7 @@ class OthersTests(DaemonTestCase):
 
     def test_its_tokens_are_where_a_refusal_says_if_they_are(self) -> None:
         """
-        It is not asked anew: to some it says for each repository where its tokens are.
+        The proxy doesn't ask for another challenge: some registries name a realm for each repository.
         """
         path = "/v2/hub/nginx/manifests/latest"
         self.get(path)
@@ -488,7 +488,7 @@ class OthersTests(DaemonTestCase):
 
     def test_a_token_service_that_fails_keeps_nobody_from_tokens_that_are_good(self) -> None:
         """
-        The registry is not asked anew where its tokens are until another is needed.
+        The registry is not asked again for its realm until another token is needed.
         """
         self.get("/v2/hub/nginx/manifests/latest")
         self.hub.fault(Fault("realm", reply=Answer(403)))
@@ -499,7 +499,7 @@ class OthersTests(DaemonTestCase):
 
     def test_what_its_manifests_list_is_given_after_it_has_confirmed_that(self) -> None:
         """
-        Some registries take a manifest that lists what they have not, such as a layer of the company's own.
+        Some registries accept a manifest that lists blobs they don't have, such as a layer of the company's own.
         """
         secret = noise("secret", 100_000)
         private = self.standin.push_image("team/app", "latest", layers=[secret])
@@ -517,7 +517,7 @@ class OthersTests(DaemonTestCase):
 
     def test_a_token_service_that_fails_leaves_what_is_known(self) -> None:
         """
-        Failing, refusing the proxy's password, answering nonsense, or silent.
+        When it fails, rejects the proxy's password, answers nonsense, or is silent.
         """
         self.get("/v2/hub/nginx/manifests/latest")
         for fault in (Fault("realm", reply=Answer(500)), Fault("realm", reply=Answer(200)), Fault("realm")):
@@ -540,7 +540,7 @@ class OthersTests(DaemonTestCase):
 
     def test_a_herd_of_made_up_repositories_asks_few_questions_at_a_time(self) -> None:
         """
-        Each has a token of its own, and clients that leave are not waited for: connections would run out.
+        Each has a token of its own, and requests go on after clients disconnect: connections would run out.
         """
         silence = self.hub.fault(Fault("realm"))
         replies = [self.daemon.send("GET", f"/v2/hub/made/up{number}/manifests/latest") for number in range(40)]

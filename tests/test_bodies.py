@@ -1,5 +1,5 @@
 """
-What clients are sent from memory.
+Response bodies that are sent from memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.registry_content import OCI_MANIFEST
 
 class BodiesTests(SynchronousTestCase):
     """
-    Bodies of 10 bytes, of which three have room.
+    Bodies of 10 bytes, with space for three.
     """
 
     def setUp(self) -> None:
@@ -32,7 +32,7 @@ class BodiesTests(SynchronousTestCase):
 
     def test_a_body_counts_once(self) -> None:
         """
-        However many are sent it, and until the last has it.
+        However many clients receive it, until the last one has it.
         """
         body = bytes(10)
         for number in range(5):
@@ -46,7 +46,7 @@ class BodiesTests(SynchronousTestCase):
 
     def test_who_began_first_gives_way(self) -> None:
         """
-        As many as it takes, once they have had their time.
+        As many as needed, once they have had their minimum time.
         """
         for number in range(3):
             self.begin(number, bytes(bytearray(10)), now=number)
@@ -55,7 +55,7 @@ class BodiesTests(SynchronousTestCase):
 
     def test_a_newcomer_is_refused_while_all_have_their_time(self) -> None:
         """
-        Nobody is broken off for it, and a body that is held already needs no room.
+        No body is cut off before its minimum time; a body that is already held needs no space.
         """
         bodies = [bytes(bytearray(10)) for _ in range(3)]
         for number, body in enumerate(bodies):
@@ -66,7 +66,7 @@ class BodiesTests(SynchronousTestCase):
 
     def test_a_body_that_is_too_large_for_all_is_sent_alone(self) -> None:
         """
-        A limit never keeps anything from being sent at all.
+        A limit never prevents a body from being sent.
         """
         self.begin(0, bytes(100))
         self.assertEqual(100, self.bodies.held)
@@ -85,7 +85,7 @@ class StuckTests(DaemonTestCase):
 
     def test_large_lists_share_a_bound(self) -> None:
         """
-        Whoever has not read its list for long is broken off for another client, and nobody before.
+        A client that has not read its list for long is cut off for another client, and none before.
         """
         for name in ("one", "two", "three"):
             self.standin.push_image(f"team/{name}", *(f"{number:0>100}" for number in range(900)))
@@ -107,7 +107,7 @@ class StuckTests(DaemonTestCase):
 
     def test_large_manifests_are_transfers(self) -> None:
         """
-        Those that the cache has, and those that it can't have, of which each is in memory once.
+        Cached manifests and those that can't be cached; each is in memory once.
         """
         manifest = json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "text": "x" * MIB}).encode()
         for limit, held in ((64 * MIB, 0), (1000, len(manifest))):
@@ -124,7 +124,7 @@ class StuckTests(DaemonTestCase):
 
     def test_a_list_that_is_the_same_again_is_one(self) -> None:
         """
-        Also one of more bytes than are kept for when ECR can't be asked.
+        Also a list that is larger than what is kept for outages.
         """
         self.standin.push_image("team/tags", *(f"{number:0>300}" for number in range(4000)))
         first, second = self._stuck("/v2/team/tags/tags/list"), self._stuck("/v2/team/tags/tags/list")
@@ -137,7 +137,7 @@ class StuckTests(DaemonTestCase):
 
     def test_a_manifest_is_read_once_for_all_who_ask_at_once(self) -> None:
         """
-        A crowd that asks for what memory has not costs one reading, and one copy.
+        Many requests for a manifest that is not in memory cost one read and one copy.
         """
         manifest = json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "text": "x" * MIB}).encode()
         path = f"/v2/team/app/manifests/{self.standin.push_manifest('team/app', manifest, OCI_MANIFEST, 'large')}"
@@ -158,7 +158,7 @@ class StuckTests(DaemonTestCase):
 
     def test_a_client_that_leaves_lets_go(self) -> None:
         """
-        What it was being sent is counted no more.
+        What it was being sent is no longer counted.
         """
         self.standin.push_image("team/tags", *(f"{number:0>100}" for number in range(900)))
         stuck = self._stuck("/v2/team/tags/tags/list")

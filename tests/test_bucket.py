@@ -1,5 +1,5 @@
 """
-The bytes of a blob, part by part, from a bucket of any kind.
+The bytes of a blob, range by range, from any kind of bucket.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STALL_SECONDS = 30
 
 def reason(sink: Sink) -> UnavailableError:
     """
-    Say why a body ended.
+    Return why a body ended.
     """
     (end,) = sink.ends
     assert end is not None, "it ended well"
@@ -43,24 +43,24 @@ def reason(sink: Sink) -> UnavailableError:
 
 class BlobTestCase(UpstreamTestCase):
     """
-    Someone who fetches a blob of 1000 bytes in parts.
+    A caller that fetches a blob of 1000 bytes in ranges.
     """
 
     def begun(self, part: int | None = PART) -> Blob:
         """
-        Ask for the first part.
+        Request the first range.
         """
         return self.successResultOf(self.asking(self.daemon.upstream.blob(self.blob, part)))
 
     def opened(self, blob: Blob, start: int, stop: int | None) -> Stretch:
         """
-        Ask for another part.
+        Request another range.
         """
         return self.successResultOf(self.asking(blob.open(start, stop)))
 
     def brought(self, stretch: Stretch) -> bytes:
         """
-        Let the bytes come.
+        Deliver the bytes.
         """
         sink = Sink()
         stretch.deliver(sink)
@@ -70,13 +70,13 @@ class BlobTestCase(UpstreamTestCase):
 
     def ranges(self) -> list[str]:
         """
-        What the bucket was asked for.
+        Return which ranges the bucket was asked for.
         """
         return [asked.headers.get("range", "") for asked in self.standin.requests("bucket")]
 
     def answer_to(self, question: Deferred[Stretch], head: str, body: bytes = b"x") -> Deferred[Stretch]:
         """
-        Have the bucket answer a question as no stand-in would.
+        Have the bucket send an answer that the stand-in never sends.
         """
         self.assertNoResult(question)
         _, server = self.daemon.back.ends[-1]
@@ -89,7 +89,7 @@ class BlobTestCase(UpstreamTestCase):
 class FirstPartTests(BlobTestCase):
     def test_of_a_bucket_that_gives_parts(self) -> None:
         """
-        The first part comes alone, and tells how large the whole is.
+        The first range comes alone, and tells the size of the blob.
         """
         blob = self.begun()
         self.assertEqual((1000, True, 0, PART), (blob.size, blob.ranged, blob.first.start, blob.first.stop))
@@ -98,7 +98,7 @@ class FirstPartTests(BlobTestCase):
 
     def test_larger_than_the_blob(self) -> None:
         """
-        A blob smaller than its first part comes whole.
+        A blob smaller than its first range comes whole.
         """
         blob = self.begun(5000)
         self.assertEqual((1000, 1000), (blob.size, blob.first.stop))
@@ -106,7 +106,7 @@ class FirstPartTests(BlobTestCase):
 
     def test_of_a_bucket_without_parts(self) -> None:
         """
-        A bucket that knows no ranges sends the whole as the first part.
+        A bucket without support for ranges sends the whole blob as the first range.
         """
         self.standin.quirks.ignore_range = True
         blob = self.begun()
@@ -115,7 +115,7 @@ class FirstPartTests(BlobTestCase):
 
     def test_may_be_all(self) -> None:
         """
-        Who wants no parts sends no Range; the bucket says that it would give some.
+        Without ranges no Range is sent; the bucket says that it supports them.
         """
         blob = self.begun(None)
         self.assertEqual((1000, True), (blob.size, blob.ranged))
@@ -124,7 +124,7 @@ class FirstPartTests(BlobTestCase):
 
     def test_of_nothing(self) -> None:
         """
-        The empty blob, which has no first byte to ask for, is asked for again without a range.
+        The empty blob, without a first byte to request, is requested again without a range.
         """
         self.digest = self.standin.push_blob("team/app", b"")
         blob = self.begun()
@@ -134,7 +134,7 @@ class FirstPartTests(BlobTestCase):
 
     def test_without_a_length(self) -> None:
         """
-        An answer that tells no length has a size that is not known.
+        The size is unknown if the answer has no length.
         """
         asking = Deferred.fromCoroutine(self.daemon.upstream.blob(self.blob, None))
         self.answer_with(b"HTTP/1.1 200 OK\r\n\r\nabc")
@@ -144,7 +144,7 @@ class FirstPartTests(BlobTestCase):
 
     def test_that_ecr_sends_itself(self) -> None:
         """
-        Where ECR does not redirect, its own answer is the blob, and nobody else is asked.
+        If ECR does not redirect, its own answer is the blob, and no other host is asked.
         """
         self.standin.fail("registry", status=200, body=self.data)
         blob = self.begun()
@@ -175,7 +175,7 @@ class FirstPartTests(BlobTestCase):
 class LaterPartTests(BlobTestCase):
     def test_is_asked_of_the_same_place(self) -> None:
         """
-        A later part is asked of the URL that ECR gave for the first, without asking ECR.
+        A later range is requested from the URL that ECR gave for the first, without asking ECR.
         """
         blob = self.begun()
         self.assertEqual(self.data[400:700], self.brought(self.opened(blob, 400, 700)))
@@ -186,7 +186,7 @@ class LaterPartTests(BlobTestCase):
 
     def test_of_a_bucket_that_gives_parts_no_more(self) -> None:
         """
-        Of a bucket that sends all from the first byte on, those before the part are skipped.
+        If a bucket sends everything from the first byte on, the bytes before the range are skipped.
         """
         blob = self.begun()
         self.standin.quirks.ignore_range = True
@@ -196,7 +196,7 @@ class LaterPartTests(BlobTestCase):
 
     def test_what_is_skipped_may_come_in_any_pieces(self) -> None:
         """
-        Skipped bytes and wanted ones may come in one piece, or end where a piece does.
+        Skipped and wanted bytes may come in one piece, or end with one.
         """
         for ends in ([1000], [400, 1000], [100, 400, 401, 1000], [399, 999, 1000], list(range(1, 1001))):
             sink = Sink()
@@ -207,7 +207,7 @@ class LaterPartTests(BlobTestCase):
 
     def test_is_asked_for_anew_where_the_url_has_expired(self) -> None:
         """
-        A long transfer outlives its URL: ECR is asked for another one, and the part comes from there.
+        If a long transfer outlives its URL, ECR is asked for another one, and the range comes from there.
         """
         blob = self.begun()
         self.standin.expire_urls()
@@ -218,7 +218,7 @@ class LaterPartTests(BlobTestCase):
 
     def test_is_asked_for_anew_once(self) -> None:
         """
-        An URL that is refused, in whatever words, is replaced once for the part; refused again, the part fails.
+        A rejected URL is replaced once for the range; if that is rejected, too, the range fails.
         """
         blob = self.begun()
         for status in (400, 401, 403, 404, 410):
@@ -234,7 +234,7 @@ class LaterPartTests(BlobTestCase):
 
     def test_of_a_bucket_in_trouble_fails(self) -> None:
         """
-        Another URL does not help a bucket that fails: ECR isn't asked, and the bucket again where that may help.
+        Another URL does not help if the bucket fails: ECR isn't asked again; the bucket is, where that may help.
         """
         blob = self.begun()
         self.brought(blob.first)
@@ -245,14 +245,14 @@ class LaterPartTests(BlobTestCase):
             self.assertUnavailable(told, "s3.eu-west-1.amazonaws.com", blob.open(400, 700))
             self.assertEqual((0, tries), (self.standin.count("registry"), self.standin.count("bucket")))
             fault.remove()
-        # One more, for the next try does not wait for the end of an error page.
+        # One request more, since the next attempt does not wait for the end of an error page.
         self.assertEqual(
             wires + 1, len(self.daemon.back.ends), "a connection was left with an answer that nobody reads"
         )
 
     def test_may_come_from_ecr_itself_at_last(self) -> None:
         """
-        When ECR, asked anew, sends the blob itself, the part is taken out of that.
+        If ECR, asked again, sends the blob itself, the range is cut from that.
         """
         blob = self.begun()
         self.standin.expire_urls()
@@ -261,7 +261,7 @@ class LaterPartTests(BlobTestCase):
 
     def test_of_what_ecr_has_no_more(self) -> None:
         """
-        When ECR, asked anew, has the blob no more, its answer is the part's.
+        If ECR, asked again, no longer has the blob, the range fails with its answer.
         """
         blob = self.begun()
         self.standin.expire_urls()
@@ -270,7 +270,7 @@ class LaterPartTests(BlobTestCase):
 
     def test_of_another_whole_fails(self) -> None:
         """
-        A blob that has changed its size upstream is not put together of two.
+        A blob that changed its size upstream is not assembled from both.
         """
         blob = self.begun()
         for head in ("206 OK\r\nContent-Range: bytes 400-699/1001", "200 OK"):
@@ -281,7 +281,7 @@ class LaterPartTests(BlobTestCase):
 
     def test_that_is_another_part_fails(self) -> None:
         """
-        Bytes from elsewhere, or from nobody says where, are not taken for those that were asked for.
+        Bytes of another range, or without Content-Range, are not taken for the requested ones.
         """
         blob = self.begun()
         for span in (
@@ -310,7 +310,7 @@ class LaterPartTests(BlobTestCase):
 
     def test_may_be_shorter_than_asked_for(self) -> None:
         """
-        A bucket may give less: the stretch tells where it ends.
+        A bucket may send less: the stretch says where it ends.
         """
         blob = self.begun()
         self.standin.hang("bucket", times=1)
@@ -322,7 +322,7 @@ class LaterPartTests(BlobTestCase):
 
     def test_that_breaks_off(self) -> None:
         """
-        A connection that breaks off has brought what it brought, and says why there is no more.
+        The bytes before the break are delivered, with the reason for it.
         """
         blob = self.begun()
         self.standin.break_off(100)
@@ -334,7 +334,7 @@ class LaterPartTests(BlobTestCase):
 
     def test_that_nobody_wants(self) -> None:
         """
-        A large part that is dropped is not read to its end.
+        A large range that is dropped is not read to its end.
         """
         self.digest = self.standin.push_blob("team/app", bytes(8 * MIB))
         blob = self.begun(PART)
@@ -345,12 +345,12 @@ class LaterPartTests(BlobTestCase):
 
 class BegunTests(BlobTestCase):
     """
-    A body whose first bytes are waited for before anybody takes it.
+    A body whose first bytes arrive before it has a reader.
     """
 
     def test_is_paused_at_its_first_bytes_while_too_many_wait(self) -> None:
         """
-        The memory for what waits for disks is full: not a byte more is taken before that changes.
+        When the memory for bytes that wait for disks is full, not a byte more is accepted until that changes.
         """
         self.digest = self.standin.push_blob("team/app", bytes(8 * MIB))
         first = self.begun(None).first
@@ -368,7 +368,7 @@ class BegunTests(BlobTestCase):
 
 class SilenceTests(BlobTestCase):
     """
-    A body that does not go on.
+    A body that stalls.
     """
 
     def setUp(self) -> None:
@@ -380,7 +380,7 @@ class SilenceTests(BlobTestCase):
 
     def wire(self) -> End:
         """
-        The daemon's end of the connection to the bucket.
+        Return the daemon's end of the connection to the bucket.
         """
         return self.daemon.back.ends[-1][0]
 
@@ -390,7 +390,7 @@ class SilenceTests(BlobTestCase):
 
     def test_of_half_a_minute_ends_it(self) -> None:
         """
-        After 30 seconds without a byte the connection is closed, and the reason told.
+        After 30 seconds without a byte the connection is closed, with that reason.
         """
         self.pass_time(STALL_SECONDS - 1)
         self.assertEqual(([], True), (self.sink.ends, self.wire().connected))
@@ -401,7 +401,7 @@ class SilenceTests(BlobTestCase):
 
     def test_is_as_long_as_the_operator_says(self) -> None:
         """
-        PROXY_STALL_SECONDS is how long a bucket may be silent.
+        PROXY_STALL_SECONDS sets how long a bucket may be silent.
         """
         self.daemon.upstream.stall_seconds = 5
         sink = Sink()
@@ -436,7 +436,7 @@ class SilenceTests(BlobTestCase):
 
     def test_that_we_asked_for_is_none(self) -> None:
         """
-        While it is paused nothing is expected; the 30 seconds begin when it goes on.
+        No bytes are expected during a pause; the 30 seconds begin when it is resumed.
         """
         self.transfer.pause()
         self.pass_time(10 * STALL_SECONDS)
@@ -449,7 +449,7 @@ class SilenceTests(BlobTestCase):
 
     def test_paused_brings_nothing(self) -> None:
         """
-        What comes while it is paused waits in the network, and comes when it goes on.
+        Bytes that arrive during a pause wait in the network until it is resumed.
         """
         self.transfer.pause()
         self.standin.release(self.digest)
@@ -461,7 +461,7 @@ class SilenceTests(BlobTestCase):
 
     def test_may_be_resumed_twice(self) -> None:
         """
-        Going on twice leaves no second timer behind that would end it later.
+        Resuming twice leaves no second timer that would end it later.
         """
         timers = len(self.clock.getDelayedCalls())
         self.transfer.resume()
@@ -470,7 +470,7 @@ class SilenceTests(BlobTestCase):
 
     def test_does_not_follow_the_end(self) -> None:
         """
-        A body that was given up has stopped for that reason, and no timer is left of it.
+        A body that was dropped has stopped for that reason, and leaves no timer.
         """
         timers = len(self.clock.getDelayedCalls())
         self.transfer.abort()
@@ -480,7 +480,7 @@ class SilenceTests(BlobTestCase):
 
     def test_is_not_watched_for_after_the_end(self) -> None:
         """
-        Of a body that has ended no timer is left.
+        A body that has ended leaves no timer.
         """
         clock = Clock()
         transfer = BlobTransfer(self.sink, Watch(clock, STALL_SECONDS, "bucket"))
@@ -491,7 +491,7 @@ class SilenceTests(BlobTestCase):
 
     def test_says_nothing_of_its_sender_if_it_was_left_before_it_brought_anything(self) -> None:
         """
-        Else one that had stopped before would be trusted again once another was quicker.
+        Otherwise a bucket that had stalled before would be trusted again once another was quicker.
         """
         for left, size, said in ((True, 10, []), (False, 10, [True]), (True, TRICKLE, [False])):
             told = list[bool]()
@@ -601,7 +601,7 @@ class UnwantedConnectionTests(BlobTestCase):
 
 class WordsTests(BlobTestCase):
     """
-    What a bucket says when it refuses.
+    A bucket's error messages.
     """
 
     KMS = bucket_error(
@@ -619,7 +619,7 @@ class WordsTests(BlobTestCase):
 
     def refuse(self, reply: Reply) -> UnavailableError:
         """
-        Have the bucket answer so; say what becomes of the question.
+        Have the bucket reject the request with this answer; return the outcome.
         """
         self.standin.heal()
         self.standin.fault(Fault("bucket", reply=reply))

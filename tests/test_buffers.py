@@ -1,5 +1,5 @@
 """
-What was freed is the system's again.
+Freed memory is returned to the system.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PIECES = 400
 
 def resident() -> int:
     """
-    Return how many bytes of memory this process has.
+    Return the resident memory of this process, in bytes.
     """
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -15,7 +15,7 @@ TARGET = "/v2/team/image1/manifests/latest?n=5&last=a%2Fb&n=6"
 
 def asker() -> Asker:
     """
-    Make a request with everything that a key may name.
+    Build a request with everything that a key may name.
     """
     return Asker(
         method="HEAD",
@@ -41,7 +41,7 @@ class CacheKeyTests(SynchronousTestCase):
 
     def test_only_some_speak_of_who_asks(self) -> None:
         """
-        For the others nobody is asked who he is: the key is the same, whoever it is.
+        All other templates need no login: the key is the same for all clients.
         """
         route = route_to(TARGET)
         for name in (*_NAMES, "arg_n", "http_x_tenant"):
@@ -51,7 +51,7 @@ class CacheKeyTests(SynchronousTestCase):
 
     def test_each_variable_has_its_value(self) -> None:
         """
-        nginx's variables mean what they mean there, and ours what their names say.
+        nginx's variables mean the same as there, and ours what their names say.
         """
         expected = {
             "$uri": "/v2/team/image1/manifests/latest",
@@ -75,7 +75,7 @@ class CacheKeyTests(SynchronousTestCase):
 
     def test_what_is_asked_for_by_digest_has_it(self) -> None:
         """
-        A digest is both the reference and the digest, in its one spelling, and so it is in the path.
+        A digest is both the reference and the digest, in its canonical spelling, and so in the path.
         """
         target = f"/v2/a/blobs/{DIGEST.replace(':', '%3A')}"
         self.assertEqual(
@@ -85,7 +85,7 @@ class CacheKeyTests(SynchronousTestCase):
 
     def test_secrets_name_no_entry(self) -> None:
         """
-        A hash of a password among the names of files would be one to try guesses on.
+        Guesses could be tested against a hash of a password in file names.
         """
         for name in ("http_authorization", "http_Authorization", "http_proxy_authorization", "http_cookie"):
             problem = self.assertRaises(ValueError, CacheKey.parse, f"${name}$uri")
@@ -93,13 +93,13 @@ class CacheKeyTests(SynchronousTestCase):
 
     def test_a_list_of_tags_has_no_reference(self) -> None:
         """
-        The word at the end of a tag list's path is no tag.
+        The last word in the path of a tag list is no tag.
         """
         self.assertEqual("a||", expanded("$repository|$reference|$digest", "/v2/a/tags/list"))
 
     def test_text_and_variables_mix(self) -> None:
         """
-        Braces end a variable's name where text follows it, and other characters stand for themselves.
+        Braces end a variable's name before text, and other characters are literal.
         """
         self.assertEqual("https://cache.test/x", expanded("$scheme://$host/x"))
         self.assertEqual("httpss", expanded("${scheme}s"))
@@ -108,7 +108,7 @@ class CacheKeyTests(SynchronousTestCase):
 
     def test_a_value_is_not_expanded_again(self) -> None:
         """
-        A client that writes a variable's name into its request gets no other entry by it.
+        A variable's name in a client's request does not lead to another entry.
         """
         key = CacheKey.parse("$http_x-$host")
         sly = Asker(host="h", headers={"x": "$host"})
@@ -116,7 +116,7 @@ class CacheKeyTests(SynchronousTestCase):
 
     def test_an_unknown_variable_is_an_error_that_lists_the_known(self) -> None:
         """
-        What is mistyped is told, with what there is instead.
+        The error names the typo and the known variables.
         """
         problem = self.assertRaises(ValueError, CacheKey.parse, "$uri$nonsense")
         for word in ("$nonsense", "$uri", "$remote_addr", "$repository", "$arg_NAME", "$http_NAME"):
@@ -124,7 +124,7 @@ class CacheKeyTests(SynchronousTestCase):
 
     def test_templates_that_name_nothing_are_errors(self) -> None:
         """
-        A dollar sign without a name, a prefix without its name and a key without variables are refused.
+        A dollar sign without a name, a prefix without its name and a key without variables are rejected.
         """
         for template in ("", "fixed", "$", "$uri$", "$$uri", "${uri", "$ uri", "${}", "$-", "$arg_", "$http_", "$URI"):
             self.assertRaises(ValueError, CacheKey.parse, template)

@@ -1,5 +1,6 @@
 """
-GET /v2/_catalog lists what clients may pull of the default registry, and costs ECR one question a minute.
+GET /v2/_catalog lists the repositories of the default registry that clients may pull, and costs ECR one request a
+minute.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def listed(reply: Reply) -> list[str]:
 
 class CatalogTestCase(DaemonTestCase):
     """
-    A few repositories, and a list that ECR gives when the test says so.
+    A few repositories, and a list that ECR returns when the test says so.
     """
 
     def setUp(self) -> None:
@@ -75,7 +76,7 @@ class ListTests(CatalogTestCase):
 
     def test_comes_in_pages_that_lead_on(self) -> None:
         """
-        Through names that a query has to escape, and with the registry that the client named.
+        With names that a query has to escape, and with the registry that the client named.
         """
         for ns in ("", f"&ns={DEFAULT}"):
             path, seen = f"{CATALOG}?n=2{ns}", list[list[str]]()
@@ -193,7 +194,7 @@ class QuestionTests(CatalogTestCase):
 
     def test_that_hangs_is_an_error_in_time_and_keeps_one_thread(self) -> None:
         """
-        What it brings late is used.
+        A late result is used.
         """
         reply = self.send()
         self.pass_time(PATIENCE + 1)
@@ -218,7 +219,7 @@ class QuestionTests(CatalogTestCase):
 
 class DescribeTests(SynchronousTestCase):
     """
-    What is asked of AWS.
+    The requests to AWS.
     """
 
     def setUp(self) -> None:
@@ -228,7 +229,7 @@ class DescribeTests(SynchronousTestCase):
 
     def pages(self, *pages: Sequence[str]) -> None:
         """
-        Answer with these pages, one after the other; the last leads nowhere.
+        Answer with these pages, one after the other; the last has no next page.
         """
         answers = [{"repositories": [{"repositoryName": name} for name in names]} for names in pages]
         tokens = [{"nextToken": f"token-{number}"} for number, _ in enumerate(pairwise(pages))]
@@ -247,7 +248,7 @@ class DescribeTests(SynchronousTestCase):
 
     def test_all_pages_of_the_account_that_the_registry_is_of(self) -> None:
         """
-        The credentials may be another account's.
+        The credentials may be those of another account.
         """
         self.pages(["b", "a"], ["c"])
         self.assertEqual(["b", "a", "c"], self.ask())

@@ -1,5 +1,5 @@
 """
-What a connection refuses before a request is made of it, and what it takes.
+What a connection rejects before it becomes a request, and what it accepts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PIPELINE = (GOOD[:-2] + b"A: " + b"x" * 10_000 + b"\r\n\r\n") * MANY
 
 class ChannelTestCase(DaemonTestCase):
     """
-    A client that writes what it likes.
+    A client that writes raw bytes.
     """
 
     def setUp(self) -> None:
@@ -51,7 +51,7 @@ class ChannelTestCase(DaemonTestCase):
 
     def say(self, *pieces: bytes) -> bytes:
         """
-        Write pieces, one after the other has arrived, and give what came back.
+        Write pieces, each after the previous one has arrived, and return what came back.
         """
         wire = self.connect()
         for piece in pieces:
@@ -61,7 +61,7 @@ class ChannelTestCase(DaemonTestCase):
 
     def assertRefused400(self, *pieces: bytes) -> None:
         """
-        The answer is one 400 that closes; a good request that comes behind is not answered.
+        Assert that the answer is one 400 that closes; a valid request that follows is not answered.
         """
         got = self.say(*pieces, GOOD)
         what = repr(b"".join(pieces)[:200])
@@ -90,7 +90,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_two_ways_to_tell_a_length(self) -> None:
         """
-        Content-Length beside Transfer-Encoding, in either order, is refused: two servers could read it in two ways.
+        Content-Length with Transfer-Encoding, in either order, is rejected: two servers could read it in two ways.
         """
         length, chunked = b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n"
         for method in (b"GET", b"POST"):
@@ -99,7 +99,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_several_lengths(self) -> None:
         """
-        Several Content-Lengths are refused, different ones and equal ones.
+        Several Content-Lengths are rejected, different ones and equal ones.
         """
         for second in (b"5", b"6", b"0"):
             fields = b"Content-Length: 5\r\nContent-Length: " + second
@@ -107,7 +107,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_lengths_that_are_none(self) -> None:
         """
-        A Content-Length that is no number, or one longer than any length, is refused.
+        A Content-Length that is no number, or too large a number, is rejected.
         """
         for length in (
             b"",
@@ -129,7 +129,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_codings_that_are_not_chunked(self) -> None:
         """
-        Any Transfer-Encoding but chunked alone is refused.
+        Any Transfer-Encoding other than chunked alone is rejected.
         """
         for coding in (b"identity", b"gzip", b"chunked, chunked", b"gzip, chunked", b"chunked;q=1", b"xchunked", b""):
             self.assertRefused400(
@@ -138,7 +138,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_a_second_coding(self) -> None:
         """
-        A second Transfer-Encoding is refused, whatever it says.
+        A second Transfer-Encoding is rejected, whatever its value.
         """
         for second in (b"identity", b"chunked"):
             fields = b"Transfer-Encoding: chunked\r\nTransfer-Encoding: " + second
@@ -152,7 +152,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_hosts(self) -> None:
         """
-        Two Hosts are refused in either version, equal ones as well; none is refused in HTTP/1.1.
+        Two Hosts are rejected in either version, equal ones too; in HTTP/1.1 a missing one is rejected.
         """
         self.assertRefused400(b"GET /v2/ HTTP/1.1\r\n\r\n")
         for version in (b"1.0", b"1.1"):
@@ -161,7 +161,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_folded_lines(self) -> None:
         """
-        A header that goes on in the next line is refused, as is a first line that begins with a blank.
+        A header that continues on the next line is rejected, as is a first line that begins with a blank.
         """
         for fold in (b" ", b"\t"):
             self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nAccept: a\r\n" + fold + b"b\r\n\r\n")
@@ -170,7 +170,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_bare_line_ends(self) -> None:
         """
-        A line feed or a carriage return by itself ends no line, and is refused inside of one.
+        A lone line feed or carriage return ends no line, and is rejected inside one.
         """
         for bare in (b"\n", b"\r"):
             self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nA: b" + bare + b"Content-Length: 5\r\n\r\n")
@@ -179,7 +179,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_a_body_where_one_reads(self) -> None:
         """
-        A GET or HEAD with a body is refused; with a body of nothing it isn't.
+        A GET or HEAD with a body is rejected, unless the body is empty.
         """
         for method in (b"GET", b"HEAD"):
             head = method + b" /v2/ HTTP/1.1\r\nHost: x\r\n"
@@ -189,7 +189,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_a_body_where_one_writes(self) -> None:
         """
-        A POST with a body is told 405 at once, its body unread, and what follows is not taken for a request.
+        A POST with a body gets 405 at once, its body unread, and what follows is not taken for a request.
         """
         for fields in (b"Content-Length: 1000000", b"Transfer-Encoding: chunked"):
             for method in (b"POST", b"PUT", b"PATCH", b"DELETE"):
@@ -203,14 +203,14 @@ class RefusalTests(ChannelTestCase):
 
     def test_a_line_without_end(self) -> None:
         """
-        A line, or headers together, longer than any request's are refused without waiting for their end.
+        A line, or headers together, beyond the limit are rejected without waiting for their end.
         """
         self.assertRefused400(b"GET /v2/" + b"a" * 2**17)
         self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 2**17)
 
     def test_many_headers(self) -> None:
         """
-        A hundred headers are taken; more are refused.
+        A hundred headers are accepted; more are rejected.
         """
         several = b"".join(b"A%d: x\r\n" % number for number in range(99))
         self.assertIn(b" 200 OK\r\n", self.say(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + several + b"\r\n"))
@@ -218,14 +218,15 @@ class RefusalTests(ChannelTestCase):
 
     def test_blanks_before_a_colon(self) -> None:
         """
-        A header's name ends at its colon, and has neither blanks nor odd bytes; a line without a colon is no header.
+        A header's name ends at its colon, and has neither blanks nor invalid bytes; a line without a colon is no
+        header.
         """
         for field in (b"Content-Length : 5", b" : x", b": x", b"A b: x", b"A", b"A\x00: x", b"A: x\x00", b"\xe4: x"):
             self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + field + b"\r\n\r\n")
 
     def test_other_versions(self) -> None:
         """
-        HTTP/0.9, HTTP/2 in the clear, and versions that there are not are refused.
+        HTTP/0.9, HTTP/2 in the clear, and versions that don't exist are rejected.
         """
         for line in (
             b"GET /v2/\r\n\r\n",
@@ -243,7 +244,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_chunks_with_content_are_refused(self) -> None:
         """
-        Odd sizes, extensions and trailers lead nowhere: what could be read in two ways is refused.
+        Invalid sizes, extensions and trailers are rejected: they could be read in two ways.
         """
         for chunks in (
             b"5",
@@ -273,7 +274,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_a_body_that_was_announced(self) -> None:
         """
-        Who waits for leave to send a body gets none: no 100 precedes the refusal.
+        A client that sends Expect gets no 100 before the refusal.
         """
         expects = b" /v2/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"
         self.assertRefused400(b"GET" + expects)
@@ -299,7 +300,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_a_refusal_ends_a_pipeline(self) -> None:
         """
-        Whatever follows a refused request on its connection is not looked at, in the same piece or later.
+        Whatever follows a rejected request on its connection is ignored, in the same piece or later.
         """
         wire = self.connect()
         wire.write(GOOD + b"GET /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 44\r\n\r\n" + GOOD * 3)
@@ -309,15 +310,12 @@ class RefusalTests(ChannelTestCase):
         self.assertEqual((2, 1), (self.client.got.count(b"HTTP/1.1 "), self.client.got.count(b"HTTP/1.1 200 ")))
 
     def test_nonsense(self) -> None:
-        """
-        What is no request is refused.
-        """
         for line in (b"nonsense\r\n\r\n", b"GET\r\n\r\n", b"GET /v2/ HTTP/1.1 x\r\n\r\n", b"GET /v2/ FTP/1.1\r\n\r\n"):
             self.assertRefused400(line)
 
     def test_a_refusal_says_so_in_the_registrys_way(self) -> None:
         """
-        A refusal does not name the software beneath, says that it closes, and has its length.
+        A refusal does not name the server software, closes the connection, and has a length.
         """
         got = self.say(b"GET /v2/ HTTP/1.1\r\n\r\n")
         head, _, body = got.partition(b"\r\n\r\n")
@@ -339,7 +337,7 @@ class RefusalTests(ChannelTestCase):
 
     def test_what_looks_like_a_hello_later_is_none(self) -> None:
         """
-        Only the first byte of a connection can be a TLS hello's.
+        Only the first byte of a connection can belong to a TLS hello.
         """
         got = self.say(b"GET /v2/?", b"\x16 HTTP/1.1\r\nHost: x\r\n\r\n")
         self.assertTrue(got.startswith(b"HTTP/1.1 "), got)
@@ -347,12 +345,12 @@ class RefusalTests(ChannelTestCase):
 
 class LingeringTests(ChannelTestCase):
     """
-    A refused client that goes on sending.
+    A rejected client that goes on sending.
     """
 
     def refuse(self) -> End:
         """
-        Refuse a client that does not read yet, and so does not see the end of the connection either.
+        Reject a client that does not read yet, and so does not see the end of the connection either.
         """
         wire = self.connect()
         wire.reading = False
@@ -362,7 +360,7 @@ class LingeringTests(ChannelTestCase):
 
     def test_what_it_sends_is_read_and_kept_nowhere(self) -> None:
         """
-        Unread, it would reset the connection, and the answer with it.
+        Unread data would reset the connection, and lose the answer.
         """
         wire = self.refuse()
         for _ in range(8):
@@ -400,7 +398,7 @@ class BoundTests(ChannelTestCase):
 
     def secure(self) -> None:
         """
-        Speak TLS from now on.
+        Start TLS.
         """
         files = Files(scratch(self))
         factory = SecuredFactory(Certificate(files.key, files.certificate), self.daemon.site, self.clock)
@@ -408,7 +406,7 @@ class BoundTests(ChannelTestCase):
 
     def connect_securely(self) -> tuple[End, TLSMemoryBIOFactory]:
         """
-        Connect a client that speaks TLS and stays.
+        Connect a TLS client that stays.
         """
         self.client = client = Raw()
         factory = TLSMemoryBIOFactory(
@@ -421,7 +419,7 @@ class BoundTests(ChannelTestCase):
 
     def test_no_request_is_started_while_responses_wait(self) -> None:
         """
-        A client that pipelines hundreds of requests has a buffer's worth of responses waiting for it, and gets all.
+        A client that pipelines hundreds of requests has one buffer of responses waiting for it, and gets all.
         """
         wire = self.connect()
         wire.reading = False
@@ -498,7 +496,7 @@ class BoundTests(ChannelTestCase):
 
     def test_input_after_the_last_response_is_dropped(self) -> None:
         """
-        Over TLS, where the connection is read until the client's goodbye.
+        Over TLS, where the connection is read until the client's close_notify.
         """
         self.secure()
         wire, _ = self.connect_securely()
@@ -533,7 +531,7 @@ class BoundTests(ChannelTestCase):
 
     def test_what_follows_a_body_is_answered_in_order(self) -> None:
         """
-        On the operator's port, where requests may have bodies: what comes with the body, and while its answer waits.
+        On the admin port, where requests may have bodies: what comes with the body, and while its answer waits.
         """
         hands = Hands()
         self.daemon.front = self.start(in_thread=hands).admin
@@ -553,12 +551,12 @@ class BoundTests(ChannelTestCase):
 
 class SlowTests(ChannelTestCase):
     """
-    Clients that take their time.
+    Slow clients.
     """
 
     def test_headers_have_ten_seconds(self) -> None:
         """
-        A head that is not whole after ten seconds is given up, however busily its bytes come.
+        A head that is not complete after ten seconds is dropped, however fast its bytes come.
         """
         wire = self.connect()
         wire.write(b"GET /v2/ HTTP/1.1\r\n")
@@ -571,9 +569,6 @@ class SlowTests(ChannelTestCase):
         self.assertEqual(b"", bytes(self.client.got))
 
     def test_each_request_has_its_own_ten_seconds(self) -> None:
-        """
-        The time of one request's head is not the next one's.
-        """
         wire = self.connect()
         for _ in range(3):
             wire.write(b"GET /v2/ HTTP/1.1\r\n")
@@ -584,7 +579,7 @@ class SlowTests(ChannelTestCase):
 
     def test_a_slow_answer_is_not_a_slow_request(self) -> None:
         """
-        Once the head has come its time is over: ECR may take longer.
+        Once the head has arrived its time is over: ECR may take longer.
         """
         data = b"x" * 1000
         digest = self.standin.push_blob("team/app", data)
@@ -595,7 +590,7 @@ class SlowTests(ChannelTestCase):
 
     def test_a_client_that_leaves_in_its_head_leaves_no_clock(self) -> None:
         """
-        After a client has gone nothing waits for the rest of its request.
+        After a client has disconnected no timer waits for the rest of its request.
         """
         wire = self.connect()
         before = len(self.clock.getDelayedCalls())
@@ -620,7 +615,7 @@ class GoodTests(ChannelTestCase):
 
     def test_good_ones_before_a_bad_one_are_answered(self) -> None:
         """
-        What came before a refused request has its answer, before the refusal.
+        Requests before a rejected one are answered, before the refusal.
         """
         got = self.say(GOOD + b"GET /v2/ HTTP/1.1\r\n\r\n" + GOOD)
         self.assertEqual([b"200", b"400"], [part[:3] for part in got.split(b"HTTP/1.1 ")[1:]])
@@ -628,7 +623,7 @@ class GoodTests(ChannelTestCase):
 
     def test_close_closes(self) -> None:
         """
-        Connection: close is the client's wish; HTTP/1.0 wishes it too.
+        The client sends Connection: close, or uses HTTP/1.0.
         """
         for line in (
             b"GET /v2/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
@@ -640,7 +635,7 @@ class GoodTests(ChannelTestCase):
 
     def test_offers_to_upgrade_are_passed_over(self) -> None:
         """
-        Another protocol that a client offers is not taken up, and its settings are read by nobody.
+        The other protocol is not used, and its settings are ignored.
         """
         for fields in (
             b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
@@ -652,20 +647,20 @@ class GoodTests(ChannelTestCase):
 
     def test_a_length_of_nothing(self) -> None:
         """
-        A body of nothing is none, whether a GET says so or asks for leave to send it.
+        An empty body counts as none, whether in a GET or with Expect.
         """
         self.assertIn(b" 200 OK\r\n", self.say(GOOD[:-2] + b"Content-Length: 0\r\n\r\n"))
         self.assertTrue(self.say(GOOD[:-2] + b"Expect: 100-continue\r\n\r\n").endswith(b"{}\n"))
 
     def test_blank_lines_before_a_request(self) -> None:
         """
-        An empty line before a request is passed over, as RFC 9112 has it.
+        As RFC 9112 requires.
         """
         self.assertEqual(2, self.say(b"\r\n" + GOOD + b"\r\n" + GOOD).count(b" 200 OK\r\n"))
 
     def test_names_and_codings_in_any_case(self) -> None:
         """
-        Header names and the chunked coding are read in any case, with blanks around their values.
+        Header names and the chunked coding are case-insensitive, with blanks around their values.
         """
         self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nhOST: x\r\nHost: x\r\n\r\n")
         got = self.say(b"POST /v2/ HTTP/1.1\r\nHOST:\tx \r\ntransfer-ENCODING: \tChunked \r\n\r\n")
@@ -716,7 +711,7 @@ class EmptyBodyTests(ChannelTestCase):
 
 class HalfClosedTests(ChannelTestCase):
     """
-    A client that sends no more after its request, as C{nc -N} does, is answered.
+    A client that shuts down its sending side after its request, as C{nc -N} does, is answered.
     """
 
     def setUp(self) -> None:

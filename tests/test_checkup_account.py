@@ -1,5 +1,5 @@
 """
-What the doctor makes of AWS's answers: credentials, identity, token, permissions.
+How the doctor judges AWS's answers: credentials, identity, token, permissions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DENIED = (
 
 def raising(problem: Exception) -> Callable[[], Any]:
     """
-    Make something that fails.
+    Return a function that raises.
     """
 
     def fail() -> Any:
@@ -54,7 +54,7 @@ class AnswersTests(SynchronousTestCase):
 
     def told(self, problem: Exception) -> Exception:
         """
-        Tell one as ours.
+        Convert one to ours.
         """
         try:
             with as_ours():
@@ -65,7 +65,7 @@ class AnswersTests(SynchronousTestCase):
 
     def test_each_is_a_refusal_or_silence_or_nothing_to_ask_with(self) -> None:
         """
-        What is no answer of AWS at all, as a proxy's page, is silence.
+        A proxy's error page is no answer of AWS, and counts as silence.
         """
         error: Any = {"Error": {"Code": "ExpiredToken", "Message": "expired\nsecret"}}
         refused = self.told(exceptions.ClientError(error, "GetCallerIdentity"))
@@ -83,14 +83,14 @@ class CredentialsTests(SynchronousTestCase):
 
     def look(self, find: Callable[[], Provider], environ: Mapping[str, str] | None = None) -> Finding:
         """
-        Look at them.
+        Run the check.
         """
         (found,) = account.look_at_credentials(Once(find), instance_auth=False, environ=environ or {})
         return found
 
     def test_their_provider_is_named(self) -> None:
         """
-        In words, for each that botocore knows; one that it learns of later by botocore's own name.
+        In words, for each that botocore knows; a later one by botocore's own name.
         """
         for method, words in account.PROVIDERS.items():
             found = self.look(lambda method=method: Provider(method))  # type: ignore[misc]
@@ -99,7 +99,7 @@ class CredentialsTests(SynchronousTestCase):
 
     def test_none_is_a_failure_that_tells_what_was_begun(self) -> None:
         """
-        What to do follows from what has been set.
+        The advice depends on what has been set.
         """
         cases = {
             "AWS_WEB_IDENTITY_TOKEN_FILE": "AWS_ROLE_ARN",
@@ -115,7 +115,7 @@ class CredentialsTests(SynchronousTestCase):
 
     def test_temporary_keys_are_told(self) -> None:
         """
-        Without their session token they are of no use, with it only for a while.
+        Without their session token they are useless, with it they expire.
         """
         found = self.look(lambda: Provider("env"), {"AWS_ACCESS_KEY_ID": "ASIAX"})
         self.assertEqual((Verdict.FAILED, "set AWS_SESSION_TOKEN too"), (found.verdict, found.advice))
@@ -124,7 +124,7 @@ class CredentialsTests(SynchronousTestCase):
 
     def test_a_role_that_can_not_be_assumed_is_told(self) -> None:
         """
-        AWS's word for it, and what to look at; a wrong clock is told as such.
+        With AWS's reason, and what to check; a wrong clock is reported as such.
         """
         found = self.look(raising(RefusedError("AccessDenied", "not authorized to perform: sts:AssumeRole")))
         self.assertIn("trust policy", found.advice)
@@ -136,12 +136,12 @@ class CredentialsTests(SynchronousTestCase):
 
 class IdentityTests(SynchronousTestCase):
     """
-    Who AWS says that we are.
+    The identity that AWS reports.
     """
 
     def look(self, find: Callable[[], Identity], registry: str | None = "123456789012") -> list[Finding]:
         """
-        Look at it.
+        Run the check.
         """
         return list(account.look_at_identity(Once(find), registry))
 
@@ -154,7 +154,7 @@ class IdentityTests(SynchronousTestCase):
 
     def test_another_account_than_the_registrys_is_told(self) -> None:
         """
-        It may be meant; then the repositories' policies matter.
+        It may be intended; then the repositories' policies matter.
         """
         found = self.look(lambda: Identity(ARN, "210987654321"))[1]
         self.assertEqual(Verdict.OK, found.verdict)
@@ -162,7 +162,7 @@ class IdentityTests(SynchronousTestCase):
 
     def test_sts_is_not_needed(self) -> None:
         """
-        A VPC without an endpoint for it is no failure; keys that it refuses are.
+        A VPC without an endpoint for STS is no failure; rejected keys are.
         """
         self.assertEqual(Verdict.WARNING, self.look(raising(UnreachableError("timeout")))[0].verdict)
         self.assertEqual(Verdict.FAILED, self.look(raising(RefusedError("InvalidClientTokenId", "no")))[0].verdict)
@@ -176,7 +176,7 @@ class TokenTests(SynchronousTestCase):
 
     def look(self, find: Callable[[], tuple[str, float]]) -> Finding:
         """
-        Look at it.
+        Run the check.
         """
         (found,) = account.look_at_token(Once(find), 1000.0)
         return found
@@ -191,7 +191,7 @@ class TokenTests(SynchronousTestCase):
 
     def test_what_keeps_it_back_is_told(self) -> None:
         """
-        The action that is missing, the clock, or the way to the API.
+        The missing action, the clock, or the network path to the API.
         """
         words = f"User: {ARN} is not authorized to perform: ecr:GetAuthorizationToken on resource: *"
         denied = self.look(raising(RefusedError("AccessDeniedException", words)))
@@ -203,12 +203,12 @@ class TokenTests(SynchronousTestCase):
 
 class PermissionAdviceTests(SynchronousTestCase):
     """
-    What a refusal says.
+    The advice for a refusal.
     """
 
     def test_the_action_and_the_policy_are_read_from_it(self) -> None:
         """
-        Which of the many policies has to change is in AWS's words.
+        AWS's words say which of the many policies has to change.
         """
         cases = {
             "no identity-based policy allows the ecr:BatchGetImage action": "in the policy of the role or user",
@@ -226,14 +226,14 @@ class PermissionAdviceTests(SynchronousTestCase):
 
     def test_a_sessions_role_is_what_iam_knows(self) -> None:
         """
-        Users and roles are as they are.
+        Users and roles are unchanged.
         """
         self.assertEqual("arn:aws:iam::123456789012:role/puller", account.principal(ARN))
         self.assertEqual("arn:aws:iam::1:user/x", account.principal("arn:aws:iam::1:user/x"))
 
     def test_what_iam_would_decide_is_told(self) -> None:
         """
-        What pulls need fails, what else is useful is a warning.
+        What pulls need is a failure, what else is useful is a warning.
         """
         told = {"ecr:BatchGetImage": "implicitDeny", "ecr:ListImages": "explicitDeny", "ecr:X": "allowed"}
         verdicts = [each.verdict for each in account.judge_simulation(told)]
@@ -257,7 +257,7 @@ class TrialTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         """
-        Have a registry that lets everything through.
+        Set up a registry that allows everything.
         """
         blob = f"/v2/app/blobs/{Digest.of(CONFIG)}"
         self.answers = {
@@ -271,7 +271,7 @@ class TrialTests(SynchronousTestCase):
 
     def run_trial(self, reference: str | None = None) -> tuple[Trial, dict[str, Finding]]:
         """
-        Try.
+        Run the trial.
         """
         trial = Trial(lambda method, path, _: self.answers[method, path], "app")
         trial.run(reference)
@@ -279,7 +279,7 @@ class TrialTests(SynchronousTestCase):
 
     def test_all_that_a_pull_needs_is_tried(self) -> None:
         """
-        The first tag is taken where none is named; where the blob lies is known then, and not told.
+        The first tag is used if none is named; the blob's location is known then, and not printed.
         """
         trial, found = self.run_trial()
         actions = {*account.NEEDED[1:], *account.USEFUL}
@@ -289,7 +289,7 @@ class TrialTests(SynchronousTestCase):
 
     def test_of_a_blob_one_byte_is_asked_for(self) -> None:
         """
-        A registry may give it itself.
+        A registry may send it itself.
         """
         asked: list[Mapping[str, str]] = []
 
@@ -306,7 +306,7 @@ class TrialTests(SynchronousTestCase):
 
     def test_what_is_refused_is_named(self) -> None:
         """
-        Each action by itself, by ECR's own words.
+        Each action by itself, in ECR's own words.
         """
         message = DENIED.replace("BatchGetImage", "GetDownloadUrlForLayer").format("no identity-based policy allows it")
         denied = json.dumps({"errors": [{"code": "DENIED", "message": message}]}).encode()
@@ -320,7 +320,7 @@ class TrialTests(SynchronousTestCase):
 
     def test_what_is_only_useful_is_a_warning(self) -> None:
         """
-        Pulls go on without tag lists.
+        Pulls work without tag lists.
         """
         denied = json.dumps({"errors": [{"message": DENIED.replace("BatchGetImage", "ListImages").format("no")}]})
         self.answers["GET", "/v2/app/tags/list?n=1"] = Contact("a", status=403, body=denied.encode())
@@ -361,7 +361,7 @@ class TrialTests(SynchronousTestCase):
 
     def test_of_an_index_one_of_its_manifests_is_taken(self) -> None:
         """
-        Blobs are listed there.
+        Manifests list the blobs.
         """
         kind = "application/vnd.oci.image.index.v1+json"
         listed = [
@@ -386,7 +386,7 @@ class RoleTests(SynchronousTestCase):
 
     def test_what_is_asked_is_asked_in_the_role(self) -> None:
         """
-        As the daemon asks it.
+        As the daemon does.
         """
         fake, role = FakeAws(self), "arn:aws:iam::444455556666:role/pull"
         fake.grants()

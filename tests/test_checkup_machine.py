@@ -1,5 +1,5 @@
 """
-What the doctor makes of this machine: cache directory, disk, ports, open files, and settings that contradict.
+How the doctor judges this machine: cache directory, disk, ports, open files, and contradictory settings.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ nonsense
 
 def config(flags: Mapping[str, str] | None = None) -> Config:
     """
-    Make a configuration.
+    Return a configuration.
     """
     return Config.load({"ecr-endpoint": ECR, **(flags or {})}, {})
 
@@ -62,20 +62,20 @@ class DirectoryTests(SynchronousTestCase):
 
     def first(self, **changes: object) -> Finding:
         """
-        Judge one that is well but for something.
+        Judge a good one with one change.
         """
         return next(iter(judge_directory(replace(WELL, **changes), 65532)))  # type: ignore[arg-type]
 
     def kind(self, kind: str) -> Verdict:
         """
-        Judge the kind of a file system.
+        Judge the type of a file system.
         """
         seen = replace(WELL, mount=Mount("/var", kind, frozenset({"rw"})))
         return list(judge_directory(seen, 65532))[-1].verdict
 
     def test_one_that_can_be_written_is_well(self) -> None:
         """
-        By whom is told, for it should be the daemon's user.
+        The user is named, for it should be the daemon's.
         """
         self.assertEqual([Verdict.OK] * 2, [each.verdict for each in judge_directory(WELL, 65532)])
         self.assertIn("by user 65532", self.first().said)
@@ -83,7 +83,7 @@ class DirectoryTests(SynchronousTestCase):
 
     def test_one_that_can_not_be_written_fails(self) -> None:
         """
-        Its owner, its file system, or what it is.
+        Because of its owner, its file system, or its type.
         """
         self.assertIn("chown", self.first(problem="Permission denied").advice)
         read_only = Mount("/var", "ext4", frozenset({"ro"}))
@@ -94,7 +94,7 @@ class DirectoryTests(SynchronousTestCase):
 
     def test_parts_of_it_that_belong_to_others_are_told(self) -> None:
         """
-        Whoever looks as another user than the daemon's sees that first.
+        When the doctor runs as another user than the daemon, this is the first sign.
         """
         found = self.first(strangers=(0, 1000))
         self.assertEqual(Verdict.WARNING, found.verdict)
@@ -102,7 +102,7 @@ class DirectoryTests(SynchronousTestCase):
 
     def test_what_does_not_work_on_its_file_system_fails(self) -> None:
         """
-        With what that means.
+        With the consequences.
         """
         found = list(judge_directory(replace(WELL, lacking=[("flock", "No locks available")]), 0))[1]
         self.assertEqual(Verdict.FAILED, found.verdict)
@@ -110,7 +110,7 @@ class DirectoryTests(SynchronousTestCase):
 
     def test_a_file_system_without_fallocate_is_warned_of(self) -> None:
         """
-        The cache goes on without.
+        The cache works without it.
         """
         found = list(judge_directory(replace(WELL, lacking=[("fallocate", "Operation not supported")]), 0))[1]
         self.assertEqual(Verdict.WARNING, found.verdict)
@@ -118,7 +118,7 @@ class DirectoryTests(SynchronousTestCase):
 
     def test_kinds_of_file_systems_that_are_no_disk_are_warned_of(self) -> None:
         """
-        Networks, containers' layers, memory.
+        Network file systems, containers' layers, memory.
         """
         odd = ("nfs4", "cifs", "fuse", "fuse.s3fs", "overlay", "fuse.overlayfs", "tmpfs")
         self.assertEqual([Verdict.WARNING] * len(odd), [self.kind(each) for each in odd])
@@ -126,7 +126,7 @@ class DirectoryTests(SynchronousTestCase):
 
     def test_what_it_is_on_is_found(self) -> None:
         """
-        The innermost of the mounts, whose names may have escapes.
+        The innermost of the mounts, whose names may contain escapes.
         """
         found = {path: find_mount(MOUNTS, path) for path in ("/var/cache/x", "/var/cache/a b/c", "/var/cachet", "/var")}
         kinds = {path: each.kind if each is not None else "" for path, each in found.items()}
@@ -138,7 +138,7 @@ class DirectoryTests(SynchronousTestCase):
 
 class RoomTests(SynchronousTestCase):
     """
-    The limit against the disk.
+    The limit and the free space.
     """
 
     def verdict(self, limit: int, **changes: object) -> Verdict:
@@ -149,21 +149,21 @@ class RoomTests(SynchronousTestCase):
 
     def test_what_is_used_already_counts_as_room(self) -> None:
         """
-        80 GiB are to be had here: 60 free and 20 used by the cache itself.
+        80 GiB are available here: 60 free and 20 used by the cache itself.
         """
         self.assertEqual(Verdict.OK, self.verdict(80 * GIB))
         self.assertEqual([Verdict.WARNING] * 2, [self.verdict(limit * GIB) for limit in (81, 101)])
 
     def test_too_many_files_are_not_counted(self) -> None:
         """
-        Then only the whole disk is held against the limit.
+        Then the limit is compared only with the whole disk.
         """
         self.assertEqual(Verdict.OK, self.verdict(90 * GIB, counted=False))
         self.assertEqual(Verdict.WARNING, self.verdict(101 * GIB, counted=False))
 
     def test_few_inodes_are_warned_of(self) -> None:
         """
-        Where there is a number of them.
+        Where the file system has a fixed number of them.
         """
         found = next(iter(judge_room(replace(WELL, inodes=10), GIB)))
         self.assertEqual(("inodes", Verdict.WARNING), (found.check, found.verdict))
@@ -182,15 +182,12 @@ class SurveyTests(SynchronousTestCase):
     """
 
     def setUp(self) -> None:
-        """
-        Make one.
-        """
         self.folder = Path(tempfile.mkdtemp(prefix="ecrproxy-test-"))
         self.addCleanup(shutil.rmtree, self.folder)
 
     def test_it_is_as_it_was_afterwards(self) -> None:
         """
-        What was tried in it is gone, and what is not there is not made.
+        Probe files are removed, and a missing directory is not created.
         """
         seen = survey(str(self.folder), lambda: 0)
         self.assertEqual((True, True, "", []), (seen.exists, seen.is_directory, seen.problem, list(seen.lacking)))
@@ -201,7 +198,7 @@ class SurveyTests(SynchronousTestCase):
 
     def test_its_files_are_counted(self) -> None:
         """
-        Those of the cache; and not without end.
+        Those of the cache; counting has a limit.
         """
         for name, size in (("content/a/x", 10), ("arriving/y", 5), ("other/z", 7)):
             (self.folder / name).parent.mkdir(parents=True)
@@ -213,7 +210,7 @@ class SurveyTests(SynchronousTestCase):
 
     def test_a_file_in_its_place_is_none(self) -> None:
         """
-        That is told, whatever can be done with it.
+        Reported whatever its permissions are.
         """
         (self.folder / "x").write_bytes(b"")
         self.assertFalse(survey(str(self.folder / "x"), lambda: 0).is_directory)
@@ -224,12 +221,12 @@ REFUSED = Contact("x", "Connection refused")
 
 class PortTests(SynchronousTestCase):
     """
-    What the daemon listens on.
+    The sockets of the daemon.
     """
 
     def look(self, text: str, contact: Contact = REFUSED, bound: int = 0, variable: str = "PROXY_PORT") -> Finding:
         """
-        Look at one endpoint.
+        Check one endpoint.
         """
         (found,) = look_at_ports(
             [(variable, parse_endpoint_string(text))], lambda place, path: contact, lambda place: bound
@@ -238,7 +235,7 @@ class PortTests(SynchronousTestCase):
 
     def test_a_free_one_is_well(self) -> None:
         """
-        As is one where the daemon is.
+        So is one on which the daemon listens.
         """
         self.assertEqual((Verdict.OK, "tcp:5000 is free"), (self.look("tcp:5000").verdict, self.look("tcp:5000").said))
         ours = Contact("x", status=200, headers={"server": "ecrproxy"})
@@ -261,7 +258,7 @@ class PortTests(SynchronousTestCase):
 
     def test_one_that_somebody_else_has_fails(self) -> None:
         """
-        Whatever protocol he speaks there.
+        Whatever protocol the other program speaks.
         """
         for contact in (Contact("x", status=200, headers={"server": "nginx"}), Contact("x", "no HTTP: BadStatusLine")):
             found = self.look("tcp:5000", contact, variable="PROXY_ADMIN_LISTEN")
@@ -280,20 +277,20 @@ class PortTests(SynchronousTestCase):
 
     def test_what_can_not_be_looked_at_is_skipped(self) -> None:
         """
-        A socket that systemd hands over.
+        A socket that systemd passes.
         """
         self.assertEqual(Verdict.SKIPPED, self.look("systemd:domain=INET:name=http").verdict)
 
     def test_a_socket_in_the_file_system_is_not_made(self) -> None:
         """
-        Its place is left alone.
+        The path is left alone.
         """
         self.assertEqual(0, try_to_bind(Place("/nowhere/at/all.sock")))
 
 
 class SettingsTests(SynchronousTestCase):
     """
-    Settings that are wrong together.
+    Contradictory settings.
     """
 
     def test_what_the_daemon_refuses_fails_and_what_it_warns_of_is_a_warning(self) -> None:
@@ -306,7 +303,7 @@ class SettingsTests(SynchronousTestCase):
 
     def test_files_that_settings_name_are_read(self) -> None:
         """
-        What can't be used fails here, before the daemon is started.
+        Unusable files fail here, before the daemon is started.
         """
         flags = {"ssl-key": "/no/key", "ssl-certificate": "/no/cert", "htpasswd": "/no/passwords"}
         found = list(look_at_files(config(flags), 0))
@@ -317,7 +314,7 @@ class SettingsTests(SynchronousTestCase):
 
     def test_the_files_of_endpoint_strings_are_read_too(self) -> None:
         """
-        Behind a balancer, and on the operator's port; a path that is not absolute is the daemon's to know.
+        Behind a balancer, and on the admin port; a path that is not absolute is left to the daemon.
         """
         flags = {
             "listen": "haproxy:ssl:1:/nowhere:/there ssl:2 tcp:3",
@@ -332,7 +329,7 @@ class SettingsTests(SynchronousTestCase):
 
     def test_too_few_files_for_so_many_clients_are_warned_of(self) -> None:
         """
-        For each of the processes its share.
+        Each process has its share.
         """
         self.assertEqual(Verdict.WARNING, judge_files(1024, config()).verdict)
         self.assertEqual(Verdict.OK, judge_files(65536, config()).verdict)

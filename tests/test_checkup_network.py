@@ -1,5 +1,5 @@
 """
-What the doctor makes of registry, bucket, certificates, clocks, name servers and the metadata service.
+How the doctor judges registry, bucket, certificates, clocks, name servers and the metadata service.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ AMAZON = Shown("Amazon", ["*.dkr.ecr.eu-west-1.amazonaws.com", ECR], NOW - 86400
 
 class HostTests(SynchronousTestCase):
     """
-    A host that is connected to.
+    A host that the doctor connects to.
     """
 
     def look(self, *contacts: Contact, url: str = f"https://{ECR}") -> Finding:
         """
-        Look at one whose addresses answer so.
+        Check a host whose addresses answer so.
         """
         waiting = {each.address: each for each in contacts}
         (found,) = look_at_host("registry", url, list(waiting), waiting.__getitem__, NOW)
@@ -40,7 +40,7 @@ class HostTests(SynchronousTestCase):
 
     def test_one_that_answers_is_well(self) -> None:
         """
-        Its address and who has signed its certificate are told.
+        Its address and the issuer of its certificate are shown.
         """
         found = self.look(Contact("10.0.0.1", status=401, shown=AMAZON))
         self.assertEqual(Verdict.OK, found.verdict)
@@ -70,7 +70,7 @@ class HostTests(SynchronousTestCase):
 
     def test_tls_that_is_opened_on_its_way_is_told(self) -> None:
         """
-        Whether this machine trusts who opens it or not.
+        Whether or not this machine trusts the intercepting proxy.
         """
         corporate = Shown("Corporate Proxy CA", [ECR], NOW - 1, NOW + 90 * 86400)
         trusted = self.look(Contact("10.0.0.1", status=401, shown=corporate))
@@ -84,7 +84,7 @@ class HostTests(SynchronousTestCase):
 
     def test_a_certificate_that_has_ended_is_told_with_the_clock_in_mind(self) -> None:
         """
-        One that does not hold yet is the clock's fault more often than not; one that ends soon is a warning.
+        A certificate that is not valid yet usually means a wrong clock; one that expires soon is a warning.
         """
         ended = self.look(Contact("a", "certificate has expired", 10, Shown("Amazon", [], 0, NOW - 2 * 86400)))
         self.assertIn("has ended, by 2.0 days", ended.said)
@@ -96,7 +96,7 @@ class HostTests(SynchronousTestCase):
 
     def test_a_certificate_of_somebody_else_is_told_with_its_names(self) -> None:
         """
-        The name leads elsewhere.
+        The name resolves to another server.
         """
         found = self.look(Contact("10.0.0.9", "Hostname mismatch", 62, Shown("Amazon", ["other.test"], 0, NOW * 2)))
         self.assertEqual(Verdict.FAILED, found.verdict)
@@ -104,20 +104,20 @@ class HostTests(SynchronousTestCase):
 
     def test_plain_http_is_a_warning(self) -> None:
         """
-        Stand-ins and tunnels have it; ECR has not.
+        Stand-ins and tunnels use it; ECR does not.
         """
         self.assertEqual(Verdict.WARNING, self.look(Contact("a", status=200), url="http://registry.test").verdict)
 
     def test_a_url_is_split(self) -> None:
         """
-        Ports are those of the scheme unless they are named.
+        Ports default to those of the scheme.
         """
         self.assertEqual(("a.test", 443, True), split("https://a.test/x?y"))
         self.assertEqual(("::1", 5000, False), split("http://[::1]:5000"))
 
     def test_a_certificate_is_read(self) -> None:
         """
-        Who has signed it, for whom, how long.
+        Its issuer, its names, its validity.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Amazon")])
@@ -143,7 +143,7 @@ class ClockTests(SynchronousTestCase):
 
     def test_it_is_held_against_the_registrys(self) -> None:
         """
-        A minute is well, five make AWS refuse what is signed.
+        A minute is fine, at five minutes AWS rejects signatures.
         """
         verdicts = [self.judge(skew).verdict for skew in (0, -30, 90, -90, 400, -400)]
         wanted = [Verdict.OK] * 2 + [Verdict.WARNING] * 2 + [Verdict.FAILED] * 2
@@ -153,7 +153,7 @@ class ClockTests(SynchronousTestCase):
 
     def test_no_date_is_no_trouble(self) -> None:
         """
-        Nor is one that nobody understands.
+        Nor is an unreadable one.
         """
         self.assertEqual([Verdict.OK] * 2, [judge_clock(date, NOW).verdict for date in (None, "yesterday")])
 
@@ -163,12 +163,12 @@ SERVER = ("192.0.2.53", 53)
 
 class NameServerTests(SynchronousTestCase):
     """
-    A name server that is asked.
+    A name server that is queried.
     """
 
     def ask(self, *, code: int = 0, wrong: bytes | None = None) -> names.Answer:
         """
-        Ask one that answers so.
+        Query one that answers so.
         """
 
         def send(server: tuple[str, int], question: bytes) -> bytes:
@@ -209,14 +209,14 @@ class NameServerTests(SynchronousTestCase):
 
     def judge(self, answer: names.Answer | None, system: names.Answer) -> Finding:
         """
-        Judge what one server and the host's own resolver say.
+        Judge the answers of one server and of the host's own resolver.
         """
         (found,) = names.judge_names(ECR, {"8.8.8.8:53": answer} if answer is not None else {}, system)
         return found
 
     def test_one_that_finds_the_host_is_well(self) -> None:
         """
-        As is the host's own resolver, where that is chosen.
+        So is the host's own resolver, if that is configured.
         """
         known = names.Answer(["52.0.0.1"])
         self.assertEqual([Verdict.OK] * 2, [self.judge(each, known).verdict for each in (known, None)])
@@ -224,7 +224,7 @@ class NameServerTests(SynchronousTestCase):
 
     def test_one_that_is_silent_costs_time(self) -> None:
         """
-        The daemon goes on with the host's own; it is a warning.
+        The daemon falls back to the host's resolver; it is a warning.
         """
         found = self.judge(names.Answer(problem="does not answer"), names.Answer(["52.0.0.1"]))
         self.assertEqual(Verdict.WARNING, found.verdict)
@@ -232,14 +232,14 @@ class NameServerTests(SynchronousTestCase):
 
     def test_one_that_knows_less_than_the_host_fails(self) -> None:
         """
-        The daemon believes the server that it was given.
+        The daemon believes the configured server.
         """
         self.assertEqual(Verdict.FAILED, self.judge(names.Answer(), names.Answer(["10.0.0.1"])).verdict)
         self.assertIn("spelling", self.judge(names.Answer(), names.Answer()).advice)
 
     def test_a_vpc_endpoint_that_is_passed_by_is_told(self) -> None:
         """
-        Where the host's own resolver gives private addresses, and the chosen server public ones.
+        If the host's own resolver returns private addresses, and the configured server public ones.
         """
         found = self.judge(names.Answer(["52.0.0.1"]), names.Answer(["10.0.0.1"]))
         self.assertEqual(Verdict.WARNING, found.verdict)
@@ -265,7 +265,7 @@ class MetadataTests(SynchronousTestCase):
         needed: bool = True,
     ) -> Finding:
         """
-        Look at one that answers so, by method and end of the path.
+        Check one that answers so, by method and end of the path.
         """
 
         def ask(method: str, url: str, headers: Mapping[str, str]) -> Contact:
@@ -289,7 +289,7 @@ class MetadataTests(SynchronousTestCase):
 
     def test_a_hop_limit_that_is_too_small_is_told_from_no_service(self) -> None:
         """
-        The session's token does not arrive, though the service is there.
+        The session's token does not arrive, though the service exists.
         """
         there = {("GET", "meta-data"): Contact("x", status=401)}
         found = self.look(there)
@@ -301,7 +301,7 @@ class MetadataTests(SynchronousTestCase):
 
     def test_one_that_is_switched_off_is_not_asked(self) -> None:
         """
-        Neither here nor by the daemon.
+        Neither by the doctor nor by the daemon.
         """
         off = {"AWS_EC2_METADATA_DISABLED": "true"}
         self.assertEqual(

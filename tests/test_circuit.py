@@ -1,5 +1,5 @@
 """
-What becomes of questions to ECR while it keeps failing.
+The circuit breaker for requests to ECR.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SwitchTests(SynchronousTestCase):
 
     def open(self) -> None:
         """
-        Let so many questions fail that it opens.
+        Fail as many requests as it takes to open it.
         """
         for _ in range(FAILURES):
             self.circuit.enter()
@@ -52,14 +52,14 @@ class SwitchTests(SynchronousTestCase):
 
     def wait(self) -> str:
         """
-        Have a question refused; say how long its asker is told to wait.
+        Have a request rejected; return the wait that is reported.
         """
         problem: CircuitOpenError = self.assertRaises(CircuitOpenError, self.circuit.enter)
         return problem.headers["Retry-After"]
 
     def test_some_failures_leave_it_closed(self) -> None:
         """
-        Fewer failures than it takes, or answers between them, change nothing.
+        Fewer failures than the limit, or answers between them, change nothing.
         """
         for _ in range(20):
             for _ in range(FAILURES - 1):
@@ -70,7 +70,7 @@ class SwitchTests(SynchronousTestCase):
 
     def test_failures_in_a_row_open_it(self) -> None:
         """
-        Then no question goes until the pause is over, and each is told when that is.
+        Then no request goes out until the pause is over, and each rejection says when that is.
         """
         self.open()
         self.assertIs(CircuitState.OPEN, self.circuit.state)
@@ -80,7 +80,7 @@ class SwitchTests(SynchronousTestCase):
 
     def test_one_probe_goes_at_a_time(self) -> None:
         """
-        After the pause one question goes, and no other until it has ended.
+        After the pause one request goes out, and no other until it has ended.
         """
         self.open()
         self.clock.advance(PAUSE)
@@ -91,7 +91,7 @@ class SwitchTests(SynchronousTestCase):
 
     def test_a_probe_that_is_answered_closes_it(self) -> None:
         """
-        All questions go again, and it takes as many failures as before to open it.
+        All requests go out again, and the count of failures starts again.
         """
         self.open()
         self.clock.advance(PAUSE)
@@ -104,7 +104,7 @@ class SwitchTests(SynchronousTestCase):
 
     def test_probes_that_fail_make_the_pauses_longer(self) -> None:
         """
-        Twice as long each time, up to 20 s; after an answer they begin anew.
+        Twice as long each time, up to 20 s; after an answer they start again.
         """
         self.open()
         pauses = []
@@ -130,7 +130,7 @@ class SwitchTests(SynchronousTestCase):
 
     def test_pauses_grow_until_a_question_is_answered(self) -> None:
         """
-        An answer to the daemon's own question lets others go, and says little about theirs.
+        An answer to the daemon's own probe lets requests through, but says little about their outcome.
         """
         pauses = []
         for _ in range(3):
@@ -143,7 +143,7 @@ class SwitchTests(SynchronousTestCase):
 
     def test_a_probe_that_tells_nothing_makes_room_for_the_next(self) -> None:
         """
-        When who asked leaves, the next to ask is the probe.
+        When its client disconnects, the next request is the probe.
         """
         self.open()
         self.clock.advance(PAUSE)
@@ -333,7 +333,7 @@ class FailingTestCase(UpstreamTestCase):
 
     def blobs(self, count: int, repositories: Sequence[str] = ("team/app", "team/one", "team/two")) -> list[Reply]:
         """
-        Ask for blobs that the cache has not, all at once, of these repositories in turn.
+        Request blobs that are not cached, all at once, of these repositories in turn.
         """
         replies = []
         for number in range(count):
@@ -345,14 +345,14 @@ class FailingTestCase(UpstreamTestCase):
 
     def said(self) -> list[str]:
         """
-        Give the log's lines about the circuit.
+        Return the log's lines about the circuit.
         """
         lines = [formatEvent(event) for event in self.events if event["log_namespace"] == "ecrproxy.registry.circuit"]
         return [line.partition(":")[0] for line in lines]
 
     def probes(self) -> int:
         """
-        Count the questions that are about no repository.
+        Count the requests that are not about a repository.
         """
         return sum(asked.path == "/v2/" for asked in self.standin.asked)
 
@@ -364,7 +364,7 @@ class FailingRegistryTests(FailingTestCase):
 
     def open(self) -> None:
         """
-        Let ECR fail until it is left alone.
+        Let ECR fail until the circuit opens.
         """
         self.standin.fail("registry", status=500)
         for reply in self.blobs(REPOSITORIES):
@@ -374,7 +374,7 @@ class FailingRegistryTests(FailingTestCase):
 
     def test_are_served_stale_content_at_once(self) -> None:
         """
-        With an open circuit a known tag comes from the cache without a question, and without time.
+        With an open circuit a known tag comes from the cache without a request to ECR, and without delay.
         """
         self.open()
         self.assertWhole(self.get(self.path), self.image.manifest, "STALE")
@@ -382,7 +382,7 @@ class FailingRegistryTests(FailingTestCase):
 
     def test_are_refused_the_rest_at_once(self) -> None:
         """
-        What is not in the cache is 503 with Retry-After, without a question.
+        Whatever is not cached gets 503 with Retry-After, without a request to ECR.
         """
         self.open()
         for path in (f"/v2/team/app/blobs/{self.digest}", "/v2/team/app/tags/list", "/v2/team/app/manifests/other"):
@@ -393,7 +393,7 @@ class FailingRegistryTests(FailingTestCase):
 
     def test_cost_one_probe_after_each_pause(self) -> None:
         """
-        However many ask: nobody's question is the probe. When it is answered, all go.
+        However many clients there are: no client's request is the probe. When it is answered, all requests go out.
         """
         self.open()
         for pause in (5, 10):
@@ -425,7 +425,7 @@ class FailingRegistryTests(FailingTestCase):
 
     def test_open_it_for_silence_and_connections_as_well(self) -> None:
         """
-        Silence and connections that can't be made count as 5xx do.
+        Timeouts and failed connections count like 5xx.
         """
         self.standin.hang("registry")
         self.blobs(REPOSITORIES)
@@ -438,7 +438,7 @@ class FailingRegistryTests(FailingTestCase):
 
     def test_get_their_content_five_seconds_after_names_resolve_again(self) -> None:
         """
-        However long they did not: a pause spares nobody who is not reached.
+        However long they did not: while ECR is unreachable, a pause protects nothing.
         """
         self.daemon.back.down = DNSLookupError("no results for hostname lookup")
         for _ in range(60):
@@ -451,7 +451,7 @@ class FailingRegistryTests(FailingTestCase):
 
     def test_do_not_open_it_for_refusals(self) -> None:
         """
-        Throttling, refusals, odd answers and a bucket that fails say nothing against ECR.
+        Throttling, refusals, invalid answers and a failing bucket are no failures of ECR.
         """
         for status in (400, 403, 404, 418, 429):
             fault = self.standin.fail("registry", status=status, headers={"WWW-Authenticate": "Basic"})
@@ -465,7 +465,7 @@ class FailingRegistryTests(FailingTestCase):
 
     def test_are_told_of_an_answer_that_is_none_to_the_probe(self) -> None:
         """
-        One that HTTP does not allow is a failure, and the next probe comes.
+        An answer that HTTP does not allow is a failure, and the next probe follows.
         """
         self.open()
         self.standin.heal()
@@ -516,7 +516,7 @@ class FailingRegistryTests(FailingTestCase):
 
     def test_are_spared_longer_where_only_content_fails(self) -> None:
         """
-        ECR answers the probe, and fails all else: each pause is longer than the last.
+        ECR answers the probe, and fails everything else: each pause is longer than the last.
         """
         everywhere = ("team/app", "other/app", "third")
         self.standin.fail("registry", path_contains="/blobs/")
@@ -530,7 +530,7 @@ class FailingRegistryTests(FailingTestCase):
 
     def test_are_served_while_made_up_names_fail_below_one_prefix(self) -> None:
         """
-        However many of them fail between two answers: ECR says that it is well when it is asked itself.
+        However many of them fail between two answers: ECR answers its own probe.
         """
         self.standin.fail("registry", status=500, path_contains="/pull-through/")
         for number in range(30):
@@ -559,12 +559,12 @@ class FailingRegistryTests(FailingTestCase):
 
 class FailingRepositoryTests(FailingTestCase):
     """
-    Clients of the daemon while ECR fails for one repository, and is well.
+    Clients of the daemon while ECR fails only for one repository.
     """
 
     def failing(self) -> None:
         """
-        Let it fail until it is left alone.
+        Let it fail until its circuit opens.
         """
         self.standin.fail("registry", status=500, path_contains="/v2/team/app/")
         self.blobs(FAILURES, ["team/app"])
@@ -597,7 +597,7 @@ class FailingRepositoryTests(FailingTestCase):
 
     def test_cost_one_probe_at_a_time(self) -> None:
         """
-        Of many who ask after the pause one asks ECR, once; when it is answered, all do.
+        Of many requests after the pause one goes to ECR, once; when it is answered, all do.
         """
         self.failing()
         for _ in range(2):
@@ -611,7 +611,7 @@ class FailingRepositoryTests(FailingTestCase):
 
     def test_count_questions_and_not_tries(self) -> None:
         """
-        One question's failed tries leave nothing alone.
+        The failed attempts of one request open no circuit.
         """
         self.standin.fail("registry", status=500)
         self.blobs(FAILURES - 1, ["team/app"])
@@ -620,7 +620,7 @@ class FailingRepositoryTests(FailingTestCase):
 
     def test_wait_for_a_probe_five_seconds_at_most(self) -> None:
         """
-        A client whose question happens to be the probe gets stale content after five seconds of silence.
+        A client whose request happens to be the probe gets stale content after five seconds of silence.
         """
         self.failing()
         self.standin.heal()
@@ -635,7 +635,7 @@ class FailingRepositoryTests(FailingTestCase):
 
     def test_wait_for_no_second_try_of_a_probe(self) -> None:
         """
-        A probe that fails is not tried again: stale content is served at once.
+        A failed probe is not retried: stale content is served at once.
         """
         self.start(chance=1.0)
         self.standin.fail("registry", status=500)
@@ -646,7 +646,7 @@ class FailingRepositoryTests(FailingTestCase):
 
     def test_may_leave_while_theirs_is_the_probe(self) -> None:
         """
-        When the probe's asker leaves, the next to ask is the probe.
+        When the probe's client disconnects, the next request is the probe.
         """
         self.failing()
         self.standin.heal()
@@ -672,18 +672,18 @@ class FailingRepositoryTests(FailingTestCase):
 
 class FailingListsTests(FailingTestCase):
     """
-    Clients that pull while ECR fails for lists of tags and referrers alone: ListImages and ListImageReferrers are calls
-    of their own, and of a pull-through cache ECR asks the upstream for referrers.
+    Clients that pull while ECR fails only for lists of tags and referrers: ListImages and ListImageReferrers are
+    separate calls, and for a pull-through cache ECR asks the upstream for referrers.
     """
 
     def lists(self, repositories: Sequence[str], count: int = 1) -> list[int]:
         """
-        Ask for lists of each of these repositories.
+        Request lists of each of these repositories.
         """
         paths, replies = ["tags/list", f"referrers/{self.image.digest}"], []
         for turn in range(count):
             replies += [self.daemon.send("GET", f"/v2/{name}/{paths[turn % 2]}") for name in repositories]
-            self.pass_time(1)  # quotas of lists are small
+            self.pass_time(1)  # quotas for lists are small
         return [reply.code for reply in replies]
 
     def setUp(self) -> None:
@@ -726,7 +726,7 @@ class FailingListsTests(FailingTestCase):
 
     def test_are_told_that_pulls_fail_where_lists_are_answered(self) -> None:
         """
-        A program that asks for lists each second would have hidden it for ever.
+        A program that requests lists each second would have hidden it for ever.
         """
         self.standin.heal()
         for path in ("/manifests/", "/blobs/"):
@@ -741,7 +741,7 @@ class FailingListsTests(FailingTestCase):
 
     def test_have_the_daemon_find_out_whether_ecr_fails(self) -> None:
         """
-        Lists may be all that is asked for.
+        There may be only requests for lists.
         """
         self.standin.fail("registry", status=500)
         self.pass_time(ANSWER_SECONDS)

@@ -1,5 +1,5 @@
 """
-The protocol of claims under processes that are killed: see L{tests.claims_model}.
+The claim protocol with processes that are killed: see L{tests.claims_model}.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).parent.parent
 class ModelTests(SynchronousTestCase):
     def test_processes_that_are_killed_send_no_wrong_byte_and_leave_nothing(self) -> None:
         """
-        Five of them bring, follow, take over and evict for some seconds.
+        Five of them fetch, follow, take over and evict for some seconds.
         """
         argv = [sys.executable, "-m", "tests.claims_model", "--seconds", "6", "--seed", "1"]
         run = subprocess.run(argv, cwd=CHECKOUT, stdout=subprocess.PIPE, check=True, timeout=120)

@@ -1,5 +1,5 @@
 """
-Who may ask is asked at one door, and nothing behind it is told what a client has shown.
+Clients are authorized in one place, and nothing behind it sees their credentials.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ANN = basic("ann", "client canary")
 
 class NetworksTests(SynchronousTestCase):
     """
-    Networks are those of the client's own address.
+    Networks and the client's own address.
     """
 
     def test_addresses_of_both_kinds_are_in_networks(self) -> None:
         """
-        One of IPv4 that came to a socket for both is one of IPv4; a zone does not matter.
+        An IPv4 client of a dual-stack socket counts as IPv4; a zone does not matter.
         """
         for address in (
             "10.1.2.3",
@@ -41,7 +41,7 @@ class NetworksTests(SynchronousTestCase):
 
     def test_all_others_are_outside(self) -> None:
         """
-        So is what has no address, as on a socket with a path.
+        So are clients without an address, as on a Unix socket.
         """
         for address in ("192.0.2.8", "fe80::1", "::ffff:192.0.2.8", "", "localhost", "10.1.2", "10.1.2.3/8"):
             self.assertFalse(is_in(address, NETWORKS), address)
@@ -55,12 +55,12 @@ class NetworksTests(SynchronousTestCase):
 
 class AdmissionTests(DaemonTestCase):
     """
-    Clients are let in by network, certificate and password.
+    Clients are authorized by network, certificate and password.
     """
 
     def setUp(self) -> None:
         """
-        An image in ECR, and a file of one user.
+        Create an image in ECR, and a password file with one user.
         """
         super().setUp()
         self.standin.push_image("team/app", "latest")
@@ -68,7 +68,7 @@ class AdmissionTests(DaemonTestCase):
 
     def protect(self, networks: Any = None, *, certificates: bool = False, passwords: bool = False) -> None:
         """
-        Start a daemon that asks for all this.
+        Start a daemon with these restrictions.
         """
         asking = None
         if passwords:
@@ -81,7 +81,7 @@ class AdmissionTests(DaemonTestCase):
 
     def test_a_password_is_asked_for_everywhere_but_for_health(self) -> None:
         """
-        Also at the top of /v2/, where docker login looks, and for what is no path of a registry.
+        Also at /v2/, which docker login requests, and for paths that no registry has.
         """
         self.protect(passwords=True)
         registrys = ("/v2/", "/v2", self.by_tag, "/v2/team/app/tags/list", "/v2/_catalog", "/v2/../x", "/v2/?x")
@@ -98,7 +98,7 @@ class AdmissionTests(DaemonTestCase):
 
     def test_a_right_password_pulls(self) -> None:
         """
-        It opens what is there without one, and goes no further: not to ECR, not to the log.
+        It gives access as without one, and goes no further: neither to ECR nor to the log.
         """
         self.protect(passwords=True)
         self.assertWhole(self.get("/v2/", Authorization=ANN), b"{}\n")
@@ -109,7 +109,7 @@ class AdmissionTests(DaemonTestCase):
 
     def test_two_authorizations_are_none(self) -> None:
         """
-        Which of them another would believe can't be known.
+        Two servers could choose different ones.
         """
         self.protect(passwords=True)
         head = f"GET /v2/ HTTP/1.1\r\nHost: x\r\nAuthorization: {ANN}\r\n"
@@ -135,7 +135,7 @@ class AdmissionTests(DaemonTestCase):
 
     def test_health_stays_open(self) -> None:
         """
-        Whoever looks after the daemon needs no password, certificate or address.
+        Monitoring needs no password, certificate or address.
         """
         self.protect([ip_network("10.0.0.0/8")], certificates=True, passwords=True)
         for path in ("/_health", "/healthz", "/readyz"):
@@ -160,7 +160,7 @@ class AdmissionTests(DaemonTestCase):
 
     def test_addresses_outside_the_networks_are_denied(self) -> None:
         """
-        By the connection's own address, whatever headers claim; they are asked for no password.
+        By the connection's own address, whatever headers claim; there is no challenge for a password.
         """
         self.protect([ip_network("10.0.0.0/8")], passwords=True)
         for address in ("192.0.2.7", "2001:db8::7"):
@@ -175,7 +175,7 @@ class AdmissionTests(DaemonTestCase):
 
     def test_a_certificate_is_asked_for(self) -> None:
         """
-        Who has shown none is told what to do; one that TLS has verified opens.
+        A client without one is told what to do; one with a certificate that TLS has verified is allowed.
         """
         self.protect(certificates=True)
         self.daemon.scheme = "https"
@@ -185,7 +185,7 @@ class AdmissionTests(DaemonTestCase):
 
     def test_without_tls_there_is_no_certificate(self) -> None:
         """
-        Whatever a plain connection seems to have shown.
+        Whatever certificate a plain connection seems to have.
         """
         self.protect(certificates=True)
         self.daemon.front.certificate = object()
@@ -193,7 +193,7 @@ class AdmissionTests(DaemonTestCase):
 
     def test_all_that_is_set_must_hold(self) -> None:
         """
-        A password does not stand in for a certificate, nor the contrary.
+        A password does not replace a certificate, nor the other way round.
         """
         self.protect([ip_network("192.0.2.0/24")], certificates=True, passwords=True)
         self.daemon.scheme = "https"
@@ -204,7 +204,7 @@ class AdmissionTests(DaemonTestCase):
 
     def test_passwords_are_read_again_when_told(self) -> None:
         """
-        At once, as SIGHUP has it; where there are none, there is nothing to read.
+        At once, as on SIGHUP; without a file there is nothing to read.
         """
         self.protect(passwords=True)
         self.assertEqual(200, self.get("/v2/", Authorization=ANN).code)

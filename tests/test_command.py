@@ -1,5 +1,5 @@
 """
-The console script's frame: what it is called with, what it says, and how it ends.
+The console script's frame: arguments, output and exit status.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.caller import Caller, Stream
 
 def subcommand(run: Callable[[Call], int], *settings: str) -> Subcommand:
     """
-    Make a subcommand called do, which takes a word.
+    Return a subcommand called do, which takes a word.
     """
 
     def add_arguments(parser: ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def failing(problem: BaseException) -> Subcommand:
 
 class FrameTests(SynchronousTestCase):
     """
-    Calling it.
+    Calling the command.
     """
 
     def setUp(self) -> None:
@@ -60,7 +60,7 @@ class FrameTests(SynchronousTestCase):
 
     def test_help_tells_of_each_subcommand_and_each_exit_status(self) -> None:
         """
-        Who knows nothing finds out by --help, and by the help of a subcommand with its examples.
+        --help and the help of each subcommand, with its examples, explain everything.
         """
         one = subcommand(self.run_it, *ASKS)
         text = self.caller.call("--help", subcommands=[one])
@@ -73,13 +73,13 @@ class FrameTests(SynchronousTestCase):
 
     def test_tells_its_version(self) -> None:
         """
-        --version is one line.
+        --version prints one line.
         """
         self.assertRegex(self.caller.call("--version"), r"^ecr-proxy \d+\.\d+\.\d+\n$")
 
     def test_misuse_is_status_2_and_a_line(self) -> None:
         """
-        An unknown subcommand, none, or an unknown flag is the caller's mistake.
+        An unknown subcommand, none, or an unknown flag is a usage error.
         """
         for arguments in ((), ("undo",), ("do", "--what"), ("do", "--wor", "x")):
             self.caller.call(*arguments, subcommands=[subcommand(self.run_it)])
@@ -89,7 +89,7 @@ class FrameTests(SynchronousTestCase):
 
     def test_settings_have_the_daemons_names_and_variables(self) -> None:
         """
-        The flag wins over the variable, the variable over the default; none that is required is asked for.
+        The flag overrides the variable, the variable the default; none of the required ones is asked for.
         """
         one = subcommand(self.run_it, "cache-dir", "admin-listen", "instance-auth", "listen")
         self.caller.variables = {"PROXY_CACHE_DIR": "/there", "PROXY_ADMIN_LISTEN": "tcp:7"}
@@ -110,7 +110,7 @@ class FrameTests(SynchronousTestCase):
 
     def test_a_setting_that_is_wrong_is_misuse(self) -> None:
         """
-        It is told as the daemon tells it.
+        With the daemon's message.
         """
         self.caller.variables = {"PROXY_CACHE_LIMIT": "much"}
         self.caller.call("do", subcommands=[subcommand(self.run_it, "cache-limit")])
@@ -119,7 +119,7 @@ class FrameTests(SynchronousTestCase):
 
     def test_whatever_goes_wrong_is_a_line_and_no_traceback(self) -> None:
         """
-        The world's troubles end it with status 3, an interrupt as shells have it.
+        Failures outside end it with status 3, an interrupt as shells expect.
         """
         for problem, status in {
             CommandError("it is\nlocked"): 3,
@@ -137,7 +137,7 @@ class FrameTests(SynchronousTestCase):
 
     def test_a_reader_that_has_seen_enough_is_no_trouble(self) -> None:
         """
-        As with head: nothing is said.
+        As with head: no error is printed.
         """
         self.caller.call("do", subcommands=[failing(BrokenPipeError())])
         self.assertEqual((141, ""), (self.caller.status, self.caller.complaint))
@@ -145,12 +145,12 @@ class FrameTests(SynchronousTestCase):
 
 class PlaceTests(SynchronousTestCase):
     """
-    Where the daemon is asked.
+    The address of the daemon.
     """
 
     def test_is_where_the_daemons_own_setting_says(self) -> None:
         """
-        A TCP port on its interface, or a socket; all interfaces are asked by loopback.
+        A TCP port on its interface, or a socket; loopback stands for all interfaces.
         """
         for text, place in {
             "tcp:5001:interface=127.0.0.1": Place(("127.0.0.1", 5001)),
@@ -170,7 +170,7 @@ class PlaceTests(SynchronousTestCase):
 
     def test_that_can_not_be_is_the_callers_mistake(self) -> None:
         """
-        He is told what would be right.
+        The error says what would be right.
         """
         caller = Caller()
 
@@ -192,7 +192,7 @@ class PlaceTests(SynchronousTestCase):
 
 class DaemonTests(SynchronousTestCase):
     """
-    Asking the daemon.
+    Requests to the daemon.
     """
 
     def setUp(self) -> None:
@@ -201,7 +201,7 @@ class DaemonTests(SynchronousTestCase):
 
     def ask(self, status: int, body: bytes, *, many: bool = False) -> str:
         """
-        Have the daemon answer, and give what the subcommand made of it.
+        Have the daemon answer, and return what the subcommand made of it.
         """
 
         def exchange(method: str, path: str, headers: Mapping[str, str], sent: bytes) -> Answer:
@@ -219,7 +219,7 @@ class DaemonTests(SynchronousTestCase):
 
     def test_gives_a_document(self) -> None:
         """
-        It is asked as no web page could ask, and its answer is read whole.
+        The request is one that no web page can send, and its answer is read whole.
         """
         self.assertEqual('{"b": 2}\n', self.ask(200, b'{"b":\n2}'))
         ((method, path, headers, sent),) = self.sent
@@ -228,20 +228,20 @@ class DaemonTests(SynchronousTestCase):
 
     def test_gives_many_as_they_come(self) -> None:
         """
-        A line each.
+        One line each.
         """
         self.assertEqual('[{"b": 1}, {"b": 2}]\n', self.ask(200, b'{"b": 1}\n{"b": 2}\n', many=True))
 
     def test_a_refusal_is_told_in_its_words(self) -> None:
         """
-        The daemon's own message is what the caller reads.
+        The daemon's own message is printed.
         """
         self.ask(404, b'{"errors": [{"code": "X", "message": "no such thing"}]}')
         self.assertEqual((3, "ecr-proxy: no such thing\n"), (self.caller.status, self.caller.complaint))
 
     def test_another_servers_answer_is_told_as_such(self) -> None:
         """
-        Something else may listen there.
+        Another program may listen there.
         """
         for status in (200, 404):
             self.ask(status, b"<html>")
@@ -250,7 +250,7 @@ class DaemonTests(SynchronousTestCase):
 
     def test_nobody_there_is_told_with_the_place(self) -> None:
         """
-        Most likely it does not run.
+        Most likely the daemon does not run.
         """
 
         def run(call: Call) -> int:
@@ -277,7 +277,7 @@ class DaemonTests(SynchronousTestCase):
 
 class WordsTests(SynchronousTestCase):
     """
-    Figures for people.
+    Numbers for people.
     """
 
     def test_sizes(self) -> None:
@@ -289,7 +289,7 @@ class WordsTests(SynchronousTestCase):
 
     def test_ages(self) -> None:
         """
-        In the largest unit of which there are two.
+        In the largest unit of which there are at least two.
         """
         ages = {
             0: "0 seconds ago",
@@ -308,14 +308,14 @@ class WordsTests(SynchronousTestCase):
 
     def test_tables(self) -> None:
         """
-        Columns stand below each other, figures to the right.
+        Columns are aligned, numbers to the right.
         """
         rows = [("NAME", "SIZE"), ("a", "12 B"), ("longer", "1 B")]
         self.assertEqual(["NAME    SIZE", "a       12 B", "longer   1 B"], table(rows, right=[1]))
 
     def test_names_can_not_command_the_terminal(self) -> None:
         """
-        Whatever is written of what comes from elsewhere is printable.
+        Text from elsewhere is made printable.
         """
         caller = Caller()
 
@@ -328,7 +328,7 @@ class WordsTests(SynchronousTestCase):
 
 class ProgressTests(SynchronousTestCase):
     """
-    How far something is.
+    The progress of a task.
     """
 
     def setUp(self) -> None:
@@ -347,7 +347,7 @@ class ProgressTests(SynchronousTestCase):
 
     def test_is_a_bar_for_people(self) -> None:
         """
-        It is drawn over, other lines stand above it, and it is gone at the end.
+        It is drawn over, other lines stand above it, and it is removed at the end.
         """
         self.stderr.tty = True
         self.go_on(5)
@@ -367,7 +367,7 @@ class ProgressTests(SynchronousTestCase):
 
     def test_can_do_without_a_total(self) -> None:
         """
-        Then it says how much there was.
+        Then it shows the amount so far.
         """
         self.stderr.tty = True
         with Progress(self.terminal, "Reading", None, lambda: self.time) as progress:

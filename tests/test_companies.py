@@ -1,5 +1,5 @@
 """
-One daemon for several registries: none of them is taken for another, and none notices that another fails.
+One daemon for several registries: none is taken for another, and none is affected when another fails.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class SeveralRegistriesTests(DaemonTestCase):
     @property
     def blob(self) -> str:
         """
-        The path of a layer that both have.
+        Return the path of a layer that both have.
         """
         digest = json.loads(self.image.manifest)["layers"][0]["digest"]
         return f"/v2/team/app/blobs/{digest}"
 
     def theirs_by(self, path: str) -> list[tuple[str, dict[str, Any]]]:
         """
-        The ways in which clients ask the other registry for what is at C{path}.
+        Return the ways in which clients request C{path} from the other registry.
         """
         return [
             (f"{path}?ns={TWO}", {}),
@@ -74,7 +74,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_one_repository_and_tag_of_two_are_two(self) -> None:
         """
-        However the client says which one it means, cold and warm, by tag and by digest, with ECR and without.
+        However the client names the registry, cold and warm, by tag and by digest, with ECR and without.
         """
         for _ in range(2):
             for path, headers in self.theirs_by("/v2/team/app/manifests/latest"):
@@ -98,7 +98,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_log_and_errors_name_the_registry(self) -> None:
         """
-        What is stale, what is refused, what fails, and who asked: by its name, not as ECR.
+        Stale, refused and failed requests, and their clients: by the registry's name, not as ECR.
         """
         path = "/v2/us/team/app/manifests/latest"
         self.assertWhole(self.get(path), self.theirs.manifest)
@@ -128,7 +128,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_what_is_not_configured_is_never_contacted(self) -> None:
         """
-        Whether the client says it by ns or by Host: another account, another region, another vendor.
+        Whether the client names it by ns or by Host: another account, another region, another vendor.
         """
         path, asked = "/v2/team/app/manifests/latest", len(self.standin.asked)
         for name in (TWO.replace("4444", "5555"), TWO.replace("us-east-1", "us-east-2"), "Docker.IO.", "quay.io"):
@@ -150,7 +150,8 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_bytes_are_shared_and_permission_is_not(self) -> None:
         """
-        What one has brought in, the other confirms; a repository that has it not gets it not.
+        Content that one registry has delivered needs confirmation by the other; a repository that doesn't have it
+        doesn't get it.
         """
         self.assertWhole(self.get(self.blob), self.layer, "MISS")
         sent = self.other.bytes_sent
@@ -175,7 +176,7 @@ class SeveralRegistriesTests(DaemonTestCase):
         """
         Begin a transfer from the default registry that a client of the other one has joined.
 
-        @param brought: how many bytes have come over each connection.
+        @param brought: how many bytes have arrived over each connection.
         """
         digest = str(self.standin.push_blob("team/app", layer))
         self.other.push_blob("team/app", layer)
@@ -191,8 +192,8 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_what_one_breaks_off_another_that_has_it_finishes(self) -> None:
         """
-        A client that has joined another registry's transfer does not notice what happens to that one: the rest comes
-        from its own, from the byte at which the other broke off.
+        A client that has joined another registry's transfer is not affected by its failure: the rest comes from its own
+        registry, from the byte at which the other broke off.
         """
         for count, brought, lanes in ((100_000, 40_000, 1), (20 * MIB, MIB, 4)):
             layer = noise(f"layer {count}", count)
@@ -210,7 +211,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_what_one_stops_to_send_another_that_has_it_finishes(self) -> None:
         """
-        Soon, also if that one is as silent when it is asked for the next part.
+        Soon, also if that one is silent when the next range is requested.
         """
         for count, brought in ((100_000, 40_000), (20 * MIB, MIB)):
             layer = noise(f"stalled {count}", count)
@@ -269,7 +270,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_a_client_that_waits_for_a_silent_registry_is_served_by_its_own(self) -> None:
         """
-        Soon. A client of the silent one gets nothing that this one has not confirmed, but for what a manifest lists.
+        Soon. A client of the silent one gets nothing that this one has not confirmed, except what a manifest lists.
         """
         layer = noise("opened", 100_000)
         for listed in (False, True):
@@ -297,7 +298,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_nobody_of_a_silent_registry_has_what_another_registry_gives(self) -> None:
         """
-        However many of them wait: the silent one has not said that its repository holds it. It does not.
+        However many of them wait: the silent one has not confirmed that its repository has it. It does not.
         """
         layer = noise("theirs alone", 100_000)
         digest = str(self.other.push_blob("team/app", layer))
@@ -315,7 +316,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def three(self, layer: bytes) -> tuple[str, StandIn]:
         """
-        Have a third registry, and all of them a layer.
+        Add a third registry, and one layer to all of them.
         """
         bucket = "https://prod-eu-north-1-starport-layer-bucket.s3.eu-north-1.amazonaws.com"
         third = StandIn(self.clock, registry=f"https://{THREE}", bucket=bucket)
@@ -338,7 +339,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_one_whose_client_comes_when_others_have_failed_or_are_late_is_asked_at_once(self) -> None:
         """
-        Whoever else was asked a moment ago, and is silent.
+        Whichever other registry was asked a moment ago, and is silent.
         """
         digest, _ = self.three(noise("failed", 100_000))
         self.standin.hang("registry")
@@ -358,7 +359,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_where_all_of_them_are_silent_nobody_waits_for_one_after_the_other(self) -> None:
         """
-        As where no way leads to any bucket: what became of a client's own registry is told when that has had its time.
+        As if no bucket were reachable: the result of a client's own registry is reported when its time is over.
         """
         digest, third = self.three(noise("all silent", 100_000))
         for each in (self.standin, self.other, third):
@@ -369,7 +370,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_a_client_that_waits_for_a_failing_registry_is_served_by_its_own(self) -> None:
         """
-        Kept or not, the whole or a part; what the other registry says of its repository stays its own.
+        Cached or not, the whole or a part; what the other registry says about its repository has no effect.
         """
         for number, (limit, wanted) in enumerate(((2**30, ""), (1, ""), (1, "bytes=10-19"), (2**30, "bytes=10-19"))):
             self.start(others={self.table: self.other}, limit=limit)
@@ -388,8 +389,8 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_a_part_that_is_not_kept_comes_from_the_registry_of_who_wants_it(self) -> None:
         """
-        Also if it is known of both that they have it, and the one that was asked first is silent: that one's client is
-        told so in time.
+        Also if both are known to have it, and the one that was asked first is silent: its client gets that error in
+        time.
         """
         for number in range(2):
             self.start(others={self.table: self.other}, limit=90_000)
@@ -412,7 +413,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_one_that_is_slow_alone_is_waited_for(self) -> None:
         """
-        Nobody of another registry waits for it: it has all its time.
+        No client of another registry waits for it: it has its full time.
         """
         layer = noise("slow", 100_000)
         digest = str(self.standin.push_blob("team/app", layer))
@@ -493,7 +494,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_one_that_fails_is_named_and_costs_the_others_nothing(self) -> None:
         """
-        Not its circuit, not readiness, and no time.
+        Neither its circuit, nor readiness, nor time.
         """
         self.other.fail("registry", status=500)
         for number in range(3 * FAILURES):
@@ -541,7 +542,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_what_a_wildcard_stands_for_has_the_wildcards_name(self) -> None:
         """
-        In figures and on the page; in reasons each has its own.
+        In metrics and on the page; in reasons each has its own.
         """
         name = "*.dkr.ecr.eu-central-1.amazonaws.com"
         table = RegistryTable(name=name, protocol=Protocol.ECR, endpoint=None, region="eu-central-1")
@@ -617,7 +618,8 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_from_two_daemons_to_one_the_cache_is_kept(self) -> None:
         """
-        All of the one whose directory it has; of the other, whose content was copied, bytes that its registry confirms.
+        From the one whose directory is kept, everything; from the other, whose content was copied, whatever its
+        registry confirms.
         """
         for daemon in self.daemons:
             daemon.kill()
@@ -644,7 +646,7 @@ class SeveralRegistriesTests(DaemonTestCase):
 
 class CentralTests(DaemonTestCase):
     """
-    A daemon on a node, whose registry is reached through another daemon, which all nodes share.
+    A daemon on a node whose registry is another daemon, which all nodes share.
     """
 
     def setUp(self) -> None:
@@ -679,7 +681,7 @@ class CentralTests(DaemonTestCase):
 
     def test_what_it_lacks_comes_from_there(self) -> None:
         """
-        Without that one it has what it had: a tag as it was last known.
+        Without that one it has its own content: a tag as it was last known.
         """
         tag = "/v2/team/app/manifests/latest"
         self.assertWhole(self.ask(tag), self.image.manifest, "MISS")

@@ -1,5 +1,5 @@
 """
-Scripts that complete the command line: made from the parser, for each shell.
+Completion scripts: generated from the parser, for each shell.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.caller import Caller
 
 def add_arguments(parser: ArgumentParser) -> None:
     """
-    Have one argument of each kind.
+    Add one argument of each kind.
     """
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="what [it] is: 100%% of it")
     parser.add_argument("-f", "--file", metavar="LIST", help="it's a file; or more [default: none]")
@@ -46,12 +46,12 @@ def words(*subcommands: Subcommand) -> list[Word]:
 
 class WordsTests(SynchronousTestCase):
     """
-    What is read of the parser.
+    What is read from the parser.
     """
 
     def test_flags_choices_and_kinds_of_values_are_read(self) -> None:
         """
-        As the help has them, without what is too long for a menu.
+        From the help, without what is too long for a menu.
         """
         program, one = words(ONE)
         self.assertEqual(["-h", "--version"], [each.flags[0] for each in program.flags])
@@ -71,7 +71,7 @@ class WordsTests(SynchronousTestCase):
 
     def test_all_subcommands_are_there(self) -> None:
         """
-        A new one needs nothing to be completed, and settings that are paths complete as files.
+        A new subcommand is completed without further work, and settings that are paths complete as files.
         """
         found = {word.name: word for word in words(*SUBCOMMANDS)}
         self.assertEqual({"", *(each.name for each in SUBCOMMANDS)}, set(found))
@@ -81,12 +81,12 @@ class WordsTests(SynchronousTestCase):
 
 class ScriptTests(SynchronousTestCase):
     """
-    The scripts. That they do what they should, the shells themselves say: tests/e2e/test_completion.py.
+    The scripts. tests/e2e/test_completion.py runs them in the shells.
     """
 
     def test_each_has_all_subcommands_and_flags(self) -> None:
         """
-        And each comes from the command itself.
+        Each comes from the command itself.
         """
         caller = Caller()
         for shell in SHELLS:
@@ -99,7 +99,7 @@ class ScriptTests(SynchronousTestCase):
 
     def test_quotes_and_brackets_of_the_help_do_no_harm(self) -> None:
         """
-        Each shell has its own way of writing them.
+        Each shell has its own quoting.
         """
         one = words(replace(ONE, summary="what's [this]: it"))
         self.assertIn(r"'one:what'\''s [this]: it'", for_zsh(one))
@@ -109,7 +109,7 @@ class ScriptTests(SynchronousTestCase):
 
     def test_another_shell_is_refused(self) -> None:
         """
-        With those that there are.
+        With a list of the supported ones.
         """
         caller = Caller()
         caller.call("completion", "tcsh")
@@ -136,13 +136,13 @@ class RepositoriesTests(SynchronousTestCase):
 
     def test_each_is_told_once(self) -> None:
         """
-        In order; what would mean something to a shell is left out.
+        Sorted; names that would mean something to a shell are left out.
         """
         self.assertEqual(["team/a", "team/b"], self.names("team/b", "team/a", "team/b", "$(reboot)", "a b"))
 
     def test_nobody_waits_for_them(self) -> None:
         """
-        A cache that holds many tells some; a daemon that is away tells none, and nothing is said of it.
+        A large cache lists only some; without a daemon there are none, and no error.
         """
         self.assertEqual(MOST, len(self.names(*(f"r{number}" for number in range(MOST * 2)))))
         caller = Caller()

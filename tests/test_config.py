@@ -1,5 +1,5 @@
 """
-Settings are read from flags and variables, and what is wrong with one is said in one line.
+Settings come from flags and variables; an error is one line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ecrproxy.settings.config import SETTINGS, Config, ConfigError
 ECR = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 MINIMUM = {"PROXY_ECR_ENDPOINT": ECR, "HOME": "/home/me"}
 
-# flag: its variable, a text for the variable, what it comes to, another text for the flag, what that comes to
+# flag: its variable, a text for the variable, the resulting value, another text for the flag, the resulting value
 EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "config": ("PROXY_CONFIG", "/one.toml", "/one.toml", "two.toml", "two.toml"),
     "ecr-endpoint": ("PROXY_ECR_ENDPOINT", "http://moto:5000", "http://moto:5000", "ecr.test", "https://ecr.test"),
@@ -89,7 +89,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "connections-per-address": ("PROXY_CONNECTIONS_PER_ADDRESS", "10", 10, "auto", None),
     "transfers": ("PROXY_TRANSFERS", "5", 5, "0", 0),
 }
-# flag: texts that are wrong, and words of what would be right
+# flag: invalid texts, and words of the advice
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "ecr-endpoint": (
         (
@@ -156,7 +156,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
 
 def loaded(flags: dict[str, str] | None = None, /, **environ: str) -> Config:
     """
-    Read settings on top of the least that is needed.
+    Read settings on top of the required ones.
     """
     return Config.load(flags or {}, {**MINIMUM, **environ})
 
@@ -174,7 +174,7 @@ def pair_for(name: str, environ: dict[str, str]) -> dict[str, str]:
 
 def value_of(config: Config, name: str) -> Any:
     """
-    Read a setting by its flag; of a pattern, an example of what it lets in.
+    Return a setting by its flag; for a pattern, an example of what it matches.
     """
     value = getattr(config, name.replace("-", "_"))
     if name == "namespace-pattern":
@@ -189,7 +189,7 @@ class SettingsTests(SynchronousTestCase):
 
     def problem(self, flags: dict[str, str], environ: dict[str, str]) -> str:
         """
-        Give the one line that tells what is wrong.
+        Return the one line of the error.
         """
         text = str(self.assertRaises(ConfigError, Config.load, flags, environ))
         self.assertEqual(1, len(text.splitlines()), text)
@@ -197,7 +197,7 @@ class SettingsTests(SynchronousTestCase):
 
     def test_an_endpoint_is_all_that_is_needed(self) -> None:
         """
-        With the registry's address alone, everything else has its documented default.
+        Everything else has its documented default.
         """
         config = loaded()
         self.assertEqual(
@@ -225,9 +225,6 @@ class SettingsTests(SynchronousTestCase):
         self.assertTrue(config.namespace_pattern.fullmatch("any/name-at_all"))
 
     def test_the_table_has_the_documented_flags_and_variables(self) -> None:
-        """
-        No setting is called otherwise than the documentation says.
-        """
         self.assertEqual(
             {name: variable for name, (variable, *_) in EXAMPLES.items()},
             {setting.name: setting.variable for setting in SETTINGS},
@@ -235,14 +232,14 @@ class SettingsTests(SynchronousTestCase):
 
     def test_automatic_workers_are_one_a_core(self) -> None:
         """
-        With auto there are as many workers as processors that this process may use.
+        auto starts as many workers as there are processors that this process may use.
         """
         self.patch(values, "usable_cores", lambda: 3)
         self.assertEqual(3, loaded(PROXY_WORKER_PROCESSES="auto").worker_processes)
 
     def test_limits_are_shared_among_workers(self) -> None:
         """
-        Each worker may give away its part of what there is; times and the size of a request are the same for all.
+        Each worker has its share of what there is; times and the size of a request are the same for all.
         """
         alone = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="100", PROXY_TRANSFERS="0")
         config, limits = alone.share(), alone.limits()
@@ -258,7 +255,8 @@ class SettingsTests(SynchronousTestCase):
 
     def test_one_address_may_have_its_whole_limit_of_any_worker(self) -> None:
         """
-        A cluster behind NAT is refused nothing because one worker accepts most of it; and fills no worker.
+        A cluster behind NAT is not rejected because one worker accepts most of its connections; nor does it fill a
+        worker.
         """
         shares = [
             loaded(PROXY_WORKER_PROCESSES=count).limits().connections_per_address for count in ("1", "2", "4", "8")
@@ -267,7 +265,7 @@ class SettingsTests(SynchronousTestCase):
 
     def test_one_address_has_half_of_what_there_is_unless_the_operator_says_more(self) -> None:
         """
-        However few descriptors there are; behind NAT, where one address is everybody, the setting counts.
+        However few descriptors there are; behind NAT, where one address stands for all, the setting counts.
         """
         self.assertEqual([1000, 322, 1], [loaded().limits(room).connections_per_address for room in (10_000, 645, 1)])
         chosen = loaded(PROXY_CONNECTIONS_PER_ADDRESS="1000").limits(645)
@@ -276,22 +274,19 @@ class SettingsTests(SynchronousTestCase):
 
     def test_each_variable_is_read(self) -> None:
         """
-        Every setting takes its value from its variable.
+        Every setting reads its variable.
         """
         for name, (variable, text, value, _, _) in EXAMPLES.items():
             self.assertEqual(value, value_of(Config.load({}, pair_for(name, {variable: text})), name), name)
 
     def test_a_flag_wins_over_its_variable(self) -> None:
-        """
-        What is given on the command line counts.
-        """
         for name, (variable, text, _, flag, value) in EXAMPLES.items():
             config = Config.load({name: flag}, pair_for(name, {variable: text}))
             self.assertEqual(value, value_of(config, name), name)
 
     def test_a_flag_hides_a_wrong_variable(self) -> None:
         """
-        A variable that does not count can't be wrong.
+        An unused variable can't be wrong.
         """
         self.assertEqual(80, loaded({"port": "80"}, PROXY_PORT="http").port)
 
@@ -310,7 +305,7 @@ class SettingsTests(SynchronousTestCase):
 
     def test_a_wrong_value_is_told_with_its_variable_and_what_would_be_right(self) -> None:
         """
-        The line names the variable and the value, and says what to give instead.
+        The line names the variable and the value, and gives valid ones.
         """
         for name, (texts, right) in WRONG.items():
             variable = EXAMPLES[name][0]
@@ -321,7 +316,7 @@ class SettingsTests(SynchronousTestCase):
 
     def test_a_wrong_value_of_a_flag_is_told_with_the_flag(self) -> None:
         """
-        Who gave a flag is told of the flag, not of a variable.
+        Not with the variable.
         """
         for name, (texts, right) in WRONG.items():
             for text in (*texts, *([""] if name != "listen" else [])):
@@ -331,7 +326,7 @@ class SettingsTests(SynchronousTestCase):
 
     def test_an_empty_flag_for_a_file_is_wrong(self) -> None:
         """
-        An empty path is nowhere.
+        An empty path names no file.
         """
         for name in ("cache-dir", "ssl-key", "ssl-certificate"):
             self.assertIn(f"--{name}='': ", self.problem({name: ""}, MINIMUM))
@@ -343,14 +338,11 @@ class SettingsTests(SynchronousTestCase):
         self.assertLess(len(self.problem({}, {**MINIMUM, "PROXY_PORT": "x" * 100_000})), 400)
 
     def test_the_endpoint_is_required(self) -> None:
-        """
-        Without a registry there is nothing to do.
-        """
         self.assertIn("PROXY_ECR_ENDPOINT is not set", self.problem({}, {}))
 
     def test_a_key_without_certificate_is_refused(self) -> None:
         """
-        TLS needs both halves; one alone is not taken for plain HTTP.
+        TLS needs both; one alone does not mean plain HTTP.
         """
         line = self.problem({"ssl-key": "/k.pem"}, MINIMUM)
         self.assertIn("PROXY_SSL_CERTIFICATE is not set", line)
@@ -395,7 +387,7 @@ class RegionTests(SynchronousTestCase):
 
     def test_the_region_has_three_sources_in_order(self) -> None:
         """
-        AWS_REGION counts before AWS_DEFAULT_REGION, and that before the host name; the flag counts most.
+        The flag, AWS_REGION, AWS_DEFAULT_REGION, the host name.
         """
         plain = "http://moto:5000"
         both = {"AWS_REGION": "eu-west-2", "AWS_DEFAULT_REGION": "eu-west-3", "PROXY_ECR_ENDPOINT": plain}
@@ -406,14 +398,14 @@ class RegionTests(SynchronousTestCase):
 
     def test_no_region_at_all_is_an_error(self) -> None:
         """
-        Where nothing tells the region, AWS_REGION is asked for.
+        The error asks for AWS_REGION.
         """
         problem = self.assertRaises(ConfigError, loaded, None, PROXY_ECR_ENDPOINT="ecr.internal")
         self.assertIn("AWS_REGION is not set", str(problem))
 
     def test_a_region_other_than_the_registrys_is_an_error(self) -> None:
         """
-        A token of one region opens no registry of another, so that this is told at once, with both.
+        A token of one region is useless at a registry of another, so this is reported at once, with both.
         """
         for variable in ("AWS_REGION", "AWS_DEFAULT_REGION"):
             problem = str(self.assertRaises(ConfigError, loaded, None, **{variable: "us-east-1"}))
@@ -423,7 +415,7 @@ class RegionTests(SynchronousTestCase):
 
     def test_a_wrong_default_region_is_told_by_its_own_name(self) -> None:
         """
-        The variable that is named is the one that was set.
+        The message names the variable that was set.
         """
         problem = self.assertRaises(ConfigError, loaded, None, AWS_DEFAULT_REGION="Dublin")
         self.assertTrue(str(problem).startswith("AWS_DEFAULT_REGION='Dublin': "))
@@ -431,12 +423,12 @@ class RegionTests(SynchronousTestCase):
 
 class CacheDirectoryTests(SynchronousTestCase):
     """
-    The cache is where the operator, the service's unit or the user's home put it.
+    The cache directory comes from the setting, the service's unit or the user's home.
     """
 
     def test_the_unit_comes_before_the_home(self) -> None:
         """
-        systemd's CACHE_DIRECTORY counts where nothing is set, and the first of several.
+        systemd's CACHE_DIRECTORY is used if nothing is set, and the first of several.
         """
         self.assertEqual("/var/cache/e", loaded(CACHE_DIRECTORY="/var/cache/e").cache_dir)
         self.assertEqual("/var/cache/e", loaded(CACHE_DIRECTORY="/var/cache/e:/var/cache/f").cache_dir)
@@ -444,7 +436,7 @@ class CacheDirectoryTests(SynchronousTestCase):
 
     def test_the_users_cache_is_the_last_resort(self) -> None:
         """
-        XDG_CACHE_HOME counts before the home directory; without either there still is a place.
+        XDG_CACHE_HOME overrides the home directory; without either there is still a default.
         """
         self.assertEqual("/xdg/ecr-proxy", loaded(XDG_CACHE_HOME="/xdg").cache_dir)
         self.assertEqual("/.cache/ecr-proxy", Config.load({}, {"PROXY_ECR_ENDPOINT": ECR}).cache_dir)

@@ -1,5 +1,5 @@
 """
-To whom connections are made, and what is taken for an answer.
+Which hosts the daemon connects to, and what it accepts as an answer.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class AgentTests(DaemonTestCase):
 
     def agent(self, back: Network) -> IAgent:
         """
-        Make the daemon's own agent over a reactor in memory.
+        Build the daemon's own agent over a reactor in memory.
         """
         self.reactor = Wired(self.clock, back)
         self.made = UpstreamAgent(self.reactor, self.standin.registry, self.forgotten.append)
@@ -117,7 +117,7 @@ class AgentTests(DaemonTestCase):
 
     def pull(self, path: str = "") -> Reply:
         """
-        Ask for a blob; a host's next address, or the end of them, has its turn a moment later.
+        Request a blob, and wait until all of a host's addresses have been tried.
         """
         reply = self.daemon.send("GET", path or self.path)
         self.flush()
@@ -126,7 +126,7 @@ class AgentTests(DaemonTestCase):
 
     def assertUnreached(self, reply: Reply, addresses: Sequence[str]) -> None:
         """
-        The client has a clear 502, and there was no connection beside those of C{addresses}.
+        Assert that the client has a clear 502, and that only C{addresses} were connected to.
         """
         self.assertRefused(reply, 502, "UNAVAILABLE", "does not go")
         self.assertEqual(list(addresses), self.reactor.connected)
@@ -135,7 +135,7 @@ class AgentTests(DaemonTestCase):
 
     def test_private_addresses_are_fine(self) -> None:
         """
-        VPC endpoints live at private addresses: the blob is had from there.
+        VPC endpoints have private addresses: the blob comes from there.
         """
         self.assertWhole(self.pull(), self.data)
         self.assertEqual(["10.0.0.1", "10.0.0.2"], self.reactor.connected)
@@ -156,7 +156,7 @@ class AgentTests(DaemonTestCase):
 
     def test_names_of_forbidden_addresses_are_refused(self) -> None:
         """
-        A redirect to a name that resolves to this machine or its metadata service is 502, once tried.
+        A redirect to a name that resolves to this machine or its metadata service is 502, without a retry.
         """
         for address in (METADATA, "127.0.0.1", "::1", "fe80::1", "fd00:ec2::254", "0.0.0.0", "64:ff9b::a9fe:a9fe"):
             self.names["bucket.example"] = [address]
@@ -168,7 +168,7 @@ class AgentTests(DaemonTestCase):
 
     def test_literal_addresses_are_refused(self) -> None:
         """
-        A redirect to an address that is forbidden is 502, whatever its port and spelling.
+        A redirect to a forbidden address is 502, whatever its port and spelling.
         """
         self.names["2852039166"] = self.names["0x7f.1"] = ["127.0.0.1"]  # as getaddrinfo(3) reads them
         for host in (METADATA, "127.0.0.1:8080", "2852039166", "0x7f.1"):
@@ -183,7 +183,7 @@ class AgentTests(DaemonTestCase):
 
     def test_an_own_address_is_refused_before_anything_is_sent(self) -> None:
         """
-        Which addresses this machine has shows when one is connected to: its own services are not asked.
+        This machine's addresses are known only once a connection exists: its own services get no request.
         """
         self.names["bucket.example"] = [self.daemon.back.client]
         before = len(self.daemon.back.ends)
@@ -193,14 +193,14 @@ class AgentTests(DaemonTestCase):
 
     def test_later_redirects_are_refused_too(self) -> None:
         """
-        A bucket that redirects on to the metadata service is refused as the registry is.
+        A bucket that redirects to the metadata service is rejected like the registry.
         """
         self.standin.fail("bucket", status=302, headers={"Location": f"http://{METADATA}/"})
         self.assertUnreached(self.pull(), ["10.0.0.1", "10.0.0.2"])
 
     def test_a_name_that_changes_is_judged_each_time(self) -> None:
         """
-        What a name resolved to a moment ago allows nothing: each connection's address counts.
+        An earlier resolution allows nothing: each connection's address counts.
         """
         self.assertWhole(self.pull(), self.data)
         other = noise("other", 1000)
@@ -214,7 +214,7 @@ class AgentTests(DaemonTestCase):
 
     def test_of_several_addresses_the_allowed_are_used(self) -> None:
         """
-        A name that resolves to both kinds of address is connected to where it may be.
+        A name that resolves to both kinds of address is connected to at the allowed ones.
         """
         self.names["bucket.example"] = [METADATA, "10.0.0.2"]
         self.assertWhole(self.pull(), self.data)
@@ -222,14 +222,14 @@ class AgentTests(DaemonTestCase):
 
     def test_a_registry_at_such_an_address_may_redirect_to_others(self) -> None:
         """
-        Where the endpoint itself is on this machine, as in tests, so may the bucket be.
+        If the endpoint itself is on this machine, as in tests, the bucket may be too.
         """
         self.names.update({"ecr.example": ["127.0.0.1"], "bucket.example": ["127.0.0.2"]})
         self.assertWhole(self.pull(), self.data)
 
     def test_a_host_that_cannot_be_connected_to_is_looked_up_anew(self) -> None:
         """
-        What the name servers said of it is forgotten, so that a new address is found at the next request.
+        The cached addresses are dropped, so that a new address is found with the next request.
         """
         self.reactor.dead.add("10.0.0.2")
         self.assertRefused(self.pull(), 502, "UNAVAILABLE", "bucket.example can't be reached")
@@ -249,14 +249,15 @@ class AgentTests(DaemonTestCase):
 
     def test_connections_that_were_forgotten_on_the_way_are_left(self) -> None:
         """
-        As by a NAT that starts again: who gets one waits in vain, but nobody later does, nor does the daemon itself.
+        As by a NAT that restarts: the request on such a connection waits in vain, but no later one does, nor does the
+        daemon itself.
         """
         images = [self.standin.push_image(f"team/app-{number}", layers=[layer("a", b"a")]) for number in range(8)]
         paths = [f"/v2/team/app-{number}/manifests/{image.digest}" for number, image in enumerate(images)]
         early = [self.daemon.send("GET", path) for path in paths[:4]]
         self.flush()
         self.assertEqual({200}, {reply.code for reply in early})
-        self.daemon.back.ends.clear()  # nothing moves there any more, and neither side is told
+        self.daemon.back.ends.clear()  # nothing moves there any longer, and neither side notices
         unlucky = self.daemon.send("GET", paths[4])
         self.flush()
         self.pass_time(SILENT_SECONDS)
@@ -268,7 +269,7 @@ class AgentTests(DaemonTestCase):
 
     def test_a_request_that_nobody_acknowledges_is_given_up_by_the_kernel(self) -> None:
         """
-        And asked again over a new connection, if it went over one that had been idle: its client notices little.
+        And repeated over a new connection, if it went over an idle one: its client notices little.
         """
         with socket.socket() as own:
             transport = StringTransport()
@@ -289,7 +290,7 @@ class AgentTests(DaemonTestCase):
 
     def test_connections_that_answer_are_kept_while_another_request_waits(self) -> None:
         """
-        ECR takes its time for one image: what others are answered over meanwhile is used on.
+        ECR takes its time for one image: connections with other answers are used again.
         """
         images = [self.standin.push_image(f"team/app-{number}", layers=[layer("a", b"a")]) for number in range(4)]
         paths = [f"/v2/team/app-{number}/manifests/{image.digest}" for number, image in enumerate(images)]
@@ -309,7 +310,7 @@ class AgentTests(DaemonTestCase):
 
     def test_none_is_kept_to_a_registry_that_is_left(self) -> None:
         """
-        What is in progress ends, and then its connections are closed as well.
+        Requests in flight end, and then their connections are closed too.
         """
         self.assertWhole(self.pull(), self.data)
         digest = self.standin.push_blob("team/app", noise("large", 100_000))
@@ -325,7 +326,7 @@ class AgentTests(DaemonTestCase):
 
     def test_a_name_that_resolves_to_nothing(self) -> None:
         """
-        A name that the name servers don't know is 502, until they do.
+        An unknown name is 502, until it is known.
         """
         for name, path in (("ecr.example", self.path), ("bucket.example", self.path)):
             known, self.names[name] = self.names[name], []
@@ -335,7 +336,7 @@ class AgentTests(DaemonTestCase):
 
     def test_a_name_that_does_not_resolve(self) -> None:
         """
-        Name servers that say nothing at all are 504 after 25 seconds.
+        Silent name servers lead to 504 after 25 seconds.
         """
         self.reactor.names.silent.add("bucket.example")
         reply = self.daemon.send("GET", self.path)
@@ -363,7 +364,7 @@ class TlsTests(DaemonTestCase):
 
     def agent(self, back: Network) -> IAgent:
         """
-        Make the daemon's own agent, which trusts the test's root, and have the registry show its certificate.
+        Build the daemon's own agent, which trusts the test's root, and have the registry show its certificate.
         """
         self.reactor = Wired(self.clock, back)
         self.reactor.names.known.update({"cache.test": ["10.0.0.1"], "other.test": ["10.0.0.1"]})
@@ -385,7 +386,7 @@ class TlsTests(DaemonTestCase):
 
     def pull(self) -> Reply:
         """
-        Ask for the blob, and let what is tried again be tried.
+        Request the blob, and let retries happen.
         """
         reply = self.daemon.send("GET", self.path)
         self.flush()
@@ -394,7 +395,7 @@ class TlsTests(DaemonTestCase):
 
     def assertNeverPlain(self) -> None:
         """
-        The client has 502, and nobody was told anything but to speak TLS.
+        Assert that the client has 502, and that nothing but TLS was sent.
         """
         self.standin.forget_asked()
         self.assertRefused(self.pull(), 502, "UNAVAILABLE", "cache.test can't be reached")
@@ -402,7 +403,7 @@ class TlsTests(DaemonTestCase):
 
     def wrong(self, name: str, *, root: bool = True, days: int = 1) -> tuple[str, str]:
         """
-        Make a certificate.
+        Return a certificate.
         """
         key, own = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
         issuer = "middle" if root else "nobody"
@@ -412,13 +413,13 @@ class TlsTests(DaemonTestCase):
 
     def test_a_certificate_that_is_right(self) -> None:
         """
-        A certificate that names the host, and that a trusted authority signed, is believed.
+        A certificate that names the host and is signed by a trusted authority is accepted.
         """
         self.assertWhole(self.pull(), self.data)
 
     def test_a_file_without_cas_takes_none_away(self) -> None:
         """
-        Somebody may be writing it, or its disk may be full: what was read before is used, and the log says so.
+        The file may be half written, or its disk full: the previous CAs stay in use, and the log says so.
         """
         path = self.files_of.folder / "root.pem"
         whole = path.read_bytes()
@@ -433,7 +434,7 @@ class TlsTests(DaemonTestCase):
 
     def test_the_file_of_cas_is_read_when_it_is_asked_for_alone(self) -> None:
         """
-        Not for each connection: it may be on a file system that hangs, and takes its time.
+        Not for each connection: it may be on a file system that hangs or is slow.
         """
         path, others = self.files_of.folder / "root.pem", Files(self.files_of.folder / "others")
         self.assertFalse(self.trust.changed())
@@ -457,7 +458,7 @@ class TlsTests(DaemonTestCase):
 
     def test_connections_that_the_registry_has_closed_are_forgotten(self) -> None:
         """
-        After a while, without an error; the next pull is well.
+        After a while, without an error; the next pull succeeds.
         """
         self.assertWhole(self.pull(), self.data)
         self.pass_time(IDLE_SECONDS + 70)  # the registry closes idle connections after 60 s
@@ -468,7 +469,7 @@ class TlsTests(DaemonTestCase):
 
     def test_certificates_that_are_not(self) -> None:
         """
-        Of another host, of nobody's, of the past: 502 and no word of the request, until the right one is shown.
+        For another host, self-signed, or expired: 502 and no byte of the request, until a valid one is shown.
         """
         for wrong in (
             self.wrong("other.test"),
@@ -482,7 +483,7 @@ class TlsTests(DaemonTestCase):
 
     def test_a_server_that_does_not_speak_tls(self) -> None:
         """
-        Plain HTTP where there should be TLS is 502: the daemon does not step down.
+        Plain HTTP instead of TLS is 502: the daemon does not downgrade.
         """
         heard: list[bytes] = []
 
@@ -516,7 +517,7 @@ class TlsTests(DaemonTestCase):
                 assert self.transport is not None
                 self.transport.write(b"HTTP/1.1 404 X\r\nContent-Length: 9\r\n\r\n")
                 wire = cast("Any", self.transport).transport
-                wire.pauseProducing()  # a machine that hangs: it sends nothing more, and confirms nothing
+                wire.pauseProducing()  # a machine that hangs: it sends nothing more, and acknowledges nothing
 
         self.start(agent=self.agent, budget=Budget(tries=1))
         self.plain = Factory.forProtocol(Mute)
@@ -532,7 +533,7 @@ class TlsTests(DaemonTestCase):
 
     def test_a_bucket_with_a_wrong_certificate(self) -> None:
         """
-        What holds of the registry holds of where it redirects to.
+        The rules for the registry hold for its redirects.
         """
         self.standin.fail("registry", status=307, headers={"Location": "https://other.test/x"})
         self.assertRefused(self.pull(), 502, "UNAVAILABLE", "other.test can't be reached")
@@ -541,7 +542,7 @@ class TlsTests(DaemonTestCase):
 
 class OddAnswerTests(DaemonTestCase):
     """
-    A registry that keeps to no rules.
+    A registry that violates the protocol.
     """
 
     def setUp(self) -> None:
@@ -550,7 +551,7 @@ class OddAnswerTests(DaemonTestCase):
 
     def begin(self) -> None:
         """
-        Have a manifest that nobody has asked for, and no connection.
+        Start with a manifest that is not cached, and no connection.
         """
         self.images = getattr(self, "images", 0) + 1
         self.image = self.standin.push_image("team/app", layers=[layer("a", noise(str(self.images), 100))])
@@ -567,7 +568,7 @@ class OddAnswerTests(DaemonTestCase):
 
     def answered(self, data: bytes, *, close: bool = False) -> Reply:
         """
-        Ask for a manifest, and have the registry answer with C{data}.
+        Request a manifest, and have the registry answer with C{data}.
         """
         reply = self.daemon.send("GET", self.path)
         self.answer_with(data, close=close)
@@ -575,7 +576,8 @@ class OddAnswerTests(DaemonTestCase):
 
     def assertRefusedAndClean(self, data: bytes) -> None:
         """
-        The answer is none, and not asked for again; its connection is closed, nothing is kept; the next is good.
+        Assert that the answer is rejected without a retry, its connection closed, and nothing kept; the next one is
+        good.
         """
         self.begin()
         before = self.files()
@@ -589,33 +591,33 @@ class OddAnswerTests(DaemonTestCase):
 
     def with_headers(self, *headers: bytes) -> bytes:
         """
-        Write the manifest's answer with such headers.
+        Build the manifest's answer with these headers.
         """
         head = [b"HTTP/1.1 200 OK", b"Content-Type: application/vnd.oci.image.manifest.v1+json", *headers]
         return b"\r\n".join([*head, b"", self.image.manifest])
 
     def test_endless_headers(self) -> None:
         """
-        Headers are read up to 16 KiB, however they come; the loop is not held up by more.
+        At most 16 KiB of headers are read, however they come; they don't block the loop.
         """
         for line in (b"a:\r\n", b"X-Long: " + b"x" * 1000 + b"\r\n", b"a: b\r\n\tfolded\r\n"):
             self.assertRefusedAndClean(b"HTTP/1.1 200 OK\r\n" + line * 200_000)
 
     def test_an_endless_status_line(self) -> None:
         """
-        A line that does not end is no answer.
+        A line that does not end is rejected.
         """
         self.assertRefusedAndClean(b"HTTP/1.1 200 " + b"x" * 10**6)
 
     def test_endless_interim_answers(self) -> None:
         """
-        Interim answers count as headers: a server can't go on with them for ever.
+        Interim answers count as headers: a server can't send them for ever.
         """
         self.assertRefusedAndClean(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 10_000)
 
     def test_many_interim_answers(self) -> None:
         """
-        Twisted's client writes a line of log for each of them.
+        Twisted's client logs a line for each of them.
         """
         length = b"Content-Length: %d" % len(self.image.manifest)
         interim = b"HTTP/1.1 100 Continue\r\n\r\n" * (INTERIM_LIMIT + 1)
@@ -623,7 +625,7 @@ class OddAnswerTests(DaemonTestCase):
 
     def test_two_ways_to_tell_a_length(self) -> None:
         """
-        An answer with a length and a transfer coding, two lengths, or codings that nobody asked for, is none.
+        An answer with a length and a transfer coding, two lengths, or codings that were not requested, is rejected.
         """
         body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(self.image.manifest), self.image.manifest)
         for headers in (
@@ -650,7 +652,7 @@ class OddAnswerTests(DaemonTestCase):
 
     def test_bad_chunks(self) -> None:
         """
-        Chunks of no length, of lengths that are none, without their line ends or with endless trailers are no answer.
+        Chunks with missing or invalid lengths, without their line ends or with endless trailers are rejected.
         """
         for body in (
             b"-1\r\n{}\r\n0\r\n\r\n",
@@ -666,7 +668,7 @@ class OddAnswerTests(DaemonTestCase):
 
     def test_chunks_that_end_too_early(self) -> None:
         """
-        Chunks without the last one are a part, whatever their bytes.
+        Chunks without the last one are incomplete, whatever their bytes.
         """
         self.start(budget=Budget(tries=1))
         self.begin()
@@ -679,7 +681,7 @@ class OddAnswerTests(DaemonTestCase):
 
     def test_bytes_after_the_body(self) -> None:
         """
-        What follows a body, a second answer even, belongs to nothing: its connection is not used again.
+        Bytes after a body, even a second answer, belong to nothing: the connection is not used again.
         """
         forged = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged"
         for rest in (b"x", forged, b"\r\n"):
@@ -693,7 +695,7 @@ class OddAnswerTests(DaemonTestCase):
 
     def test_bytes_before_a_request(self) -> None:
         """
-        An answer that comes before it was asked for closes the connection; the next request has its own answer.
+        Data before a request closes the connection; the next request has its own answer.
         """
         self.assertWhole(self.get(self.path), self.image.manifest)
         for _, server in self.daemon.back.ends:
@@ -705,14 +707,14 @@ class OddAnswerTests(DaemonTestCase):
 
     def test_bodies_where_there_are_none(self) -> None:
         """
-        A 204 or a 304 is no manifest, and the body behind it is nobody's.
+        A 204 or a 304 is no manifest, and a body behind it is ignored.
         """
         for status in (b"204 No Content", b"304 Not Modified"):
             self.assertRefusedAndClean(b"HTTP/1.1 %s\r\nContent-Length: 2\r\n\r\n{}" % status)
 
     def test_an_interim_answer(self) -> None:
         """
-        What is said before the answer is not the answer.
+        An interim answer is not the answer.
         """
         for interim in (b"100 Continue", b"103 Early Hints\r\nLink: </x>", b"199 X\r\nContent-Length: 100"):
             self.begin()
@@ -722,7 +724,7 @@ class OddAnswerTests(DaemonTestCase):
 
     def test_ends_of_line_in_headers(self) -> None:
         """
-        No header of upstream makes another one for the client, whatever ends its lines.
+        No header of upstream creates another one for the client, whatever ends its lines.
         """
         for end in (b"\r", b"\n", b"\n\r", b"\r\n\t"):
             self.begin()

@@ -1,5 +1,5 @@
 """
-Settings that are wrong together, or probably not meant: what keeps the daemon from starting, and what is warned of.
+Settings that contradict each other, or are probably unintended: errors that prevent the start, and warnings.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LookCase(SynchronousTestCase):
 
     def assert_refused(self, words: str, environ: Mapping[str, str]) -> None:
         """
-        Hold that exactly one grave complaint comes of it.
+        Assert that the result is exactly one error.
         """
         grave = [str(each) for each in self.look(environ) if each.grave]
         self.assertEqual(1, len(grave), (environ, grave))
@@ -39,7 +39,7 @@ class LookCase(SynchronousTestCase):
 
     def assert_warned(self, words: str, environ: Mapping[str, str], **flags: str) -> None:
         """
-        Hold that exactly one complaint comes of it, and that it is not grave.
+        Assert that the result is exactly one warning.
         """
         (found,) = self.look(environ, flags)
         self.assertIn(words, str(found))
@@ -52,7 +52,7 @@ class LookCase(SynchronousTestCase):
 class TableTests(LookCase):
     def test_tables_that_have_other_credentials_than_instances_are_told(self) -> None:
         """
-        Whoever sets AWS_INSTANCE_AUTH wants no others to be used.
+        An operator who sets AWS_INSTANCE_AUTH wants no other credentials.
         """
         environ = {"AWS_INSTANCE_AUTH": "true"}
         tables = f'[registry."{ONE}"]\ndefault = true\n[registry."{TWO}"]\ninstance-auth = true\n[registry."quay.io"]\n'
@@ -153,12 +153,12 @@ class ExposedTests(LookCase):
 
 class OnePortTests(LookCase):
     """
-    The daemon's own sockets: clients', the operator's and that for metrics.
+    The daemon's own sockets: for clients, for administration and for metrics.
     """
 
     def test_two_sockets_at_one_port_are_refused(self) -> None:
         """
-        The system only says that somebody has the port.
+        The system would only say that the port is in use.
         """
         here = "tcp:6000:interface=127.0.0.1"
         for words, environ in (
@@ -173,7 +173,7 @@ class OnePortTests(LookCase):
 
     def test_what_takes_the_port_of_an_operator_who_has_said_nothing_is_told(self) -> None:
         """
-        The daemon goes on without the operator's port, as where another program has it.
+        The daemon runs without the admin port, as if another program had its port.
         """
         for environ in ({"PROXY_METRICS_LISTEN": "tcp:5001"}, {"PROXY_PORT": "5001"}):
             self.assert_warned("starts without the admin port", environ)
@@ -191,7 +191,7 @@ class OnePortTests(LookCase):
 
 class LogTests(SynchronousTestCase):
     """
-    Twistd's flags beside worker processes, whose log goes to standard output.
+    Twistd's flags with worker processes, whose log goes to standard output.
     """
 
     def find(self, twistd: Mapping[str, object], processes: str = "2") -> list[Complaint]:
@@ -207,7 +207,7 @@ class LogTests(SynchronousTestCase):
         for flag, value in (("logfile", "x"), ("syslog", 1), ("logger", "ours.log")):
             (found,) = self.find({"nodaemon": 1, flag: value})
             self.assertEqual((False, True), (found.grave, f"--{flag}" in found.said))
-        own = {"nodaemon": 1, "syslog": 0, "logfile": None, "logger": None}  # what twistd -n has
+        own = {"nodaemon": 1, "syslog": 0, "logfile": None, "logger": None}  # the default of twistd -n
         for twistd in (own, {**own, "logfile": "-"}, {}):
             self.assertEqual([], self.find(twistd))
 

@@ -1,5 +1,5 @@
 """
-As many workers as cores that may be used, and not as there are.
+auto counts the cores that may be used, not those of the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class CoresTests(SynchronousTestCase):
 
     def cores(self, own: str, **files: str) -> int:
         """
-        Count them where control groups are so.
+        Count the cores with these control groups.
 
         @param files: by path, a slash written as two underscores.
         """

@@ -49,7 +49,7 @@ class DenialsTests(SynchronousTestCase):
 
     def test_of_one_repository_are_no_problem_before_others_are_asked_for(self) -> None:
         """
-        After a start, with all that others ask for in the cache: one Deployment with a forbidden image is no outage.
+        After a start, with everything else in the cache: one Deployment with a forbidden image is no outage.
         """
         for _ in range(100):
             self.denials.denied("forbidden/app")

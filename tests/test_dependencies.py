@@ -1,5 +1,6 @@
 """
-ECR and its buckets while they fail, are slow, or hang: who needs them has an answer in time, nobody else notices.
+ECR and its buckets while they fail, are slow, or hang: clients that need them have an answer in time, others notice
+nothing.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from tests.registry_replies import registry_error
 MINUTELY = 1 / 60
 """Bytes a second."""
 PATIENCE = 150
-"""Seconds in which whoever asks is answered, or cut off, whatever upstream does: three tries with waits between."""
+"""Seconds within which a client is answered, or cut off, whatever upstream does: three attempts with waits."""
 
 Adversities = Mapping[str, Callable[[], Fault]]
 
 
 class DependencyTestCase(DaemonTestCase):
     """
-    A daemon that has an image, and is asked for another.
+    A daemon that has an image, and gets requests for another.
     """
 
     def setUp(self) -> None:
@@ -47,7 +48,7 @@ class DependencyTestCase(DaemonTestCase):
 
     def adversities(self, service: Service, error: Any) -> Adversities:
         """
-        Name what a service may do, for as long as the fault is there.
+        Return the faults of a service, by name.
         """
         standin = self.standin
         return {
@@ -63,20 +64,20 @@ class DependencyTestCase(DaemonTestCase):
 
     def assertOver(self, reply: Reply, what: str) -> None:
         """
-        The client has an error, or was cut off.
+        Assert that the client has an error, or was cut off.
         """
         self.assertTrue(reply.code >= 500 or reply.ended == "broken", (what, reply.code, reply.ended))
 
     def assertNothingHeld(self, what: str) -> None:
         """
-        No connection outlives what it was for.
+        Assert that no connection outlives its request.
         """
         self.pass_time(IDLE_SECONDS + SECONDS)
         self.assertEqual([], self.daemon.back.ends, what)
 
     def assertHits(self, what: str) -> None:
         """
-        What the cache has is there at once.
+        Assert that cached content is served at once.
         """
         for path in (self.known, self.manifest):
             reply = self.get(path)
@@ -129,7 +130,7 @@ class RegistryTests(DependencyTestCase):
             self.assertIn(known.cache, ("STALE", "REVALIDATED"), what)
             self.assertWhole(known, self.image.manifest)
             fault.remove()
-            self.pass_time(60)  # the circuit asks again in that time
+            self.pass_time(60)  # the circuit sends a probe in that time
             self.assertWhole(self.get(path), other.manifest)
             self.assertNothingHeld(what)
 

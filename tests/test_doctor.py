@@ -1,5 +1,5 @@
 """
-The command C{ecr-proxy doctor}: all checks together, what is told of them, and what each needs of the others.
+The command C{ecr-proxy doctor}: all checks together, their output, and their dependencies.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ LOGIN = "Basic YW5uOmNhbmFyeQ=="
 @dataclass
 class World:
     """
-    An AWS where all is well, unless a test says otherwise.
+    An AWS where everything works, unless a test says otherwise.
 
-    @ivar problems: what happens instead, by what is asked.
+    @ivar problems: what happens instead, by request.
     """
 
     problems: dict[str, Exception] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class World:
 
     def senses(self) -> Senses:
         """
-        Look at this world.
+        Return the senses for this world.
         """
         return Senses(
             account=self.account,
@@ -150,13 +150,10 @@ class World:
 
 class DoctorTestCase(SynchronousTestCase):
     """
-    A world where all is well, and a caller.
+    A world where everything works, and a caller.
     """
 
     def setUp(self) -> None:
-        """
-        Have a world where all is well, and a caller.
-        """
         self.world, self.caller = World(), Caller()
         self.caller.variables = {
             "PROXY_ECR_ENDPOINT": ECR,
@@ -166,14 +163,14 @@ class DoctorTestCase(SynchronousTestCase):
 
     def call(self, *arguments: str) -> str:
         """
-        Call it.
+        Run the doctor.
         """
         subcommands = [replace(DOCTOR, run=partial(run, senses=self.world.senses()))]
         return self.caller.call("doctor", *arguments, subcommands=subcommands)
 
     def verdicts(self, *arguments: str) -> dict[str, str]:
         """
-        Call it, and tell the verdict of each check.
+        Run the doctor, and return the verdict of each check.
         """
         told = json.loads(self.call("--json", *arguments))
         return {each["check"]: each["verdict"] for each in told["findings"]}
@@ -186,7 +183,7 @@ class DoctorTests(DoctorTestCase):
 
     def test_where_all_is_well_each_line_says_so(self) -> None:
         """
-        And the exit status is that of success.
+        The exit status is that of success.
         """
         said = self.call("--repository", "team/app:1")
         self.assertEqual(0, self.caller.status, said)
@@ -197,7 +194,7 @@ class DoctorTests(DoctorTestCase):
 
     def test_what_failed_is_told_with_what_to_do(self) -> None:
         """
-        Below it; the exit status says that there is something, and the other checks are made all the same.
+        Below the failure; the exit status reports it, and the other checks still run.
         """
         self.world.problems["token"] = UnreachableError("Connect timeout on endpoint URL")
         said = self.call("--repository", "team/app:1")
@@ -209,7 +206,7 @@ class DoctorTests(DoctorTestCase):
 
     def test_without_credentials_what_needs_none_is_looked_at(self) -> None:
         """
-        What needs them is skipped.
+        Checks that need them are skipped.
         """
         for each in ("provider", "identity", "token"):
             self.world.problems[each] = NoCredentialsError("no AWS credentials found")
@@ -222,7 +219,7 @@ class DoctorTests(DoctorTestCase):
 
     def test_programs_read_json(self) -> None:
         """
-        All findings, and how many failed.
+        All findings, and the number of failures.
         """
         self.world.problems["token"] = UnreachableError("no")
         told = json.loads(self.call("--json"))
@@ -231,7 +228,7 @@ class DoctorTests(DoctorTestCase):
 
     def test_no_secret_is_told(self) -> None:
         """
-        Neither token nor key nor the address of a blob.
+        Neither token nor key nor the URL of a blob.
         """
         said = self.call("--repository", "team/app:1") + self.call("--json", "--repository", "team/app:1")
         for secret in (TOKEN, "secret-key", "secret-signature", "X-Amz"):
@@ -247,7 +244,7 @@ class DoctorTests(DoctorTestCase):
 
     def test_without_a_repository_iam_is_asked(self) -> None:
         """
-        If it may be; if not, that is no failure.
+        If that is allowed; if not, it is no failure.
         """
         found = self.verdicts()
         for action in ("ecr:BatchGetImage", "ecr:BatchImportUpstreamImage", "ecr:CreateRepository"):
@@ -265,7 +262,7 @@ class DoctorTests(DoctorTestCase):
 
     def test_a_repository_that_the_pattern_keeps_out_is_told(self) -> None:
         """
-        ECR would let it through, the proxy does not.
+        ECR would allow it, the proxy does not.
         """
         found = self.verdicts("--repository", f"{ECR}/team/app:1", "--namespace-pattern", "other/.*")
         self.assertEqual("failed", found["namespace"])
@@ -273,7 +270,7 @@ class DoctorTests(DoctorTestCase):
 
     def test_a_bucket_where_the_proxy_does_not_go_is_told(self) -> None:
         """
-        Loopback and metadata addresses; while the registry is on loopback itself, the latter alone.
+        Loopback and metadata addresses; if the registry itself is on loopback, only the latter.
         """
         bucket = "prod.s3.eu-west-1.amazonaws.com"
         expected = {("52.0.0.1", "127.0.0.1"): "failed", ("127.0.0.1", "127.0.0.1"): "ok"}
@@ -305,7 +302,7 @@ class DoctorTests(DoctorTestCase):
 
     def test_a_registry_without_an_address_fails_once(self) -> None:
         """
-        By the line about names; what needs an address is skipped.
+        In the check of names; checks that need an address are skipped.
         """
         self.world.addresses[ECR] = []
         found = self.verdicts()
@@ -323,7 +320,7 @@ class DoctorTests(DoctorTestCase):
 
     def test_what_is_wrong_with_the_call_is_one_line(self) -> None:
         """
-        With the status for that.
+        With the status for usage errors.
         """
         for arguments in (("--seconds", "soon"), ("--repository", "App"), ("--port", "many")):
             self.call(*arguments)
@@ -333,7 +330,7 @@ class DoctorTests(DoctorTestCase):
 
 class ImageTests(DoctorTestCase):
     """
-    What the daemon assumes of ECR, held against an image.
+    The daemon's assumptions about ECR, checked with an image.
     """
 
     def setUp(self) -> None:
@@ -342,7 +339,7 @@ class ImageTests(DoctorTestCase):
 
     def test_each_assumption_has_a_line(self) -> None:
         """
-        Beside all that is looked at otherwise.
+        Beside all other checks.
         """
         found = self.verdicts("--image", "team/app:1")
         self.assertEqual(set(), {*ASSUMPTIONS, "ecr:BatchGetImage", "bucket", "cache"} - found.keys())
@@ -366,7 +363,7 @@ class ImageTests(DoctorTestCase):
 
     def test_an_image_that_is_not_there_is_told_and_nothing_is_told_of_it(self) -> None:
         """
-        Else a name that is misspelt says of ECR that it has no HEAD.
+        Otherwise a misspelt name would say of ECR that it has no HEAD.
         """
         found = self.verdicts("--image", "team/app:none")
         self.assertEqual(1, self.caller.status)
@@ -403,7 +400,7 @@ class ImageTests(DoctorTestCase):
 
     def test_no_question_is_asked_late(self) -> None:
         """
-        What is left is not seen, and does not keep the report from being written.
+        Questions that are left are reported as not seen, and the report is still written.
         """
         self.caller.step = 1.0
         self.call("--image", "team/app:1", "--seconds", "300", "--report", str(self.file))
@@ -445,7 +442,7 @@ class SeveralTests(DoctorTestCase):
 
     def lines(self, *arguments: str) -> dict[str, list[tuple[str, str]]]:
         """
-        Call it, and tell what is said of each of the others, and how it is.
+        Run the doctor, and return the verdict and text for each of the other registries.
         """
         found: dict[str, list[tuple[str, str]]] = {}
         for each in json.loads(self.call("--json", *arguments))["findings"]:
@@ -485,7 +482,7 @@ class SeveralTests(DoctorTestCase):
 
     def test_tokens_that_the_daemon_would_not_ask_for_are_told(self) -> None:
         """
-        Those of a realm that is not of the registry's domain, and that no table lists; others are not worth a line.
+        Tokens of a realm outside the registry's domain that no table lists; others need no line.
         """
         path = Path(self.caller.variables["PROXY_CONFIG"])
         before = path.read_text()
@@ -591,12 +588,12 @@ class SeveralTests(DoctorTestCase):
 
 class ExamineTests(SynchronousTestCase):
     """
-    Checks that are made side by side.
+    Checks that run side by side.
     """
 
     def test_what_several_need_is_found_once(self) -> None:
         """
-        Where it can't be, one says why, and the others that they were skipped.
+        If it fails, one check says why, and the others that they were skipped.
         """
         asked = []
 
@@ -612,7 +609,7 @@ class ExamineTests(SynchronousTestCase):
 
     def test_a_check_that_breaks_takes_none_with_it(self) -> None:
         """
-        It is a finding, in one line, and no traceback.
+        It is a finding, in one line, without a traceback.
         """
 
         def broken() -> list[Any]:

@@ -1,7 +1,7 @@
 """
-What README.rst and docs/ show can be read by what it is for, and leads somewhere.
+The code blocks of README.rst and docs/ parse, and their links work.
 
-That its commands run is shown by tests/e2e/test_shown_commands.py; that no reference is broken, by `make docs`.
+tests/e2e/test_shown_commands.py runs the commands; `make docs` checks the references.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BY_VARIABLE = {each.variable: each for each in SETTINGS}
 
 def parse_ini(text: str) -> None:
     """
-    Read an environment file, or what systemd and others have with sections; names may come again.
+    Parse an environment file, or one with sections as systemd and others have; names may be repeated.
     """
     parser = configparser.RawConfigParser(delimiters="=", strict=False)
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # names keep their case
@@ -43,14 +43,14 @@ def parse_ini(text: str) -> None:
 
 def parse_yaml(text: str) -> None:
     """
-    Read one or more documents.
+    Parse one or more documents.
     """
     list(yaml.safe_load_all(text))
 
 
 def nothing(text: str) -> None:
     """
-    Accept what is for people, or is judged elsewhere.
+    Accept text for people, or text that is checked elsewhere.
     """
 
 
@@ -67,7 +67,7 @@ PARSERS: dict[str, Callable[[str], object]] = {
 
 def problem(block: Block) -> str | None:
     """
-    Say what is wrong with a block, if anything is.
+    Return what is wrong with a block, if anything.
     """
     if block.language not in PARSERS:
         return f"in no language of {sorted(PARSERS)}: {block.language!r}; see tests/documents.py"
@@ -84,7 +84,7 @@ def problem(block: Block) -> str | None:
 
 def anchors(page: Path) -> set[str]:
     """
-    Name the sections of a page as GitHub and docutils do.
+    Return the anchors of a page's sections, as GitHub and docutils name them.
     """
     text = page.read_text("utf-8")
     titles = re.findall(r"^(\S.*)\n[=~-]{3,}$", text, re.MULTILINE) + re.findall(r"^#+ (.+)$", text, re.MULTILINE)
@@ -93,7 +93,7 @@ def anchors(page: Path) -> set[str]:
 
 def links(page: Path) -> Iterator[str]:
     """
-    Give the targets of a page's links to other files here.
+    Return the targets of a page's links to other files here.
     """
     text = page.read_text("utf-8")
     pattern = r"\]\(([^)\s]+)\)" if page.suffix == ".md" else r"`[^`]*<([^`>]+)>`_"
@@ -102,7 +102,7 @@ def links(page: Path) -> Iterator[str]:
 
 def leads_nowhere(page: Path, link: str) -> bool:
     """
-    Tell whether there is no such file, or no such section in it.
+    Return True if there is no such file, or no such section in it.
     """
     path, _, anchor = link.partition("#")
     target = page.parent / path if path else page
@@ -116,14 +116,14 @@ class BlockTests(SynchronousTestCase):
 
     def test_can_be_read_by_what_they_are_for(self) -> None:
         """
-        Each is in a language that is known, parses, and names settings that there are; one that is not run says why.
+        Each has a known language, parses, and names existing settings; one that is not run says why.
         """
         wrong = [f"{block.place}: {why}" for page in pages() for block in blocks(page) if (why := problem(block))]
         self.assertEqual([], wrong)
 
     def test_are_found_with_what_is_said_of_them(self) -> None:
         """
-        A remark belongs to the block right below it alone.
+        A remark belongs only to the block right below it.
         """
         text = """
 .. Not run: needs a cluster
@@ -150,7 +150,7 @@ And::
 
     def test_that_are_wrong_are_told(self) -> None:
         """
-        A setting that there is not, a value that it does not take, a command without a prompt, no reason.
+        An unknown setting, an invalid value, a command without a prompt, no reason.
         """
         for language, text in [
             ("ini", "PROXY_PROT=5000"),
@@ -167,12 +167,12 @@ And::
 
 class MarkupTests(SynchronousTestCase):
     """
-    The pages that are read by themselves, on the forge and the package index; `make docs` reads the others.
+    Pages that are read outside the site, on the forge and the package index; `make docs` checks the others.
     """
 
     def test_is_in_order(self) -> None:
         """
-        Nothing is left of a merge, and no table or title is broken.
+        No merge conflict is left, and no table or title is broken.
         """
         for name in ("README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst"):
             said = StringIO()
@@ -182,7 +182,7 @@ class MarkupTests(SynchronousTestCase):
 
 class WordsTests(SynchronousTestCase):
     """
-    What the documents speak of.
+    Names in the documents.
     """
 
     def test_links_lead_to_files_and_sections_that_there_are(self) -> None:
@@ -195,7 +195,7 @@ class WordsTests(SynchronousTestCase):
 
     def test_files_that_are_named_are_there(self) -> None:
         """
-        A document, a module, a test or a file of deploy/ that a text speaks of.
+        Documents, modules, tests and files of deploy/ that a text mentions.
         """
         name = re.compile(r"(?<![\w/.])((?:docs|deploy|tests|bench|ecrproxy)/[\w./-]*\w\.\w+|[A-Z]{4,}\.(?:rst|md))")
         shown = [*pages(), *MARKDOWN, CHECKOUT / "CHANGELOG.rst"]
@@ -205,9 +205,6 @@ class WordsTests(SynchronousTestCase):
         self.assertEqual([], [each for each in missing if not each[1].startswith("docs/_build/")])
 
     def test_each_page_is_on_the_index(self) -> None:
-        """
-        Whoever opens the site finds it.
-        """
         root = CHECKOUT / "docs"
         index = (root / "index.rst").read_text("utf-8").split()
         below = [str(each.relative_to(root).with_suffix("")) for each in pages() if root in each.parents]
@@ -215,7 +212,7 @@ class WordsTests(SynchronousTestCase):
 
     def test_settings_that_are_named_are_there(self) -> None:
         """
-        Each variable is one of SETTINGS, or a predecessor's that is told about.
+        Each variable is one of SETTINGS, or a predecessor's with a message.
         """
         named = {
             each for page in [*pages(), *MARKDOWN] for each in re.findall(r"\bPROXY_[A-Z_]+", page.read_text("utf-8"))
@@ -224,7 +221,7 @@ class WordsTests(SynchronousTestCase):
 
     def test_readme_has_each_setting(self) -> None:
         """
-        Its table has variable, flag and default as the code has them.
+        Its table has variable, flag and default as in the code.
         """
         readme = (CHECKOUT / "README.rst").read_text("utf-8")
         rows = re.findall(r"^   \* - ``(\w+)``\n     - (.+)\n     - (.+)$", readme, re.MULTILINE)

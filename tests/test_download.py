@@ -1,5 +1,5 @@
 """
-One transfer and those who follow it, without a network.
+A transfer and its followers, without a network.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PWRITE = os.pwrite
 
 class Tap:
     """
-    One connection to a bucket in a test: the bytes from C{start} to C{stop}, which come when the test says.
+    A connection to a bucket in a test: the bytes from C{start} to C{stop}, which arrive when the test says.
     """
 
     def __init__(self, start: int, stop: int | None) -> None:
@@ -64,7 +64,7 @@ class Tap:
     @property
     def began(self) -> bool:
         """
-        Whether its bytes are wanted by now.
+        Return True if its bytes are wanted by now.
         """
         return self._sink is not None
 
@@ -92,9 +92,9 @@ class Source:
     """
     A blob of a bucket in a test.
 
-    @ivar taps: its connections, in the order in which they were asked for.
-    @ivar refuses: why no more can be had, if so.
-    @ivar late: answers that are still to come; none where they come at once.
+    @ivar taps: its connections, in the order of the requests.
+    @ivar refuses: why there can be no more, if so.
+    @ivar late: answers that are still to come; None where they come at once.
     """
 
     ranged, sources = True, 1
@@ -107,7 +107,7 @@ class Source:
 
     def look_again(self) -> None:
         """
-        Nobody else has it.
+        No other registry has it.
         """
 
     async def open(self, start: int, stop: int | None, breaks: int = 0) -> Tap:
@@ -122,14 +122,14 @@ class Source:
     @property
     def spans(self) -> list[tuple[int, int | None]]:
         """
-        What was asked for.
+        Return the requested ranges.
         """
         return [(tap.start, tap.stop) for tap in self.taps]
 
 
 def pour(tap: Tap, data: bytes) -> None:
     """
-    Let C{data} arrive as it does from a socket: in pieces of 64 KiB.
+    Deliver C{data} as a socket does: in pieces of 64 KiB.
     """
     for start in range(0, len(data), 2**16):
         tap.arrived(data[start : start + 2**16])
@@ -137,7 +137,7 @@ def pour(tap: Tap, data: bytes) -> None:
 
 def feed(tap: Tap, data: bytes) -> None:
     """
-    Let a connection bring what it was asked for of C{data}, in pieces of 100 bytes.
+    Have a connection deliver the requested part of C{data}, in pieces of 100 bytes.
     """
     stop = len(data) if tap.stop is None else tap.stop
     for start in range(tap.start, stop, 100):
@@ -160,7 +160,7 @@ class Reader:
 
     def read(self, limit: int = 2**60) -> None:
         """
-        Read what there is, at most C{limit} bytes of it.
+        Read at most C{limit} bytes of what there is.
         """
         while limit and (piece := self.follower.piece(min(limit, 2**16))) is not None:
             data = piece if isinstance(piece, bytes) else os.pread(piece[0], piece[2], piece[1])
@@ -188,7 +188,7 @@ class DownloadTestCase(SynchronousTestCase):
     @property
     def tap(self) -> Tap:
         """
-        The connection that was asked for last.
+        Return the connection that was opened last.
         """
         return self.blob.taps[-1]
 
@@ -205,7 +205,7 @@ class DownloadTestCase(SynchronousTestCase):
         disk: Disk | None = None,
     ) -> Download:
         """
-        Begin the transfer of C{data}; the bytes up to C{first} have been asked for.
+        Begin the transfer of C{data}; the bytes up to C{first} have been requested.
         """
         digest, size = Digest.of(data), len(data) if size == -1 else size
         self.store.unlink(digest)
@@ -219,17 +219,17 @@ class DownloadTestCase(SynchronousTestCase):
 
     def open_files(self) -> list[str]:
         """
-        The files of the cache directory that this process has open.
+        Return the files of the cache directory that this process has open.
         """
         found = []
         for link in Path("/proc/self/fd").iterdir():
-            with contextlib.suppress(OSError):  # that of this very listing
+            with contextlib.suppress(OSError):  # the descriptor of this listing
                 found.append(str(link.readlink()))
         return [path for path in found if path.startswith(str(self.root))]
 
     def assertFailed(self, download: Download, kind: type[BaseException]) -> None:
         """
-        The transfer failed for this reason, and has left nothing.
+        Assert that the transfer failed for this reason, and has left nothing.
         """
         assert download.failure is not None
         self.assertIsInstance(download.failure.value, kind)
@@ -239,12 +239,12 @@ class DownloadTestCase(SynchronousTestCase):
 
 class KeptTests(DownloadTestCase):
     """
-    A transfer that goes to a file.
+    A transfer that is written to a file.
     """
 
     def test_ends_as_content(self) -> None:
         """
-        What has arrived whole and right is content, and no file stays open.
+        Complete and verified bytes become content, and no file stays open.
         """
         data = noise("x", 300_000)
         download = self.begin(data)
@@ -300,7 +300,7 @@ class KeptTests(DownloadTestCase):
 
     def test_bytes_show_once_they_are_written(self) -> None:
         """
-        What the disk has not got yet, nobody is pointed at.
+        Readers see no byte that the disk doesn't have.
         """
         data = noise("x", 1000)
         download = self.begin(data)
@@ -313,7 +313,7 @@ class KeptTests(DownloadTestCase):
 
     def test_bytes_may_come_at_once(self) -> None:
         """
-        What has arrived, and even ended, by the time the transfer is run is not lost.
+        Bytes that arrived, or a transfer that ended, before it is run are not lost.
         """
         data = noise("x", 1000)
         for kept in (True, False):
@@ -327,7 +327,7 @@ class KeptTests(DownloadTestCase):
 
     def test_other_bytes_fail(self) -> None:
         """
-        Bytes that are not the digest's fail, are no content, and their reader is told, short of a byte at least.
+        Wrong bytes fail and become no content; readers get the error at least a byte before the end.
         """
         for size, got in ((1000, 0), (TAIL, 0), (TAIL + 1, TAIL)):
             download = self.begin(noise("x", size))
@@ -343,7 +343,7 @@ class KeptTests(DownloadTestCase):
 
     def test_fewer_bytes_fail(self) -> None:
         """
-        A bucket that ends each answer before the announced length is asked again, and then given up.
+        A bucket that ends each answer before the announced length is asked again, and finally given up.
         """
         data = noise("x", 1000)
         for body, tries in ((data[:-1], 1 + TRIES), (b"", TRIES)):
@@ -356,7 +356,7 @@ class KeptTests(DownloadTestCase):
 
     def test_more_bytes_belong_to_nothing(self) -> None:
         """
-        What comes behind the announced length is not written, and its connection ended.
+        Bytes beyond the announced length are not written, and their connection is closed.
         """
         data = noise("x", 1000)
         download = self.begin(data)
@@ -369,7 +369,7 @@ class KeptTests(DownloadTestCase):
 
     def test_a_break_is_mended(self) -> None:
         """
-        When upstream breaks off, it is asked for the rest, and those who follow notice nothing.
+        The rest is requested from upstream, and followers notice nothing.
         """
         data = noise("x", 1000)
         download = self.begin(data)
@@ -384,7 +384,7 @@ class KeptTests(DownloadTestCase):
 
     def test_upstreams_trouble_is_told(self) -> None:
         """
-        When upstream breaks off three times without a byte, those who follow get its reason; what they had was right.
+        After three breaks without a byte followers get the reason; what they had was right.
         """
         data = noise("x", 1000)
         download = self.begin(data)
@@ -401,7 +401,7 @@ class KeptTests(DownloadTestCase):
 
     def test_answers_that_announce_nothing_are_given_up(self) -> None:
         """
-        A bucket that claims to have sent all that was asked for, and has sent nothing, is not asked without end.
+        A bucket that claims to have sent everything, and has sent nothing, is not asked without end.
         """
         data = noise("x", 1000)
         download = self.begin(data, first=400)
@@ -419,7 +419,7 @@ class KeptTests(DownloadTestCase):
 
     def test_a_byte_begins_the_tries_anew(self) -> None:
         """
-        A bucket that breaks off often, but brings something now and then, is not given up.
+        A bucket that breaks off often, but delivers some bytes each time, is not given up.
         """
         data = noise("x", 1000)
         download = self.begin(data)
@@ -446,7 +446,7 @@ class KeptTests(DownloadTestCase):
 
     def test_a_refusal_to_go_on_is_told(self) -> None:
         """
-        When upstream breaks off and then refuses, that is the end, with its reason.
+        A break and then a refusal end the transfer, with that reason.
         """
         download = self.begin(noise("x", 1000))
         self.blob.refuses = KeyError()
@@ -456,7 +456,7 @@ class KeptTests(DownloadTestCase):
 
     def test_what_nobody_foresaw_is_told_too(self) -> None:
         """
-        A failure of the daemon itself ends the transfer: readers are told, upstream is stopped, the log says where.
+        A bug in the daemon ends the transfer: readers get an error, upstream is stopped, the log has the traceback.
         """
         download = self.begin(b"x" * 1000)
         self.patch(Writer, "write", fail_unforeseen)
@@ -468,9 +468,6 @@ class KeptTests(DownloadTestCase):
         self.assertFailed(download, ZeroDivisionError)
 
     def test_goes_on_without_readers(self) -> None:
-        """
-        Readers come and go; the transfer to a file goes on.
-        """
         data = noise("x", 1000)
         download = self.begin(data)
         for end in (300, 600):
@@ -483,7 +480,7 @@ class KeptTests(DownloadTestCase):
 
     def test_a_slow_reader_slows_nobody(self) -> None:
         """
-        One that does not read keeps neither the transfer nor the others back, and gets all of it in the end.
+        One that does not read delays neither the transfer nor the others, and gets all of it in the end.
         """
         data = noise("x", 3 * WINDOW)
         download = self.begin(data)
@@ -501,7 +498,7 @@ class KeptTests(DownloadTestCase):
 
     def test_readers_need_not_wait_for_the_commit(self) -> None:
         """
-        The answer is complete once the digest is proved, before the disk has the file for good.
+        The answer is complete once the digest is verified, before the file is synced.
         """
         data = noise("x", TAIL + 1)
         download = self.begin(data)
@@ -520,7 +517,7 @@ class KeptTests(DownloadTestCase):
 
     def test_a_commit_that_fails_takes_nothing_back(self) -> None:
         """
-        When the file can't be made content, those who follow have their answer, late ones too, and nothing stays.
+        If the file can't become content, followers still have their answer, late ones too, and nothing stays.
         """
         data = noise("x", 1000)
         download = self.begin(data)
@@ -543,7 +540,7 @@ class KeptTests(DownloadTestCase):
 
     def test_what_is_read_while_it_lands_stays(self) -> None:
         """
-        A file that was just made content counts as being read until its last follower is done.
+        A file that just became content counts as being read until its last follower is done.
         """
         data = noise("x", 1000)
         download = self.begin(data)
@@ -577,7 +574,7 @@ class KeptTests(DownloadTestCase):
 
     def test_a_disk_that_keeps_up_pauses_nothing(self) -> None:
         """
-        Upstream is not paused where the disk keeps up; and one pause is one pause.
+        Upstream is not paused if the disk keeps up; and one pause is one pause.
         """
         self.begin(bytes(4 * HIGH_WATER))
         for _ in range(2):
@@ -588,7 +585,7 @@ class KeptTests(DownloadTestCase):
         self.tap.arrived(bytes(HIGH_WATER))
         self.tap.arrived(b"\0")
         self.assertEqual(1, self.tap.pauses)
-        self.hands.work(2)  # what came at first, and what has waited since
+        self.hands.work(2)  # the first bytes, and those that have waited since
         self.assertFalse(self.tap.paused)
 
 
@@ -606,19 +603,19 @@ class LanesTests(DownloadTestCase):
 
     def start(self, *, lanes: int = 4) -> Download:
         """
-        Begin over several lanes; the first part has been asked for.
+        Begin over several lanes; the first part has been requested.
         """
         return self.begin(self.data, lanes=lanes, first=SMALLEST_PART)
 
     def open_taps(self) -> list[Tap]:
         """
-        The connections whose part has not come.
+        Return the connections whose part has not arrived.
         """
         return [tap for tap in self.blob.taps if not tap.over]
 
     def bring(self, tap: Tap, count: int | None = None) -> None:
         """
-        Let a connection bring its part, or the first bytes of it.
+        Have a connection deliver its part, or the first bytes of it.
         """
         assert tap.stop is not None
         stop = tap.stop if count is None else tap.start + count
@@ -628,14 +625,14 @@ class LanesTests(DownloadTestCase):
 
     def finish(self) -> None:
         """
-        Let all that is still to come come.
+        Deliver everything that is still to come.
         """
         while taps := self.open_taps():
             self.bring(taps[0])
 
     def assertKept(self, download: Download) -> None:
         """
-        The whole blob is content.
+        Assert that the whole blob is content.
         """
         self.assertIsNone(download.failure)
         content = self.store.open(download.digest)
@@ -663,7 +660,7 @@ class LanesTests(DownloadTestCase):
 
     def test_no_more_lanes_than_given(self) -> None:
         """
-        Never more connections than lanes are open; a single lane has the rest in one part.
+        Never more connections than lanes are open; a single lane fetches the rest in one part.
         """
         for lanes in (1, 2, 4):
             download = self.start(lanes=lanes)
@@ -677,7 +674,7 @@ class LanesTests(DownloadTestCase):
 
     def test_a_lane_without_a_part_has_nothing_to_do(self) -> None:
         """
-        A blob of fewer parts than lanes comes whole.
+        A blob of fewer parts than lanes arrives whole.
         """
         self.data = self.data[: SMALLEST_PART + 1000]
         download = self.start()
@@ -687,7 +684,7 @@ class LanesTests(DownloadTestCase):
 
     def test_the_pieces_of_all_lanes_may_mix(self) -> None:
         """
-        Bytes that come in turns over all lanes, and in threads that are slow, come together right.
+        Bytes that arrive in turns over all lanes, and in slow threads, end up in the right order.
         """
         download = self.start()
         reader = Reader(download.follow(0, self.SIZE))
@@ -711,7 +708,7 @@ class LanesTests(DownloadTestCase):
 
     def test_readers_see_no_gap(self) -> None:
         """
-        What a later lane brought shows to a reader once all before it is there.
+        Bytes of a later lane are visible to a reader once all before them are there.
         """
         download = self.start()
         reader = Reader(download.follow(0, self.SIZE))
@@ -732,7 +729,7 @@ class LanesTests(DownloadTestCase):
 
     def test_a_reader_far_ahead_is_served_from_its_lane(self) -> None:
         """
-        A reader of a range has its bytes when their lane has brought them, whatever comes before.
+        A reader of a range has its bytes when their lane has delivered them, whatever is missing before.
         """
         download = self.start()
         third = self.blob.taps[2]
@@ -786,7 +783,7 @@ class LanesTests(DownloadTestCase):
 
     def test_the_end_ends_what_is_being_opened(self) -> None:
         """
-        A transfer that fails does not wait for parts that were asked for and have not been answered.
+        A transfer that fails does not wait for parts that were requested and have not been answered.
         """
         digest = Digest.of(self.data)
         download = Download(digest, self.SIZE, begin(self.store, digest, self.SIZE), Disk.of(self.hands), 4)
@@ -803,7 +800,7 @@ class LanesTests(DownloadTestCase):
 
     def test_other_bytes_in_one_lane_fail(self) -> None:
         """
-        One wrong byte, whichever lane brought it, is the whole blob's failure.
+        One wrong byte from any lane fails the whole blob.
         """
         download = self.start()
         reader = Reader(download.follow(0, self.SIZE))
@@ -817,7 +814,7 @@ class LanesTests(DownloadTestCase):
 
     def test_more_than_a_part_is_left_aside(self) -> None:
         """
-        A bucket that sends on behind a lane's part is stopped there: what comes next is another lane's.
+        A bucket that sends more than a lane's part is stopped: the next bytes are another lane's.
         """
         download = self.start()
         second = self.blob.taps[1]
@@ -841,8 +838,8 @@ class LanesTests(DownloadTestCase):
 
     def test_a_disk_that_fails_loses_nothing(self) -> None:
         """
-        When the disk fails with bytes of several lanes on it, readers get all: what is whole from the first byte
-        on from the file, the rest anew in one stream.
+        If the disk fails with bytes of several lanes on it, readers get everything: the complete ranges from the first
+        byte on from the file, the rest again in one stream.
         """
         download = self.start()
         reader = Reader(download.follow(0, self.SIZE), eager=False)
@@ -869,7 +866,7 @@ class LanesTests(DownloadTestCase):
 
 class LastBytesTests(DownloadTestCase):
     """
-    What completes a file is sent from memory, and written and committed in one call.
+    The bytes that complete a file are sent from memory, and written and committed in one call.
     """
 
     def test_a_small_blob_costs_one_call(self) -> None:
@@ -937,7 +934,7 @@ class SpillTests(DownloadTestCase):
 
     def breaking(self, after: int) -> None:
         """
-        Let the disk take so many bytes more, and then none.
+        Let the disk accept so many bytes more, and then none.
         """
         left = [after]
 
@@ -951,7 +948,7 @@ class SpillTests(DownloadTestCase):
 
     def test_loses_nothing(self) -> None:
         """
-        Wherever the disk fails, between batches, within one, or at the first byte, every reader gets all.
+        Wherever the disk fails, between batches, within one, or at the first byte, every reader gets everything.
         """
         size = TAIL + 1000
         data = noise("x", size)
@@ -979,7 +976,7 @@ class SpillTests(DownloadTestCase):
 
     def test_verifies_all_the_same(self) -> None:
         """
-        The hash goes on over what the file took and what it did not: other bytes fail.
+        The hash covers what the file has and what it hasn't: wrong bytes fail.
         """
         size = 400 + TAIL + 1
         self.breaking(500)
@@ -996,7 +993,7 @@ class SpillTests(DownloadTestCase):
 
     def test_late_ones_begin_where_there_are_bytes(self) -> None:
         """
-        After the disk failed a reader may begin in what the file took as long as all behind it is still held.
+        After the failure a reader may begin in the written part as long as everything behind it is still held.
         """
         data = noise("x", 10_000)
         self.breaking(4000)
@@ -1019,7 +1016,7 @@ class SpillTests(DownloadTestCase):
 
     def test_without_readers_is_given_up(self) -> None:
         """
-        When the disk fails and nobody follows, the transfer ends once its window is full.
+        If the disk fails and there is no follower, the transfer ends once its window is full.
         """
         data = noise("x", 4 * WINDOW)
         self.breaking(1000)
@@ -1032,7 +1029,7 @@ class SpillTests(DownloadTestCase):
 
     def test_of_much_that_waited_loses_nothing(self) -> None:
         """
-        When the disk fails with much waiting for it and upstream has ended meanwhile, readers still get all.
+        If the disk fails with many bytes waiting for it and upstream has ended meanwhile, readers still get everything.
         """
         data = noise("x", 3 * WINDOW)
         self.breaking(2**16)
@@ -1059,7 +1056,7 @@ class WindowTests(DownloadTestCase):
 
     def test_passes_through(self) -> None:
         """
-        Its readers get all of it, the last byte once the digest is proved.
+        Its readers get all of it, the last byte once the digest is verified.
         """
         data = noise("x", 300_000)
         download = self.begin(data, kept=False)
@@ -1074,7 +1071,7 @@ class WindowTests(DownloadTestCase):
 
     def test_of_unknown_length(self) -> None:
         """
-        Where no length was announced all bytes pass, and the end is told once the digest is proved.
+        Without an announced length all bytes are passed on, and the end once the digest is verified.
         """
         data = noise("x", 1000)
         download = self.begin(data, kept=False, size=None)
@@ -1087,7 +1084,7 @@ class WindowTests(DownloadTestCase):
 
     def test_of_unknown_length_with_other_bytes(self) -> None:
         """
-        Without a length as well other bytes fail before the end is told.
+        Without a length wrong bytes fail before the end, too.
         """
         download = self.begin(b"right", kept=False, size=None)
         reader = Reader(download.follow(0, None))
@@ -1119,7 +1116,7 @@ class WindowTests(DownloadTestCase):
 
     def test_of_unknown_length_a_break_is_the_end(self) -> None:
         """
-        Nobody knows what is missing then.
+        What is missing is unknown then.
         """
         download = self.begin(b"x" * 1000, kept=False, size=None)
         reader = Reader(download.follow(0, None))
@@ -1130,7 +1127,7 @@ class WindowTests(DownloadTestCase):
 
     def test_waits_for_the_slowest(self) -> None:
         """
-        Upstream is held back while a reader does not read, with bounded memory, and goes on when it does.
+        Upstream is paused while a reader does not read, with bounded memory, and resumed when it does.
         """
         data = noise("x", 16 * WINDOW)
         download = self.begin(data, kept=False)
@@ -1140,7 +1137,7 @@ class WindowTests(DownloadTestCase):
             while not self.tap.paused and arrived < len(data):
                 self.tap.arrived(data[arrived : arrived + 2**16])
                 arrived += 2**16
-            # What waits to be hashed, what is being hashed, and what waits to be read.
+            # Bytes that wait to be hashed, that are being hashed, and that wait to be read.
             self.assertLessEqual(arrived - len(slow.got), 3 * WINDOW + 2 * 2**16)
             rounds += 1
             slow.read(WINDOW)
@@ -1152,7 +1149,7 @@ class WindowTests(DownloadTestCase):
 
     def test_goes_on_without_a_reader_that_stops(self) -> None:
         """
-        After some seconds, as others wait for it; as long as it reads on, slowly, they wait.
+        After some seconds, as others wait for it; as long as it reads, however slowly, they wait.
         """
         data = noise("x", 12 * WINDOW)
         download = self.begin(data, kept=False)
@@ -1187,7 +1184,7 @@ class WindowTests(DownloadTestCase):
 
     def test_waits_for_readers_that_nobody_else_waits_for(self) -> None:
         """
-        However long: that is for the client's own limit. One that waits for them later has them left behind.
+        However long: the client's own limit applies. It is left behind when another reader has to wait for it.
         """
         data = noise("x", 12 * WINDOW)
         download = self.begin(data, kept=False)
@@ -1239,7 +1236,7 @@ class WindowTests(DownloadTestCase):
 
     def test_goes_on_when_the_slowest_leaves(self) -> None:
         """
-        Who leaves holds nobody back any more.
+        A reader that disconnects no longer delays others.
         """
         data = noise("x", 12 * WINDOW)
         download = self.begin(data, kept=False)
@@ -1252,7 +1249,7 @@ class WindowTests(DownloadTestCase):
 
     def test_ends_with_its_last_reader(self) -> None:
         """
-        When the last reader leaves upstream is stopped, and nobody can follow any more.
+        When the last reader disconnects upstream is stopped, and nobody can follow any longer.
         """
         data = noise("x", 1000)
         download = self.begin(data, kept=False)
@@ -1267,7 +1264,7 @@ class WindowTests(DownloadTestCase):
 
     def test_is_offered_from_where_it_is(self) -> None:
         """
-        A reader can begin at what is still held or yet to come, not at what has passed.
+        A reader can begin at bytes that are still held or yet to come, not at earlier ones.
         """
         data = noise("x", 1000)
         download = self.begin(data, kept=False)
@@ -1285,7 +1282,7 @@ class WindowTests(DownloadTestCase):
 
     def test_a_reader_ahead_of_it_waits(self) -> None:
         """
-        A reader whose range begins later holds nothing back and gets its range.
+        A reader whose range begins later delays nobody and gets its range.
         """
         data = noise("x", 6 * WINDOW)
         download = self.begin(data, kept=False)
@@ -1297,7 +1294,7 @@ class WindowTests(DownloadTestCase):
 
     def test_a_reader_of_a_part_holds_nobody_back(self) -> None:
         """
-        A reader that has its range but for the last byte, which waits for the proof, does not hold up the transfer.
+        A reader that has its range except for the last byte, which waits for verification, does not delay the transfer.
         """
         data = noise("x", 6 * WINDOW)
         download = self.begin(data, kept=False)
@@ -1309,7 +1306,7 @@ class WindowTests(DownloadTestCase):
 
     def test_upstream_may_end_while_the_window_is_full(self) -> None:
         """
-        When upstream has ended before a slow reader read, it still gets all.
+        If upstream has ended before a slow reader read, it still gets everything.
         """
         data = noise("x", 4 * WINDOW)
         download = self.begin(data, kept=False)
@@ -1325,7 +1322,7 @@ class WindowTests(DownloadTestCase):
 
 class EndedTests(DownloadTestCase):
     """
-    What has ended holds no bytes, whoever still refers to it: the garbage collector sees objects, not their weight.
+    An ended transfer holds no bytes, whatever still refers to it: the garbage collector sees objects, not their size.
     """
 
     def setUp(self) -> None:
@@ -1337,7 +1334,7 @@ class EndedTests(DownloadTestCase):
 
     def assertForgotten(self, end: Callable[[], object], *, kept: bool) -> None:
         """
-        Bytes that came are held by nobody when the transfer has ended and its reader has left.
+        Assert that nothing holds the received bytes when the transfer has ended and its reader has left.
         """
         before = sys.getrefcount(self.piece)
         download = self.begin(self.data, kept=kept)
@@ -1353,7 +1350,7 @@ class EndedTests(DownloadTestCase):
 
     def test_forgets_other_bytes(self) -> None:
         """
-        What is not the digest's is dropped when those who followed it have left.
+        Bytes with another digest are dropped when their followers have left.
         """
 
         def end() -> None:
@@ -1365,7 +1362,7 @@ class EndedTests(DownloadTestCase):
 
     def test_forgets_what_broke_off(self) -> None:
         """
-        What upstream broke off, once or for good, is dropped.
+        Bytes of a transfer that upstream broke off, once or for good, are dropped.
         """
 
         def end() -> None:
@@ -1377,7 +1374,7 @@ class EndedTests(DownloadTestCase):
 
     def test_forgets_what_the_disk_refused(self) -> None:
         """
-        What a disk that fails did not take is dropped with the transfer.
+        Bytes that a failing disk did not accept are dropped with the transfer.
         """
         for code in (errno.EIO, errno.ENOSPC):
             fails = partial(fail_with, code)
@@ -1392,7 +1389,7 @@ class EndedTests(DownloadTestCase):
 
     def test_forgets_what_nobody_foresaw(self) -> None:
         """
-        A failure of the daemon itself keeps no bytes.
+        A bug in the daemon keeps no bytes.
         """
         self.patch(Writer, "write", fail_unforeseen)
 
@@ -1405,7 +1402,7 @@ class EndedTests(DownloadTestCase):
 
     def test_forgets_while_it_waits(self) -> None:
         """
-        Bytes that are written, or that all have read, are held by nobody while the next are waited for.
+        Nothing holds bytes that are written, or that all have read, while the next are awaited.
         """
         for kept in (True, False):
             before = sys.getrefcount(self.piece)
@@ -1419,7 +1416,7 @@ class EndedTests(DownloadTestCase):
 
 def is_data(written: bytes | memoryview) -> bool:
     """
-    Tell a blob's bytes from a record.
+    Return True for a blob's bytes, False for a record.
     """
     return isinstance(written, memoryview)
 
@@ -1435,7 +1432,7 @@ def fail_with(code: int, *_: object) -> NoReturn:
 class FollowerTests(DownloadTestCase):
     def test_hears_nothing_after_closing(self) -> None:
         """
-        Who reads no more is not told any more.
+        A closed reader gets no notifications.
         """
         download = self.begin(b"x" * 10)
         heard: list[int] = []
@@ -1449,7 +1446,7 @@ class FollowerTests(DownloadTestCase):
 
     def test_one_may_close_while_all_are_told(self) -> None:
         """
-        One who closes on hearing the news keeps it from nobody.
+        A reader that closes when it is notified doesn't keep others from being notified.
         """
         download = self.begin(b"x" * 10)
         first = download.follow(0, 10)
@@ -1478,7 +1475,7 @@ class FollowerTests(DownloadTestCase):
 
     def test_of_nothing_is_done_when_it_is_proved(self) -> None:
         """
-        The empty blob's reader has nothing to read, and is done once the digest is proved; of no other blob is it.
+        The reader of an empty blob has nothing to read, and is done once the digest is verified; no other reader is.
         """
         follower = self.begin(b"").follow(0, 0)
         self.assertIsNone(follower.piece(10))
@@ -1492,12 +1489,12 @@ class FollowerTests(DownloadTestCase):
 
 class HandsTests(SynchronousTestCase):
     """
-    The double for threads does what it is trusted with.
+    The double for threads works as the tests expect.
     """
 
     def test_works_when_told_to(self) -> None:
         """
-        Idle hands work at once, others when told, in order; failures come through.
+        Idle hands work at once, others when told, in order; failures are passed on.
         """
         hands, done = Hands(), list[Sequence[object]]()
         self.assertEqual(3, self.successResultOf(hands(len, "abc")))

@@ -1,5 +1,5 @@
 """
-The registry token is fetched through botocore and kept fresh, whatever AWS does.
+botocore fetches the registry token, and the daemon keeps it fresh, whatever AWS does.
 """
 
 from __future__ import annotations
@@ -63,18 +63,18 @@ class Raw:
 
     def stream(self, *_: object) -> Iterator[bytes]:
         """
-        Give it in one piece.
+        Return it in one piece.
         """
         yield self._body
 
 
 class FakeAws:
     """
-    All that botocore may reach: the HTTP layer beneath the real one's signing, parsing and looking for credentials.
+    All that botocore can reach: the HTTP layer below the real signing, parsing and credential lookup.
 
-    When the test is over, no secret of AWS's may be in the log.
+    After the test, no secret of AWS's may be in the log.
 
-    @ivar answers: status and body by method and URL; what is not there can't be reached.
+    @ivar answers: status and body by method and URL; other URLs can't be reached.
     @ivar asked: the requests for tokens.
     """
 
@@ -108,7 +108,7 @@ class FakeAws:
 
     def grants(self, answer: object = GRANTED, status: int = 200) -> None:
         """
-        Answer who asks ECR for a token.
+        Answer requests for ECR tokens.
         """
         self.answers["POST", "https://api.ecr.eu-west-1.amazonaws.com/"] = (status, answer)
 
@@ -130,7 +130,7 @@ class FakeAws:
 
     def signed_with(self) -> str:
         """
-        Tell whose key the last request for a token was signed with.
+        Return the key with which the last request for a token was signed.
         """
         header = self.asked[-1].headers["Authorization"]
         text = header.decode() if isinstance(header, bytes) else header
@@ -150,7 +150,7 @@ class FakeAws:
 
 def credentials(key: str) -> dict[str, str]:
     """
-    Make temporary credentials, as metadata services give them.
+    Return temporary credentials as metadata services issue them.
     """
     return {
         "Code": "Success",
@@ -165,19 +165,19 @@ def credentials(key: str) -> dict[str, str]:
 
 def fetch(*, instance_auth: bool = False) -> Token:
     """
-    Ask for the token of a region.
+    Request the token of a region.
     """
     return fetch_token("eu-west-1", Credentials(instance_auth=instance_auth))
 
 
 class FetchTests(SynchronousTestCase):
     """
-    AWS is asked as its own tools ask it.
+    Requests to AWS.
     """
 
     def test_a_token_is_fetched_for_the_region(self) -> None:
         """
-        One signed request to the region's ECR gives the token and its expiry.
+        One signed request to the region's ECR returns the token and its expiry.
         """
         aws = FakeAws(self)
         aws.grants()
@@ -197,7 +197,7 @@ class FetchTests(SynchronousTestCase):
 
     def test_what_botocore_knows_of_awss_services_is_read_once(self) -> None:
         """
-        Not for each role, and each token: it has megabytes.
+        Not for each role, and each token: it is megabytes.
         """
         aws, read = FakeAws(self), list[str]()
         aws.grants()
@@ -208,7 +208,7 @@ class FetchTests(SynchronousTestCase):
 
     def test_botocores_own_settings_work(self) -> None:
         """
-        AWS_ENDPOINT_URL leads to a stand-in for AWS, and a profile has its keys.
+        AWS_ENDPOINT_URL leads to a stand-in for AWS, and a profile provides its keys.
         """
         aws = FakeAws(self, {"AWS_ENDPOINT_URL": "http://moto:5000", "AWS_PROFILE": "team"})
         Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"]).write_text(
@@ -220,7 +220,7 @@ class FetchTests(SynchronousTestCase):
 
     def test_refusals_that_will_not_change_are_told_from_the_others(self) -> None:
         """
-        Wrong keys are for the operator to mend; throttling and failing are for waiting.
+        The operator has to fix wrong keys; throttling and failures pass.
         """
         expected = {
             "UnrecognizedClientException": CredentialsError,
@@ -246,7 +246,7 @@ class FetchTests(SynchronousTestCase):
 
     def test_a_wrong_clock_is_not_a_wrong_key(self) -> None:
         """
-        A machine whose clock is set later gets its token then, and until then is told to look at the clock.
+        If the clock is set later, the token is fetched then; until then the message blames the clock.
         """
         aws = FakeAws(self)
         for message in (
@@ -258,7 +258,7 @@ class FetchTests(SynchronousTestCase):
 
     def test_a_refusal_that_repeats_the_request_tells_no_secret(self) -> None:
         """
-        AWS shows what it would have signed, the session token included: no log and no /readyz does.
+        AWS shows what it would have signed, including the session token: no log and no /readyz does.
         """
         aws = FakeAws(self, {**KEYS, "AWS_SESSION_TOKEN": SESSION})
         message = (
@@ -278,7 +278,7 @@ class FetchTests(SynchronousTestCase):
 
     def test_an_answer_is_asked_for_once(self) -> None:
         """
-        Waiting and trying again is not done in the thread, where nothing could stop it.
+        The thread neither waits nor retries, since nothing could stop it there.
         """
         aws = FakeAws(self)
         aws.refuses("InternalFailure", status=500)
@@ -296,7 +296,7 @@ class FetchTests(SynchronousTestCase):
 
     def test_no_credentials_at_all_are_told_with_what_to_set(self) -> None:
         """
-        The operator reads which variable is missing, and AWS is not asked.
+        The operator reads which variable is missing, and no request goes to AWS.
         """
         aws = FakeAws(self, {})
         problem = self.assertRaises(CredentialsError, fetch)
@@ -306,7 +306,7 @@ class FetchTests(SynchronousTestCase):
 
     def test_credentials_that_cannot_be_used_are_told(self) -> None:
         """
-        Half a key, a profile that is not there and a file that is none are mistakes, not matters of waiting.
+        Half a key, a missing profile and an invalid file are mistakes; waiting doesn't help.
         """
         FakeAws(self, {"AWS_ACCESS_KEY_ID": "AKID"})
         self.assertIn("AWS_SECRET_ACCESS_KEY", str(self.assertRaises(CredentialsError, fetch)))
@@ -319,7 +319,7 @@ class FetchTests(SynchronousTestCase):
 
 class CredentialProcessTests(SynchronousTestCase):
     """
-    A profile's program that hangs is ended with all that it started, and its thread is free.
+    A profile's program that hangs is killed with all its children, and its thread is free.
     """
 
     def setUp(self) -> None:
@@ -331,7 +331,7 @@ class CredentialProcessTests(SynchronousTestCase):
 
     def write(self, script: str, config: str) -> None:
         """
-        Set up a program, and profiles that use it.
+        Create a program, and profiles that use it.
         """
         self.program.write_text(f"#!/bin/sh\n{script}\n")
         self.program.chmod(0o700)
@@ -339,7 +339,7 @@ class CredentialProcessTests(SynchronousTestCase):
 
     def assert_ended(self) -> None:
         """
-        Hold that the program that hung has left no child.
+        Assert that the program that hung has left no child.
         """
         self.write(f"sleep 1000 & echo $! > {self.child}; wait", self.config.read_text())
         problem = self.assertRaises(TokenUnavailableError, fetch)
@@ -374,12 +374,12 @@ class CredentialProcessTests(SynchronousTestCase):
 
 class InstanceAuthTests(SynchronousTestCase):
     """
-    AWS_INSTANCE_AUTH takes the role of the instance, container or pod, and nothing else.
+    AWS_INSTANCE_AUTH uses the role of the instance, container or pod, and nothing else.
     """
 
     def test_keys_that_are_set_are_ignored(self) -> None:
         """
-        Neither the environment's nor a file's keys are used where the instance's role is asked for.
+        Neither the environment's nor a file's keys are used if the instance's role is required.
         """
         aws = FakeAws(self, {**KEYS, "AWS_EC2_METADATA_DISABLED": "false"})
         Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"]).write_text(
@@ -394,7 +394,7 @@ class InstanceAuthTests(SynchronousTestCase):
 
     def test_a_containers_role_is_used(self) -> None:
         """
-        Tasks of ECS have their role from the agent beside them.
+        ECS tasks get their role from the agent on their host.
         """
         aws = FakeAws(self, {**KEYS, "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/v2/credentials/x"})
         aws.answers["GET", "http://169.254.170.2/v2/credentials/x"] = (200, credentials("AKIDTASK"))
@@ -404,7 +404,7 @@ class InstanceAuthTests(SynchronousTestCase):
 
     def test_no_role_is_told_with_what_to_do(self) -> None:
         """
-        Keys that happen to be set don't stand in for the missing role.
+        Other keys that are set don't replace the missing role.
         """
         aws = FakeAws(self)
         problem = self.assertRaises(TokenUnavailableError, fetch, instance_auth=True)
@@ -414,7 +414,7 @@ class InstanceAuthTests(SynchronousTestCase):
 
     def trouble(self) -> Exception:
         """
-        Ask for a token, and say what went wrong.
+        Request a token, and return the error.
         """
         try:
             fetch(instance_auth=True)
@@ -424,7 +424,7 @@ class InstanceAuthTests(SynchronousTestCase):
 
     def test_a_metadata_service_in_trouble_is_waited_for(self) -> None:
         """
-        Down, throttling, failing or talking nonsense, it is no reason to end; once it is well there is a token.
+        Whether it is down, throttles, fails or answers nonsense, the daemon goes on; once it works there is a token.
         """
         aws = FakeAws(self, {"AWS_EC2_METADATA_DISABLED": "false"})
         aws.grants()
@@ -441,7 +441,7 @@ class InstanceAuthTests(SynchronousTestCase):
 
     def test_a_containers_agent_in_trouble_is_waited_for(self) -> None:
         """
-        So it is with what gives a task its role.
+        So it is with the service for a task's role.
         """
         self.patch(ContainerMetadataFetcher, "SLEEP_TIME", 0)
         aws = FakeAws(self, {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/v2/credentials/x"})
@@ -452,9 +452,9 @@ class InstanceAuthTests(SynchronousTestCase):
 
     def test_sts_in_trouble_is_waited_for(self) -> None:
         """
-        A pod's role comes from STS: when that throttles, fails or can't be reached, the daemon goes on trying.
+        A pod's role comes from STS: if that throttles, fails or can't be reached, the daemon retries.
         """
-        self.patch(time, "sleep", lambda _: None)  # botocore waits between its tries
+        self.patch(time, "sleep", lambda _: None)  # botocore waits between its attempts
         folder = scratch(self)
         folder.mkdir()
         (folder / "jwt").write_text("a.web.token")
@@ -483,9 +483,6 @@ class TokenServiceTests(SynchronousTestCase):
     """
 
     def setUp(self) -> None:
-        """
-        A service, a clock, and AWS in the test's hands.
-        """
         self.clock = Clock()
         self.clock.advance(START)
         self.fetches: list[Deferred[Token]] = []
@@ -497,33 +494,30 @@ class TokenServiceTests(SynchronousTestCase):
 
     def now(self) -> float:
         """
-        Tell the time of the day, which somebody may set.
+        Return the wall-clock time, which may be set.
         """
         return self.clock.seconds() + self.set_by
 
     def refused(self, problem: CredentialsError) -> bool:
         """
-        Be told of refused credentials.
+        Record that credentials were rejected.
         """
         self.refusals.append(problem)
         return self.ends
 
     def fetch(self) -> Deferred[Token]:
-        """
-        Ask AWS.
-        """
         self.fetches.append(Deferred())
         return self.fetches[-1]
 
     def answer(self, secret: str, life: float = LIFE) -> None:
         """
-        Have AWS answer the last question with a token.
+        Have AWS answer the last request with a token.
         """
         self.fetches[-1].callback(Token(secret, self.now() + life))
 
     def refuse(self, problem: Exception | None = None) -> None:
         """
-        Have AWS fail the last question.
+        Have AWS fail the last request.
         """
         self.fetches[-1].errback(problem or TokenUnavailableError("AWS is down"))
 
@@ -537,25 +531,22 @@ class TokenServiceTests(SynchronousTestCase):
 
     def get(self) -> Deferred[str]:
         """
-        Ask for the token.
+        Request the token.
         """
         return Deferred.fromCoroutine(self.service.get())
 
     def renew(self, refused: str) -> Deferred[str]:
-        """
-        Ask for another token.
-        """
         return Deferred.fromCoroutine(self.service.renew(refused))
 
     def pass_time(self, seconds: int) -> None:
         """
-        Let time pass second by second, as it does.
+        Advance the clock second by second.
         """
         self.clock.pump([1.0] * seconds)
 
     def test_the_first_token_is_asked_for_at_the_start(self) -> None:
         """
-        Nobody has to ask for anything first.
+        No client has to send a request first.
         """
         self.assertEqual(0, len(self.fetches))
         self.start()
@@ -582,7 +573,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_token_of_the_past_is_refreshed_once_a_minute_at_most(self) -> None:
         """
-        moto says of all tokens that they expired in 2015; they work, and AWS is not asked in a loop.
+        moto's tokens all expired in 2015; they work, and AWS is not asked in a loop.
         """
         self.start("first", life=MOTOS_EXPIRY - START)
         self.pass_time(59)
@@ -610,7 +601,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_clock_set_forward_a_little_refreshes_nothing(self) -> None:
         """
-        While the token is good, the refresh comes when it was to come.
+        While the token is valid, the refresh keeps its time.
         """
         self.start("first")
         self.set_by = 3600.0
@@ -621,7 +612,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_clock_set_back_delays_no_refresh(self) -> None:
         """
-        A token is replaced after the time that it had, whatever the day is said to be; the next one too.
+        A token is replaced after its lifetime, whatever the wall clock says; the next one too.
         """
         self.start("first")
         self.set_by = -10 * 365 * 86400.0
@@ -633,7 +624,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_clock_set_while_aws_fails_changes_no_retry(self) -> None:
         """
-        After a failure the next try comes when it was to come.
+        After a failure the next attempt keeps its time.
         """
         for jump in (10 * 365 * 86400.0, -10 * 365 * 86400.0):
             self.setUp()
@@ -676,7 +667,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_fetches_that_never_return_are_counted_out_after_a_while(self) -> None:
         """
-        What kept them may be well since: tries go on, and each thread is counted to the end.
+        The cause may be gone: attempts go on, and each thread is counted to the end.
         """
         self.start()
         self.pass_time(3600)
@@ -718,7 +709,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def failing_for(self, seconds: int, chance: float) -> list[float]:
         """
-        Tell when AWS is asked that fails all the while.
+        Return when AWS is asked if it fails all the time.
         """
         self.chance = chance
         self.start()
@@ -754,7 +745,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_success_ends_the_backing_off(self) -> None:
         """
-        The next failure is tried again as soon as a first one is.
+        The next failure is retried as soon as a first one.
         """
         self.chance = 1.0
         self.start()
@@ -770,7 +761,8 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_requests_that_fail_for_want_of_a_token_bring_the_retry_forward(self) -> None:
         """
-        AWS is asked ten seconds after it failed, however long it has failed, and no sooner however many ask.
+        AWS is asked ten seconds after it failed, however long it has failed, and no sooner however many requests there
+        are.
         """
         self.failing_for(600, 1.0)
         self.refuse_next()
@@ -804,7 +796,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_the_old_token_stays_in_use_while_aws_fails(self) -> None:
         """
-        A token is good until it expires, whatever the refresh says; then it is said what is wrong.
+        A token is valid until it expires, whatever the refresh says; then the error is reported.
         """
         self.start("first")
         self.clock.advance(21_600)
@@ -821,7 +813,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_requests_wait_for_the_first_token(self) -> None:
         """
-        A pull that comes while the daemon starts is served, even if AWS fails once meanwhile.
+        A pull during the daemon's start is served, even if AWS fails once meanwhile.
         """
         self.start()
         one, other = self.get(), self.get()
@@ -834,7 +826,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_requests_wait_ten_seconds_and_no_longer(self) -> None:
         """
-        Then they are told why there is no token; who asks later is told at once, for what the cache has may do.
+        Then they get the reason why there is no token; later requests get it at once, for the cache may do.
         """
         self.start()
         waiting = self.get()
@@ -847,7 +839,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_client_that_leaves_cancels_nobody(self) -> None:
         """
-        The others who wait, and the refresh itself, go on.
+        Other waiting clients, and the refresh itself, go on.
         """
         self.start()
         gone, kept = self.get(), self.get()
@@ -859,7 +851,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_one_refresh_serves_all_whose_token_was_refused(self) -> None:
         """
-        However many pulls meet the refusal, AWS is asked once, and all go on with the new token.
+        However many pulls are rejected, AWS is asked once, and all go on with the new token.
         """
         self.start("first")
         waiting = [self.renew("first") for _ in range(20)]
@@ -873,7 +865,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_refused_token_that_was_replaced_already_is_not_refreshed(self) -> None:
         """
-        Who comes late with the old token gets the new one at once.
+        A late request with the old token gets the new one at once.
         """
         self.start("first")
         self.renew("first")
@@ -883,7 +875,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_refused_token_waits_for_a_refresh_under_way(self) -> None:
         """
-        A refresh that was due anyway serves those whose token is refused meanwhile.
+        A refresh that was due anyway serves the requests whose token is rejected meanwhile.
         """
         self.start("first")
         self.clock.advance(21_600)
@@ -894,7 +886,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_renewal_that_fails_gives_the_old_token(self) -> None:
         """
-        ECR's own answer to it then says what is wrong; nobody waits longer than it takes AWS to fail, or ten seconds.
+        ECR's own answer to it then says what is wrong; requests wait until AWS fails, but no longer than ten seconds.
         """
         self.start("first")
         waiting = self.renew("first")
@@ -956,7 +948,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_renewed_token_has_its_own_half_life(self) -> None:
         """
-        The refresh that was due for the old token is not made.
+        The refresh that was due for the old token is cancelled.
         """
         self.start("first")
         self.clock.advance(21_000)
@@ -967,7 +959,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_credentials_refused_at_the_start_may_end_the_daemon(self) -> None:
         """
-        Then no next try is announced, and none is made.
+        Then no retry is announced, and none is made.
         """
         self.ends = True
         problem = CredentialsError("AWS credentials are refused")
@@ -990,7 +982,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_credentials_refused_later_do_not_end_the_daemon(self) -> None:
         """
-        It serves what it has, and goes on trying.
+        It serves what it has, and retries.
         """
         self.ends = True
         self.start("first")
@@ -1002,7 +994,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_aws_being_down_at_the_start_does_not_end_the_daemon(self) -> None:
         """
-        Whatever is thrown, short of a refusal, is worth another try.
+        Any exception short of a refusal leads to a retry.
         """
         self.start()
         self.refuse(ValueError())
@@ -1013,7 +1005,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_it_is_said_why_there_is_no_token_yet(self) -> None:
         """
-        From the start on until the first token comes.
+        From the start until the first token.
         """
         self.assertIn("AWS", self.service.problem() or "")
         self.start()
@@ -1026,7 +1018,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_stopped_service_asks_no_more(self) -> None:
         """
-        Nothing is left on the clock, whether or not it ever started.
+        No timer is left, whether or not it ever started.
         """
         self.start("first")
         self.service.stopService()
@@ -1037,7 +1029,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_fetch_that_fails_before_it_begins_is_a_failure_like_others(self) -> None:
         """
-        A thread pool that takes no more work does not end the refreshing.
+        A thread pool that accepts no more work does not end the refreshing.
         """
         calls: list[int] = []
 
@@ -1056,7 +1048,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_no_secret_is_shown(self) -> None:
         """
-        Neither the log nor a token's own description has it.
+        Neither the log nor a token's repr contains it.
         """
         with capturedLogs() as events:
             self.start("c2VjcmV0")

@@ -1,5 +1,5 @@
 """
-The registry and its buckets, reached through an egress proxy.
+The registry and its buckets behind an egress proxy.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SECONDS = 27
 class VariablesTests(SynchronousTestCase):
     def proxied(self, no_proxy: str, *places: str) -> list[str]:
         """
-        Tell which of the places are reached through the proxy.
+        Return which of the URLs are reached through the proxy.
         """
         egress = Egress.read({"HTTPS_PROXY": "http://proxy.test:3128", "NO_PROXY": no_proxy})
         split = [(place, *place.rsplit(":", 1)) for place in places]
@@ -106,7 +106,7 @@ class VariablesTests(SynchronousTestCase):
 
     def test_botocore_reaches_this_machine_and_its_metadata_itself(self) -> None:
         """
-        With botocore's own rules, which know of no exemption but C{no_proxy}; what is exempt already stays so.
+        botocore's own rules know no exemption except C{no_proxy}; existing exemptions stay.
         """
         theirs = {
             "HTTPS_PROXY": "http://proxy.test",
@@ -181,7 +181,7 @@ class ConnectProxy(Protocol):
 
 class ProxyCase(DaemonTestCase):
     """
-    A registry and a bucket that are reached through a proxy alone.
+    A registry and a bucket that can be reached only through a proxy.
     """
 
     REGISTRY = "https://cache.test"
@@ -203,7 +203,7 @@ class ProxyCase(DaemonTestCase):
 
     def agent(self, back: Network) -> IAgent:
         """
-        Make the daemon's own agent, which knows of no host but the proxy.
+        Build the daemon's own agent, which knows no host but the proxy.
         """
         self.reactor = Wired(self.clock, back)
         self.reactor.names.known.update({"proxy.test": ["10.9.9.9"], "cache.test": []})
@@ -237,7 +237,7 @@ class ProxyCase(DaemonTestCase):
 
     def assertRefusedThere(self, words: str) -> None:
         """
-        The client has a 502 that says so, and no line has the password.
+        Assert that the client has a 502 that says so, and that no line contains the password.
         """
         self.assertRefused(self.pull(), 502, "UNAVAILABLE", words)
         logged = self.logged()
@@ -310,7 +310,7 @@ class TunnelTests(ProxyCase):
 
     def test_one_that_was_silent_for_long_is_used_when_it_answers_again(self) -> None:
         """
-        Whatever was asked meanwhile, by clients and by the daemon itself; and what queued for long has its own error.
+        Whatever clients and the daemon itself requested meanwhile; requests that queued for long have their own error.
         """
         self.answers = [b""] * 99
         blobs = {f"{name}/app": noise(name, 1000) for name in "abcdef"}
@@ -344,7 +344,7 @@ class TunnelTests(ProxyCase):
                 f"/v2/team/app/blobs/{self.standin.push_blob('team/app', each)}" for each in (self.data, warm)
             )
             self.assertWhole(self.pull(), warm)
-            self.pass_time(600)  # tunnels that nobody uses are closed
+            self.pass_time(600)  # unused tunnels are closed
             behind = self.behind
             self.answers, self.drip, self.closing = answers, drip, closing
             if silent:
@@ -378,7 +378,7 @@ class SecureProxyTests(ProxyCase):
 
     def test_many_connections_lead_through_it_at_once(self) -> None:
         """
-        To the registry and to the bucket, those of clients and of what is read ahead.
+        To the registry and to the bucket, those of clients and of read-ahead.
         """
         self.reactor.names.known["cache.test"] = ["10.9.9.9"]
         self.start(agent=self.agent, read_ahead=True)
@@ -440,7 +440,7 @@ class PlainTests(ProxyCase):
 class OwnNamesTests(SynchronousTestCase):
     def test_the_resolver_is_the_one_that_was_there_first(self) -> None:
         """
-        While it finds nothing, the proxy is where it was last.
+        While it finds nothing, the proxy's last address is used.
         """
         reactor: Any = MemoryReactorClock()
         first = reactor.nameResolver = System()

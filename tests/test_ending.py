@@ -1,5 +1,5 @@
 """
-How the daemon ends: what is waited for, how long, and in which order its parts stop.
+Shutdown: what the daemon waits for, how long, and in which order its parts stop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GOOD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
 class DrainTests(DaemonTestCase):
     """
-    A daemon that ends while it has clients.
+    A daemon with clients that shuts down.
     """
 
     def setUp(self) -> None:
@@ -38,7 +38,7 @@ class DrainTests(DaemonTestCase):
 
     def start_again(self, **options: Any) -> None:
         """
-        Have another daemon, which has not been told to end.
+        Start another daemon, which is not shutting down.
         """
         self.start(**options)
         self.drain = Drain(self.daemon.site.connections, LIMIT, self.clock)
@@ -56,7 +56,7 @@ class DrainTests(DaemonTestCase):
 
     def end(self) -> Deferred[None]:
         """
-        Have the daemon end.
+        Shut the daemon down.
         """
         ending = self.drain.stopService()
         self.flush()
@@ -75,7 +75,7 @@ class DrainTests(DaemonTestCase):
 
     def test_without_clients_is_at_once(self) -> None:
         """
-        Nobody is waited for where there is nobody, and nothing is left to do later.
+        Without connections there is nothing to wait for, and no timer is left.
         """
         before = len(self.clock.getDelayedCalls())
         self.successResultOf(self.end())
@@ -83,7 +83,7 @@ class DrainTests(DaemonTestCase):
 
     def test_closes_idle_connections(self) -> None:
         """
-        A client that has its answer and keeps the connection for later is not waited for.
+        Idle keep-alive connections are not waited for.
         """
         client, _ = self.connect(GOOD)
         self.assertFalse(client.closed)
@@ -92,7 +92,7 @@ class DrainTests(DaemonTestCase):
 
     def test_lets_a_transfer_go_on(self) -> None:
         """
-        A response under way comes whole, however long the daemon has been told by then; then its connection closes.
+        A response in flight is completed, however long ago the shutdown began; then its connection closes.
         """
         reply = self.begin()
         ending = self.end()
@@ -105,7 +105,7 @@ class DrainTests(DaemonTestCase):
 
     def test_a_kept_connection_closes_with_the_response(self) -> None:
         """
-        A client that would keep its connection gets its response whole, and no further one.
+        A keep-alive client gets its response whole, and no further one.
         """
         self.standin.hold(self.digest)
         ask = f"GET {self.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
@@ -120,7 +120,7 @@ class DrainTests(DaemonTestCase):
 
     def test_tells_clients_that_the_connection_closes(self) -> None:
         """
-        Where a response has not begun yet, its headers say that it is the connection's last.
+        If a response has not begun yet, its headers say Connection: close.
         """
         self.start_again(fetch=Deferred)
         client, _ = self.connect(f"GET {self.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
@@ -133,7 +133,7 @@ class DrainTests(DaemonTestCase):
 
     def cut_short(self, version: str, path: str) -> tuple[Raw, End]:
         """
-        Have a response be under way when the limit is reached.
+        Have a response in flight when the limit is reached.
         """
         self.standin.hold(self.digest)
         client, wire = self.connect(f"GET {path} HTTP/{version}\r\nHost: x\r\n\r\n".encode())
@@ -145,7 +145,7 @@ class DrainTests(DaemonTestCase):
 
     def test_a_response_that_is_cut_ends_and_is_not_reset(self) -> None:
         """
-        containerd goes on with a blob whose connection has ended, and gives up on one that was reset.
+        containerd resumes a blob whose connection has ended, and gives up on one that was reset.
         """
         for version in ("1.1", "1.0"):
             client, _ = self.cut_short(version, self.path)
@@ -179,7 +179,7 @@ class DrainTests(DaemonTestCase):
 
     def test_cuts_what_takes_too_long(self) -> None:
         """
-        At the limit, not before: the client can't take what it has for the whole.
+        At the limit, not before: the client can tell that its response is incomplete.
         """
         reply = self.begin()
         ending = self.end()
@@ -192,7 +192,7 @@ class DrainTests(DaemonTestCase):
 
     def test_does_not_wait_for_transfers_that_nobody_follows(self) -> None:
         """
-        A blob whose client has gone is no reason to go on.
+        A blob whose client has disconnected is no reason to wait.
         """
         self.begin().leave()
         self.flush()
@@ -200,7 +200,7 @@ class DrainTests(DaemonTestCase):
 
     def test_a_request_that_is_on_its_way_is_answered(self) -> None:
         """
-        Who had connected, or begun to ask, before the end gets one answer, and is told that it is the last.
+        A client that had connected, or begun its request, before the shutdown gets one answer with Connection: close.
         """
         for before, after in ((b"", GOOD), (GOOD[:9], GOOD[9:])):
             self.start_again()
@@ -215,7 +215,7 @@ class DrainTests(DaemonTestCase):
 
     def test_connections_without_a_request_close_soon(self) -> None:
         """
-        A client that has connected and asks nothing has a second.
+        A client that has connected and sends no request has a second.
         """
         client, _ = self.connect()
         ending = self.end()
@@ -250,9 +250,6 @@ class Broken(Service):
     """
 
     def stopService(self) -> None:
-        """
-        Fail.
-        """
         raise RuntimeError("it is broken")
 
 
@@ -262,14 +259,11 @@ class InOrderTests(SynchronousTestCase):
         self.whole = InOrder()
 
     def add(self, part: Service) -> None:
-        """
-        Add a part.
-        """
         part.setServiceParent(self.whole)
 
     def test_each_waits_for_those_that_came_after_it(self) -> None:
         """
-        The last stops first, and what it stands on is not stopped before it has.
+        Parts stop in reverse order; none stops before those that depend on it.
         """
         first, second, third = parts = [Part(self.stopped) for _ in range(3)]
         for part in parts:
@@ -285,7 +279,7 @@ class InOrderTests(SynchronousTestCase):
 
     def test_a_part_that_fails_keeps_no_other(self) -> None:
         """
-        It is logged, and the others stop.
+        The failure is logged, and the others stop.
         """
         part = Part(self.stopped)
         part.done.callback(None)
@@ -299,7 +293,7 @@ class InOrderTests(SynchronousTestCase):
 
 class Reactor(MemoryReactorClock):
     """
-    A reactor that keeps what signal handlers have it call.
+    A reactor that records what signal handlers have it call.
     """
 
     def __init__(self) -> None:
@@ -308,7 +302,7 @@ class Reactor(MemoryReactorClock):
 
     def callFromThread(self, function: Callable[..., Any], *args: Any) -> None:
         """
-        Keep a call for later.
+        Record a call.
         """
         assert not args
         self.left_word.append(function)
@@ -323,12 +317,12 @@ class SignalsTests(SynchronousTestCase):
 
     def end(self) -> None:
         """
-        Be what ends the daemon.
+        The function that shuts down the daemon.
         """
 
     def reread(self) -> None:
         """
-        Be what reads certificates again.
+        The function that reloads certificates.
         """
 
     def run_reactor(self) -> None:
@@ -340,7 +334,7 @@ class SignalsTests(SynchronousTestCase):
 
     def test_are_ours_once_the_reactor_runs(self) -> None:
         """
-        Not before, for Twisted would put its own in their place.
+        Not before, for Twisted would replace them by its own.
         """
         self.assertEqual({}, self.installed)
         self.run_reactor()
@@ -348,7 +342,7 @@ class SignalsTests(SynchronousTestCase):
 
     def test_sigusr1_ends_nothing(self) -> None:
         """
-        It asks for a new log file. Where the log is one, its handler stays.
+        It asks for a new log file. If the log is a file, its handler stays.
         """
         self.run_reactor()
         self.assertEqual(signal.SIG_IGN, self.installed.pop(signal.SIGUSR1))
@@ -364,7 +358,7 @@ class SignalsTests(SynchronousTestCase):
 
     def test_that_end_the_daemon_do_so_in_the_reactor(self) -> None:
         """
-        A handler may run in the midst of anything: it only leaves word.
+        A handler may run at any point: it only schedules a call.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             self.setUp()
@@ -374,7 +368,7 @@ class SignalsTests(SynchronousTestCase):
 
     def test_that_come_again_end_it_at_once(self) -> None:
         """
-        Whichever of them it is, and even if the reactor does nothing any more.
+        Whichever signal it is, and even if the reactor hangs.
         """
         self.run_reactor()
         self.installed[signal.SIGTERM](signal.SIGTERM, None)

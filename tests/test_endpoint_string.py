@@ -1,5 +1,5 @@
 """
-Endpoint strings are understood as Twisted understands them.
+Endpoint strings are parsed as Twisted parses them.
 """
 
 # ruff: noqa: SLF001 (Twisted's parser has no public name)
@@ -23,7 +23,7 @@ TWISTED: Any = twisted_endpoints
 
 def parameters_in_twisted(kind: str) -> list[inspect.Parameter]:
     """
-    Return what Twisted's parser for a kind of endpoint takes, without what is no part of the string.
+    Return what Twisted's parser for a kind of endpoint accepts, without what is not part of the string.
     """
     parsers = {each.prefix: each for each in getPlugins(TWISTED.IStreamServerEndpointStringParser)}
     if kind in TWISTED._serverParsers:
@@ -46,7 +46,7 @@ class TwistedTests(SynchronousTestCase):
     @given(st.lists(st.text(":=\\ab/", max_size=6), min_size=1, max_size=4).map(":".join))
     def test_strings_are_split_as_by_twisted(self, rest: str) -> None:
         """
-        Whatever stands in them: what is taken here has the same meaning there, escapes included.
+        Every accepted string has the same meaning there, escapes included.
         """
         try:
             described = parse_endpoint_string(f"unix:{rest}")

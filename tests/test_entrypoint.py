@@ -1,5 +1,5 @@
 """
-How a container starts the daemon: as root it gives up its rights first.
+How a container starts the daemon: as root it drops its privileges first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ExecutedError(Exception):
 
 class EntrypointTests(SynchronousTestCase):
     """
-    What is done, in which order.
+    The steps and their order.
     """
 
     def setUp(self) -> None:
@@ -44,7 +44,7 @@ class EntrypointTests(SynchronousTestCase):
 
     def name_of(self, status: os.stat_result) -> str:
         """
-        Find by what name a file is there.
+        Find the name of a file.
         """
         every = (self.cache.parent, *self.cache.parent.rglob("*"))
         return next(str(each) for each in every if os.path.samestat(each.lstat(), status))
@@ -59,7 +59,7 @@ class EntrypointTests(SynchronousTestCase):
 
     def test_as_root_the_directory_is_given_away_then_all_rights_then_the_daemon_starts(self) -> None:
         """
-        The directory itself after what is in it: one that was interrupted is begun again.
+        The directory itself after its content: an interrupted run starts again.
         """
         (self.cache / "content").mkdir(parents=True)
         (self.cache / "content" / "file").touch()
@@ -78,7 +78,7 @@ class EntrypointTests(SynchronousTestCase):
 
     def test_links_and_files_that_have_other_names_are_left_alone(self) -> None:
         """
-        Somebody who may write there could have files elsewhere given away.
+        A user with write access there could have other files given away.
         """
         self.cache.mkdir()
         elsewhere = self.cache.parent / "elsewhere"
@@ -94,7 +94,7 @@ class EntrypointTests(SynchronousTestCase):
 
     def test_a_file_that_is_replaced_by_a_link_meanwhile_is_left_alone(self) -> None:
         """
-        What was looked at is what is given away, wherever it is by then.
+        The inspected file is the one whose owner changes, wherever it is by then.
         """
         self.cache.mkdir()
         file, elsewhere = self.cache / "file", self.cache.parent / "elsewhere"

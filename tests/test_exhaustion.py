@@ -1,5 +1,5 @@
 """
-A process without memory or threads ends.
+A process without memory or threads exits.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ecrproxy.daemon.service import Daemon
 
 class Turn:
     """
-    A lock that a thread releases when it begins: on a machine that is busy, some seconds after it was started.
+    A lock that a thread releases when it begins: on a busy machine, some seconds after it was started.
     """
 
     SECONDS = 4.0
 
     def acquire(self, *, timeout: float = 0.0) -> bool:
         """
-        Wait for that thread; who has just made the lock waits for nobody.
+        Wait for that thread; the first acquire does not wait.
         """
         return timeout >= self.SECONDS
 
@@ -71,7 +71,7 @@ class ExhaustionTests(SynchronousTestCase):
 
     def watched(self, *found: str | None) -> list[str]:
         """
-        Have these things found, one after another, and then end; tells what the process ended with.
+        Raise these failures, one after another, and then end; return the exit status of the process.
         """
         ended: list[str] = []
         finds = iter(found)
@@ -105,7 +105,7 @@ class ExhaustionTests(SynchronousTestCase):
 
 class Threadless(Service):
     """
-    Needs a thread at its start.
+    A service that needs a thread to start.
     """
 
     def startService(self) -> None:
@@ -139,7 +139,7 @@ class StartTests(SynchronousTestCase):
 class OrphanedTests(SynchronousTestCase):
     def test_a_worker_does_not_outlive_its_parent_for_long(self) -> None:
         """
-        Its event loop may hang, and there is no parent any more that would kill it.
+        Its event loop may hang, and there is no parent left to kill it.
         """
         clock, parents = Clock(), [7]
         orphaned = Orphaned(30.0, lambda: parents[-1], clock.seconds)

@@ -1,5 +1,5 @@
 """
-What clients asked for in vain is kept by what it was, and is as much as it may be.
+Failed requests of clients are recorded by kind, within a bound.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PATH = "/v2/team/app/manifests/1"
 
 class FailuresTests(SynchronousTestCase):
     """
-    One process's, and those of others with them.
+    One process's failures, merged with those of others.
     """
 
     def setUp(self) -> None:
@@ -44,7 +44,7 @@ class FailuresTests(SynchronousTestCase):
 
     def test_those_of_other_processes_are_added_up(self) -> None:
         """
-        Whichever tells first: the first time of all counts, and the client of the last.
+        In any order: the earliest time of all counts, and the client of the latest failure.
         """
         other = Failures(lambda: self.now)
         other.note(PATH, 502, "failing", "192.0.2.9")

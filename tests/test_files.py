@@ -1,5 +1,5 @@
 """
-The operator's files are read in a thread, and nothing that is put in their place stops the daemon.
+The operator's files are read in a thread, and no replacement for them stops the daemon.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class OpenFileTests(SynchronousTestCase):
 class UnreadTests(SynchronousTestCase):
     def test_who_may_not_read_a_file_is_told(self) -> None:
         """
-        The container gives up root's rights: a key that root alone may read is a surprise.
+        The container drops root's privileges: a key that only root may read is a surprise.
         """
         denied, gone = (OSError(number, os.strerror(number)) for number in (errno.EACCES, errno.ENOENT))
         self.assertEqual(f"can't be read by user {os.geteuid()}: Permission denied", unread(denied))
@@ -93,7 +93,7 @@ class ReadingTests(SynchronousTestCase):
 
     def test_one_that_hangs_is_logged_once_and_nobody_waits_for_it(self) -> None:
         """
-        However often somebody asks: there is one call in the thread, and one line of log a minute.
+        However often it is requested: there is one call in the thread, and one line of log a minute.
         """
         with capturedLogs() as events:
             asked = [self.reading.again(1), self.reading.again(2)]

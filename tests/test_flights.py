@@ -1,5 +1,5 @@
 """
-One fetch in the air for a key, whoever asks meanwhile.
+One fetch in flight for a key, however many callers wait.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ class FlightsTests(SynchronousTestCase):
         return await self.landing[-1]
 
     def test_one_fetch_serves_all_who_wait(self) -> None:
-        """
-        Whoever asks for the same while a fetch is in the air gets its result.
-        """
         waiting = [self.flights.join("x", self.fetch) for _ in range(3)]
         self.assertEqual(1, len(self.landing))
         self.assertIn("x", self.flights)
@@ -36,9 +33,6 @@ class FlightsTests(SynchronousTestCase):
         self.assertNotIn("x", self.flights)
 
     def test_other_things_are_other_flights(self) -> None:
-        """
-        Each key has its own fetch.
-        """
         x, y = self.flights.join("x", self.fetch), self.flights.join("y", self.fetch)
         self.landing[1].callback("of y")
         self.assertNoResult(x)
@@ -46,7 +40,7 @@ class FlightsTests(SynchronousTestCase):
 
     def test_a_failure_is_everybodys(self) -> None:
         """
-        A fetch that fails fails for all who wait.
+        A fetch that fails fails for all that wait.
         """
         waiting = [self.flights.join("x", self.fetch) for _ in range(2)]
         self.landing[0].errback(ZeroDivisionError())
@@ -55,7 +49,7 @@ class FlightsTests(SynchronousTestCase):
 
     def test_a_refusal_keeps_nothing_of_what_was_fetched(self) -> None:
         """
-        What was awaited and failed is a cycle with the frames behind it, and so with what these have fetched.
+        A failure that was awaited is a cycle with its frames, and so with what these have fetched.
         """
 
         class Fetched:
@@ -83,7 +77,7 @@ class FlightsTests(SynchronousTestCase):
 
     def test_who_leaves_ends_only_its_own_waiting(self) -> None:
         """
-        One who leaves, the first one too, leaves the fetch to the others.
+        A caller that cancels, the first one too, leaves the fetch to the others.
         """
         gone, kept = self.flights.join("x", self.fetch), self.flights.join("x", self.fetch)
         gone.cancel()
@@ -93,7 +87,7 @@ class FlightsTests(SynchronousTestCase):
 
     def test_lands_with_nobody_waiting(self) -> None:
         """
-        When all have left the fetch goes on; its failure is nobody's and no error.
+        The fetch goes on after the last caller has cancelled; its failure is no error.
         """
         for problem in (None, ZeroDivisionError()):
             self.flights.join("x", self.fetch).addErrback(lambda failure: failure.trap(CancelledError)).cancel()
@@ -106,7 +100,7 @@ class FlightsTests(SynchronousTestCase):
 
     def test_after_landing_the_next_is_a_new_one(self) -> None:
         """
-        Results are not kept: who asks later is another fetch, even from within an answer.
+        Results are not kept: a later call is another fetch, even from within a callback.
         """
         again: list[Deferred[str]] = []
         self.flights.join("x", self.fetch).addCallback(lambda _: again.append(self.flights.join("x", self.fetch)))
@@ -117,7 +111,7 @@ class FlightsTests(SynchronousTestCase):
 
     def test_who_leaves_while_another_is_answered(self) -> None:
         """
-        One answer may make another client leave; the rest are still answered.
+        A callback may cancel another caller; the rest are still answered.
         """
         first, second, third = (self.flights.join("x", self.fetch) for _ in range(3))
         first.addCallback(lambda _: second.cancel())

@@ -1,5 +1,5 @@
 """
-Several daemons on one cache directory: one of them brings a blob in, the clients of all get it.
+Several daemons on one cache directory: one of them fetches a blob, the clients of all get it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class FollowingTestCase(RangesTestCase):
 
     def check_all(self) -> None:
         """
-        Once all transfers have ended, and what is kept open had its time, no file of the directory is open.
+        Assert that once all transfers have ended, and the pool of open files has expired, no file of the directory is
+        open.
         """
         super().check_all()
         self.clock.advance(KEPT_SECONDS)
@@ -70,7 +71,7 @@ class FollowingTestCase(RangesTestCase):
 
     def go_on(self, seconds: float = 0) -> None:
         """
-        Let time go by for all daemons, a look at a time.
+        Advance the clock for all daemons, one look at a time.
         """
         for _ in range(1 + round(seconds / POLL_SECONDS)):
             for daemon in self.daemons:
@@ -89,7 +90,7 @@ class FollowingTestCase(RangesTestCase):
 
     def both(self) -> tuple[Reply, Reply]:
         """
-        Have a client of each daemon ask, and the first megabytes come.
+        Have a client of each daemon send a request, and deliver the first megabytes.
         """
         replies = self.ask(self.one), self.ask(self.two)
         self.deliver()
@@ -103,7 +104,7 @@ class FollowingTestCase(RangesTestCase):
 class TogetherTests(FollowingTestCase):
     def test_each_byte_comes_once(self) -> None:
         """
-        The second daemon's client has its bytes as they come, and its answer once they are verified.
+        The second daemon's client has its bytes as they arrive, and its answer once they are verified.
         """
         first, second = self.both()
         self.assertEqual((200, SIZE, EACH, "JOINED"), (second.code, second.length, len(second.body), second.cache))
@@ -139,7 +140,7 @@ class TogetherTests(FollowingTestCase):
 
     def test_another_repository_is_confirmed_first(self) -> None:
         """
-        What another process brings is for no repository that does not hold it.
+        What another process fetches is for no repository that does not have it.
         """
         self.ask(self.one)
         self.deliver()
@@ -177,7 +178,7 @@ class TogetherTests(FollowingTestCase):
 
 class PartsTests(FollowingTestCase):
     """
-    Parts of what another process brings.
+    Ranges of what another process fetches.
     """
 
     def part(self, start: int, stop: int) -> Reply:
@@ -202,9 +203,9 @@ class PartsTests(FollowingTestCase):
 
     def test_that_are_far_off_are_asked_for_alone(self) -> None:
         """
-        The other process can't be hastened: these bytes come twice, and are not waited for.
+        The other process can't be told to hurry: these bytes come twice, without a wait.
         """
-        self.standin.release(self.digest)  # for what is asked from now on
+        self.standin.release(self.digest)  # for requests from now on
         self.standin.hold(self.digest)
         reply = self.part(SIZE - 1000, SIZE)
         self.standin.deliver(self.digest, 1000)
@@ -215,7 +216,7 @@ class PartsTests(FollowingTestCase):
 class FailureTests(FollowingTestCase):
     def test_a_writer_that_is_killed_is_succeeded(self) -> None:
         """
-        No client of the other daemon notices; what came is not fetched again.
+        No client of the other daemon notices; no byte is fetched again.
         """
         _, second = self.both()
         self.kill(self.one)
@@ -229,7 +230,7 @@ class FailureTests(FollowingTestCase):
 
     def test_a_writer_of_nothing_that_is_killed_is_succeeded(self) -> None:
         """
-        An empty blob has no byte that is missing: there is nothing to go on with.
+        An empty blob has no byte that is missing: there is nothing to resume.
         """
         digest = self.standin.push_blob("team/app", b"")
         claim = self.one.store.claim(Digest.parse(digest))
@@ -310,7 +311,7 @@ class FailureTests(FollowingTestCase):
 
     def test_another_registry_whose_client_follows_too_gives_what_is_missing(self) -> None:
         """
-        Where the one that was asked first does not give it to the successor.
+        If the registry that was asked first does not give the blob to the successor.
         """
         ((table, other),) = self.others("us")
         two = self.start(others={table: other})
@@ -343,7 +344,7 @@ class FailureTests(FollowingTestCase):
 
     def test_a_registry_that_is_silent_keeps_its_successor_no_longer_than_another_one_takes(self) -> None:
         """
-        The others are asked, too, after as long as where a blob is asked for first.
+        The others are asked, too, after the same time as for a first request.
         """
         ((table, other),) = self.others("us")
         two = self.start(others={table: other})
@@ -373,7 +374,7 @@ class FailureTests(FollowingTestCase):
 
     def others(self, *prefixes: str) -> list[tuple[RegistryTable, StandIn]]:
         """
-        Make other registries that have the blob, too.
+        Return other registries that have the blob, too.
         """
         made = []
         for number, prefix in enumerate(prefixes, 4):
@@ -399,7 +400,7 @@ class FailureTests(FollowingTestCase):
 
     def test_a_disk_that_fails_its_writer_costs_the_others_a_transfer(self) -> None:
         """
-        They go on from what is there, and get all of it.
+        They resume from what is there, and get all of it.
         """
         first, second = self.both()
         pwrite = os.pwrite
@@ -416,7 +417,7 @@ class FailureTests(FollowingTestCase):
 
     def test_a_record_and_bytes_that_can_not_be_read_cost_the_others_a_transfer(self) -> None:
         """
-        All of it is fetched again, for the hash; the client waits until its place is reached.
+        All of it is fetched again, for the hash; the client waits until its position is reached.
         """
         first, second = self.both()
         for what in ("look", "hash"):
@@ -429,7 +430,7 @@ class FailureTests(FollowingTestCase):
 
     def test_a_writer_that_gets_no_further_is_left_alone(self) -> None:
         """
-        Its lock is not broken. The rest is fetched without keeping it.
+        Its lock is not broken. The rest is fetched without caching it.
         """
         first, second = self.both()
         before = self.standin.bytes_sent
@@ -443,7 +444,7 @@ class FailureTests(FollowingTestCase):
 
     def test_a_writer_to_which_a_byte_comes_now_and_then_is_left_alone(self) -> None:
         """
-        As a bucket is that sends less than 1 KiB within its time. Its own patience may be longer.
+        Like a bucket that sends less than 1 KiB within its time. Its own timeout may be longer.
         """
         first, second = self.both()
         for _ in range(round(STALLED_SECONDS) + 1):
@@ -489,7 +490,7 @@ class FailureTests(FollowingTestCase):
 
     def test_a_claim_that_is_let_go_is_taken(self) -> None:
         """
-        Its holder found that ECR does not give it the blob.
+        Its holder found that ECR doesn't return the blob.
         """
         claim = self.one.store.claim(Digest.parse(self.digest))
         assert isinstance(claim, Claim)
@@ -524,7 +525,7 @@ class FailureTests(FollowingTestCase):
 class KeptManifestTests(FollowingTestCase):
     def test_one_process_stores_a_manifest(self) -> None:
         """
-        The other serves it all the same, and knows what it lists.
+        The other serves it too, and knows what it lists.
         """
         digest = self.standin.push_image("team/app", "latest", layers=[b"layer"]).digest
         claim = self.one.store.claim(Digest.parse(digest))

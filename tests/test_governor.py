@@ -1,5 +1,5 @@
 """
-How a storm of questions to ECR queues.
+How many requests to ECR at once queue.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MANY = Quotas(10**6, 10**6, 10**6, 10**6)
 
 class GovernorTests(SynchronousTestCase):
     """
-    Questions that take no time, or as much as a test wants.
+    Requests that take no time, or as much as a test wants.
     """
 
     def setUp(self) -> None:
@@ -53,13 +53,13 @@ class GovernorTests(SynchronousTestCase):
 
     def ask(self, call: Call, name: str = "", about: str = "team/app", *, held: bool = False) -> Deferred[None]:
         """
-        Ask; a question that is held takes its place until it is answered.
+        Send a request; one that is held keeps its slot until it is answered.
         """
         return Deferred.fromCoroutine(self.question(call, name, about, Deferred() if held else None))
 
     def hold(self, count: int, *repositories: str) -> int:
         """
-        Ask so many silent questions about each of these repositories, in turn; return how many have places.
+        Send so many unanswered requests about each of these repositories, in turn; return how many have slots.
         """
         before = len(self.under_way)
         for number in range(count):
@@ -75,7 +75,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_a_storm_keeps_to_the_quota(self) -> None:
         """
-        5,000 questions for blobs at once: in no second more go than the quota, and all have gone soon.
+        5,000 requests for blobs at once: no second has more than the quota, and all are sent soon.
         """
         self.govern(Quotas())
         asked = [self.ask(Call.BLOB, str(number)) for number in range(5000)]
@@ -99,7 +99,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_manifests_overtake_blobs(self) -> None:
         """
-        Where places are few, manifests go before all that waits already, checks before blobs, blobs before lists.
+        If slots are few, manifests go before everything that waits already, checks before blobs, blobs before lists.
         """
         self.govern(MANY, 1)
         self.ask(Call.BLOB, "first", held=True)
@@ -112,7 +112,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_places_are_few(self) -> None:
         """
-        No more questions are under way than may be; each that ends lets the next go.
+        The number of requests in flight is bounded; each that ends lets the next go.
         """
         self.govern(MANY, 3)
         asked = [self.ask(Call.BLOB, str(number), held=True, about=f"{number}") for number in range(20)]
@@ -125,7 +125,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_a_place_is_given_back_however_its_question_ends(self) -> None:
         """
-        An error and a client that leaves give their place to the next.
+        An error and a client that disconnects free their slot for the next.
         """
         self.govern(MANY, 1)
         for end in ("fail", "leave"):
@@ -141,7 +141,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_who_leaves_the_queue_takes_nothing(self) -> None:
         """
-        Waiters that leave are not let go, and cost neither a place nor a call.
+        Cancelled waiters are not sent, and cost neither a slot nor a call.
         """
         self.govern(Quotas(lists=10))
         asked = [self.ask(Call.LIST, str(number)) for number in range(50)]
@@ -156,7 +156,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_a_queue_that_would_take_too_long_is_full(self) -> None:
         """
-        Who would wait longer than ten seconds is told so at once, and when to come again.
+        A request that would wait longer than ten seconds is rejected at once, with the time to retry.
         """
         self.govern(Quotas(lists=10))
         asked = [self.ask(Call.LIST) for _ in range(100)]
@@ -174,7 +174,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_a_silent_repository_has_a_quarter_of_the_places_and_a_prefix_half(self) -> None:
         """
-        Of 128 places; made-up names below one prefix have no more than their prefix.
+        Of 128 slots; made-up names below one prefix have no more than their prefix.
         """
         self.govern(MANY)
         self.assertEqual(32, self.hold(200, "slow/one"))
@@ -191,7 +191,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_many_repositories_of_one_prefix_start_without_waiting(self) -> None:
         """
-        Two hundred repositories of one prefix, answered in 50 ms each, take no more turns than half of the places need.
+        Two hundred repositories of one prefix, answered in 50 ms each, take no more turns than half of the slots need.
         """
         self.govern(MANY)
         asked = [self.ask(Call.MANIFEST, str(number), f"team/{number}", held=True) for number in range(200)]
@@ -215,7 +215,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_none_waits_for_a_place_longer_than_ten_seconds(self) -> None:
         """
-        Those about a repository that keeps its places, that is.
+        Except those about a repository that keeps its slots.
         """
         self.govern(MANY)
         asked = [self.ask(Call.BLOB, str(number), held=True) for number in range(140)]
@@ -234,7 +234,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_a_queue_that_is_full_of_one_prefix_takes_others(self) -> None:
         """
-        Who would be served within ten seconds is let in, however long others wait.
+        A request that would be sent within ten seconds is accepted, however long others wait.
         """
         self.govern(Quotas(lists=10))
         for number in range(100):
@@ -261,7 +261,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_a_kind_that_rests_is_waited_for(self) -> None:
         """
-        What ECR has throttled goes when it said; other kinds go meanwhile, and are looked after in time.
+        Requests that ECR has throttled go when it said; other kinds go meanwhile, in time.
         """
         self.govern(Quotas(lists=10))
         self.governor.rest(Call.BLOB, "team/app", 7)
@@ -324,7 +324,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_a_long_queue_that_ends_at_once_is_no_deep_stack(self) -> None:
         """
-        Ten thousand that wait for one place, and do nothing with it, all go.
+        Ten thousand that wait for one slot, and do nothing with it, all go.
         """
         self.govern(MANY, 1)
         self.ask(Call.BLOB, "first", held=True)
@@ -336,7 +336,7 @@ class GovernorTests(SynchronousTestCase):
 
 class StormTests(UpstreamTestCase):
     """
-    The real questions, to the stand-in.
+    The real requests, to the stand-in.
     """
 
     def test_a_silent_repository_keeps_nobody_else_from_an_answer(self) -> None:
@@ -365,7 +365,7 @@ class StormTests(UpstreamTestCase):
 
     def locate(self, count: int) -> list[Deferred[Any]]:
         """
-        Ask where so many blobs lie.
+        Request the locations of so many blobs.
         """
         routes = [route_to(f"/v2/team/app/blobs/{digest_of(b'%d' % number)}") for number in range(count)]
         asked: list[Deferred[Any]] = [Deferred.fromCoroutine(self.daemon.upstream.locate(route)) for route in routes]
@@ -376,7 +376,7 @@ class StormTests(UpstreamTestCase):
 
     def test_each_question_is_counted_as_what_it_is(self) -> None:
         """
-        Each kind of question is held to its own quota, tries after failures as well.
+        Each kind of request has its own quota, for retries after failures as well.
         """
         self.start(quotas=Quotas(10, 10, 10, 10))
         self.standin.push_image("team/app", "latest")
@@ -399,7 +399,7 @@ class StormTests(UpstreamTestCase):
 
     def test_a_storm_queues_here(self) -> None:
         """
-        Of 500 questions no more than the quota reach ECR in any second, and a manifest overtakes them.
+        Of 500 requests no more than the quota reach ECR in any second, and a manifest overtakes them.
         """
         self.start(quotas=Quotas(blobs=100), together=20)
         self.standin.quirks.latency = 0.01
@@ -423,7 +423,7 @@ class StormTests(UpstreamTestCase):
 
     def test_clients_beyond_the_queue_are_told(self) -> None:
         """
-        A client whose question would wait too long gets 429 with Retry-After; one who asks for a known tag, STALE.
+        A client whose request would wait too long gets 429 with Retry-After; one that requests a known tag, STALE.
         """
         self.start(quotas=Quotas(manifests=1))
         path = "/v2/team/app/manifests/latest"
@@ -439,7 +439,7 @@ class StormTests(UpstreamTestCase):
 
     def test_throttling_slows_its_kind(self) -> None:
         """
-        After a 429 with Retry-After no question of its kind goes before that; others do.
+        After a 429 with Retry-After no request of its kind goes before that; others do.
         """
         self.standin.throttle("registry", times=1, retry_after="4")
         first = self.asking(self.daemon.upstream.manifest(self.tag, ""))
@@ -463,7 +463,7 @@ class StormTests(UpstreamTestCase):
 
     def test_an_open_circuit_empties_the_queue(self) -> None:
         """
-        What waits when ECR is given up is refused at once, without being asked, though the places are taken.
+        Waiting requests are rejected at once, without being sent, though the slots are in use.
         """
         self.start(together=4 * FAILURES)
         self.standin.hang("registry")

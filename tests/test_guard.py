@@ -1,5 +1,5 @@
 """
-To which addresses a redirect may lead.
+The addresses to which a redirect may lead.
 """
 
 from __future__ import annotations
@@ -80,14 +80,15 @@ ALLOWED = (
 class IsForbiddenTests(SynchronousTestCase):
     def test_what_leads_to_this_machine_its_link_or_its_metadata(self) -> None:
         """
-        Loopback, link-local, metadata, unspecified, multicast addresses are forbidden in each form; so is what is none.
+        Loopback, link-local, metadata, unspecified, multicast addresses are forbidden in each form; so are invalid
+        ones.
         """
         for address in FORBIDDEN:
             self.assertTrue(is_forbidden(address), address)
 
     def test_all_else_is_not(self) -> None:
         """
-        Public addresses are allowed, and private ones, where VPC endpoints live.
+        Public addresses are allowed, and private ones, which VPC endpoints have.
         """
         for address in ALLOWED:
             self.assertFalse(is_forbidden(address), address)
@@ -96,7 +97,7 @@ class IsForbiddenTests(SynchronousTestCase):
 class GuardTests(SynchronousTestCase):
     def test_follows_the_registry(self) -> None:
         """
-        Targets may be on loopback as long as the registry is there itself, and no longer.
+        Targets may be on loopback only as long as the registry is there itself.
         """
         guard = Guard()
         self.assertRaises(ForbiddenAddressError, guard.pass_target, "127.0.0.1")

@@ -1,5 +1,5 @@
 """
-Where the container's health check asks, and what it makes of the answer.
+Which address the container's health check asks, and how it judges the answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ecrproxy.settings.config import SETTINGS
 class PlaceTests(SynchronousTestCase):
     def test_is_the_port_of_the_settings(self) -> None:
         """
-        Without variables it asks the port that the daemon listens on without variables.
+        Without variables it uses the daemon's default port.
         """
         (default,) = (each.default for each in SETTINGS if each.variable == "PROXY_PORT")
         self.assertEqual(str(PORT), default)
@@ -29,7 +29,7 @@ class PlaceTests(SynchronousTestCase):
 
     def test_follows_the_port(self) -> None:
         """
-        PROXY_PORT is asked, with TLS where the daemon has a key.
+        It uses PROXY_PORT, with TLS if the daemon has a key.
         """
         self.assertEqual(place_from({"PROXY_PORT": "6000"}), Place(("127.0.0.1", 6000)))
         given = {"PROXY_PORT": "6443", "PROXY_SSL_KEY": "/k", "PROXY_SSL_CERTIFICATE": "/c"}
@@ -40,7 +40,7 @@ class PlaceTests(SynchronousTestCase):
 
     def test_reads_endpoint_strings(self) -> None:
         """
-        PROXY_LISTEN wins over the port, as it does in the daemon.
+        PROXY_LISTEN overrides the port, as it does in the daemon.
         """
         for text, place in {
             "tcp:5001": Place(("127.0.0.1", 5001)),
@@ -62,14 +62,14 @@ class PlaceTests(SynchronousTestCase):
 
     def test_is_the_first_that_can_be_asked(self) -> None:
         """
-        What only systemd knows the port of is passed over.
+        Sockets whose port only systemd knows are skipped.
         """
         text = "systemd:domain=INET:name=http  tcp:5001 tcp:5002"
         self.assertEqual(place_from({"PROXY_LISTEN": text}), Place(("127.0.0.1", 5001)))
 
     def test_says_when_nothing_can_be_asked(self) -> None:
         """
-        Variables that name nothing to ask are exit status 1.
+        If no socket can be asked, the exit status is 1.
         """
         for variables, words in (
             ({"PROXY_LISTEN": "systemd:domain=INET:index=0"}, "PROXY_LISTEN names no tcp:"),
@@ -91,7 +91,7 @@ class PlaceTests(SynchronousTestCase):
 
 class Connection:
     """
-    A connection on whose other end the answer is ready, as http.client needs one.
+    A connection whose answer is ready, as http.client needs one.
     """
 
     def __init__(self, answer: bytes) -> None:
@@ -110,7 +110,7 @@ class Connection:
 
 def asked(variables: Mapping[str, str], answer: bytes) -> tuple[int, bytes]:
     """
-    Give the exit status for an answer, and what was sent for it.
+    Return the exit status for an answer, and what was sent for it.
     """
     connection = Connection(answer)
     return main(variables, lambda place: cast("socket.socket", connection)), connection.sent
@@ -119,7 +119,7 @@ def asked(variables: Mapping[str, str], answer: bytes) -> tuple[int, bytes]:
 class MainTests(SynchronousTestCase):
     def test_is_well_when_the_daemon_answers(self) -> None:
         """
-        200 is exit status 0; any other status, and what is no HTTP, is 1.
+        200 is exit status 0; any other status, and anything but HTTP, is 1.
         """
         for answer, status in {
             b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n": 0,
@@ -132,21 +132,21 @@ class MainTests(SynchronousTestCase):
 
     def test_asks_whether_the_daemon_serves(self) -> None:
         """
-        It asks for what needs no AWS: a container is not restarted because ECR is away.
+        The request needs no AWS: a container is not restarted because ECR is down.
         """
         _, sent = asked({}, b"")
         self.assertTrue(sent.startswith(b"GET /healthz HTTP/1.1\r\n"))
 
     def test_speaks_as_a_load_balancer_does(self) -> None:
         """
-        Behind a load balancer the daemon waits for its line first.
+        Behind a load balancer the daemon expects the PROXY header first.
         """
         _, sent = asked({"PROXY_LISTEN": "haproxy:tcp:5001"}, b"")
         self.assertTrue(sent.startswith(b"PROXY TCP4 127.0.0.1 127.0.0.1 1 1\r\nGET /healthz "))
 
     def test_is_ill_when_nobody_listens(self) -> None:
         """
-        A connection that is refused is exit status 1.
+        A refused connection is exit status 1.
         """
 
         for problem, words in (

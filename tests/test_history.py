@@ -1,5 +1,5 @@
 """
-What went through, in samples.
+Samples of the traffic.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NOW = 1_800_000_000.0
 class HistoryTests(SynchronousTestCase):
     def test_a_point_tells_what_there_was_in_its_seconds(self) -> None:
         """
-        Totals that grow become what was new in each stretch of time.
+        Growing totals become the increase in each interval.
         """
         history, count = History(), MIDDLE.samples
         for turn in range(1, count + 2):
@@ -52,15 +52,12 @@ class HistoryTests(SynchronousTestCase):
         self.assertEqual(begun, history.latest())
 
     def test_before_the_first_sample_there_is_nothing(self) -> None:
-        """
-        A daemon that has just started has no history.
-        """
         self.assertEqual((), History().points())
         self.assertEqual((Point(0), Point(0)), (History().latest(), History().lately()))
 
     def test_a_daemon_that_stood_still_has_a_gap(self) -> None:
         """
-        The time that was missed counts, with nothing in it, however long it was.
+        The missed time counts, with nothing in it, however long it was.
         """
         history = History()
         history.note(Sample(1), turns=3)
@@ -75,7 +72,7 @@ class HistoryTests(SynchronousTestCase):
     @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 50)), min_size=1, max_size=300))
     def test_never_holds_more_than_its_steps(self, turns: list[tuple[int, int]]) -> None:
         """
-        Whatever the turns were, no more is kept than is shown, and of that time nothing is lost.
+        Whatever the intervals were, no more is kept than is shown, and of that time nothing is lost.
         """
         history, total, passed = History(), 0, 0
         for more, missed in turns:
@@ -101,7 +98,7 @@ class HistoryTests(SynchronousTestCase):
 
 class KeptHistoryTests(SynchronousTestCase):
     """
-    The file that a restart goes on with.
+    The file from which a restart continues.
     """
 
     def setUp(self) -> None:
@@ -120,7 +117,7 @@ class KeptHistoryTests(SynchronousTestCase):
 
     def test_in_the_time_in_which_the_daemon_did_not_run_there_was_nothing(self) -> None:
         data = told(self.history, NOW)
-        self.history.note(Sample(), 2)  # a total that begins anew
+        self.history.note(Sample(), 2)  # a total that starts again
         after = recalled(data, NOW + 2 * SAMPLE_SECONDS + 1)
         self.assertEqual((Point(SAMPLE_SECONDS),) * 2, after.points()[-2:])
         self.assertEqual(0, merged(recalled(data, NOW + 10**9).points(COARSE)).asked)
@@ -198,7 +195,7 @@ class KeptHistoryTests(SynchronousTestCase):
 class SamplerTests(SynchronousTestCase):
     def test_counts_content_alone_as_hits_and_misses(self) -> None:
         """
-        Lists, refusals and health checks are no question for the cache; the bytes of all answers are traffic.
+        Lists, refusals and health checks don't count for the cache; the bytes of all answers are traffic.
         """
         figures, clock, history = Figures("0"), Clock(), History()
         sampler = Sampler(history, figures, clock)
@@ -214,7 +211,4 @@ class SamplerTests(SynchronousTestCase):
         self.assertEqual([], clock.getDelayedCalls())
 
     def test_adds_up_all_that_was_counted(self) -> None:
-        """
-        Nothing counted is nothing.
-        """
         self.assertEqual(Sample(), totals([], []))

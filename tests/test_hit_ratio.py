@@ -1,5 +1,5 @@
 """
-What the cache keeps is what exact LRU keeps, or nearly: uses are noted up to a second late, by several processes.
+The cache keeps nearly what exact LRU keeps: uses are recorded up to a second late, by several processes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LESS: Final = 0.01
 
 def trace(chance: random.Random, blobs: int = BLOBS, requests: int = REQUESTS) -> list[int]:
     """
-    Choose blobs as clients do: the one of rank n with a likelihood of n to the power of -0.9.
+    Choose blobs as clients do: rank n has a probability proportional to n to the power of -0.9.
     """
     weights = [rank**-SKEW for rank in range(1, blobs + 1)]
     return chance.choices(range(blobs), weights, k=requests)
@@ -46,7 +46,7 @@ def trace(chance: random.Random, blobs: int = BLOBS, requests: int = REQUESTS) -
 
 class Exact:
     """
-    LRU by the book.
+    Exact LRU.
     """
 
     def __init__(self, limit: int) -> None:
@@ -55,7 +55,7 @@ class Exact:
 
     def ask(self, blob: int, size: int) -> bool:
         """
-        Tell whether a blob is there; it is then.
+        Return True for a hit; afterwards the blob is cached.
         """
         if blob in self._sizes:
             self._sizes.move_to_end(blob)
@@ -101,7 +101,7 @@ class HitRatioTests(SynchronousTestCase):
 
     def compare(self, indexes: Sequence[Index]) -> None:
         """
-        Ask processes in turn, and a cache that is exact.
+        Send requests to the processes in turn, and to an exact LRU.
         """
         chance = random.Random(5)
         sizes = [int(2 ** chance.uniform(10, 24)) for _ in range(BLOBS)]

@@ -1,5 +1,5 @@
 """
-The subcommands that look at a cache and work on it, called over a daemon in memory and over its directory.
+The subcommands that inspect and change a cache, called with a daemon in memory and on its directory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANY = RegistryId("any:443")
 
 class HoldingsTestCase(DaemonTestCase):
     """
-    A daemon whose cache has two tags of one repository and one of another, and who calls the command there.
+    A daemon whose cache has two tags of one repository and one of another, and a caller of the command.
     """
 
     index_in_memory = False
@@ -61,9 +61,6 @@ class HoldingsTestCase(DaemonTestCase):
         return Answer(reply.code, bytes(reply.body).splitlines(keepends=True))
 
     def call(self, *arguments: str, status: int = 0) -> str:
-        """
-        Call it.
-        """
         written = self.caller.call(*arguments)
         self.assertEqual(status, self.caller.status, written + self.caller.complaint)
         return written
@@ -73,13 +70,9 @@ class HoldingsTestCase(DaemonTestCase):
 
 
 class LsTests(HoldingsTestCase):
-    """
-    ecr-proxy ls.
-    """
-
     def test_lists_tags_with_sizes_and_last_use(self) -> None:
         """
-        A line each, in order; the total counts once what several share.
+        One line each, sorted; the total counts shared content once.
         """
         self.caller.time += 3 * 3600
         lines = self.call("ls").splitlines()
@@ -118,7 +111,7 @@ class LsTests(HoldingsTestCase):
 
     def test_may_be_asked_for_some_repositories(self) -> None:
         """
-        By name or by pattern; of nothing there is nothing, and that is status 1.
+        By name or by pattern; no match is status 1.
         """
         self.assertEqual(["team/other"], [each["repository"] for each in self.document("ls", "*/oth*")["repositories"]])
         self.assertIn("0 repositories", self.call("ls", "nobody", status=1))
@@ -126,7 +119,7 @@ class LsTests(HoldingsTestCase):
 
     def test_names_by_its_digest_what_has_no_tag(self) -> None:
         """
-        As where a cluster pulls by digest; with --digests, in full.
+        As in a cluster that pulls by digest; with --digests, in full.
         """
         image = self.standin.push_image("team/pinned", "never", layers=[self.shared])
         self.get(f"/v2/team/pinned/manifests/{image.digest}")
@@ -144,14 +137,14 @@ class LsTests(HoldingsTestCase):
 
     def test_an_empty_cache_is_no_trouble(self) -> None:
         """
-        There are no rows then.
+        The table has no rows then.
         """
         self.call("purge", "--yes", "*")
         self.assertIn("0 images of 0 repositories, 0 B", self.call("ls"))
 
     def test_needs_no_daemon(self) -> None:
         """
-        The directory says the same.
+        The directory gives the same result.
         """
         asked = self.call("ls")
         self.assertEqual(asked, self.call("ls", "--offline", "--cache-dir", str(self.root)))
@@ -165,13 +158,9 @@ class LsTests(HoldingsTestCase):
 
 
 class PurgeTests(HoldingsTestCase):
-    """
-    ecr-proxy purge.
-    """
-
     def test_shows_what_would_go_and_removes_nothing(self) -> None:
         """
-        Where nobody can be asked, --yes is needed.
+        Without a terminal, --yes is needed.
         """
         before = self.files(), self.entries()
         written = self.call("purge", "team/app:v1")
@@ -192,7 +181,7 @@ class PurgeTests(HoldingsTestCase):
 
     def test_a_dry_run_asks_nobody(self) -> None:
         """
-        At a terminal neither.
+        Nor at a terminal.
         """
         self.caller.at_a_terminal("y\n")
         self.call("purge", "team/app", "--dry-run")
@@ -201,7 +190,7 @@ class PurgeTests(HoldingsTestCase):
 
     def test_a_tag_goes_with_what_only_it_leads_to(self) -> None:
         """
-        The other tag, and the other repository, keep what they share with it, and need nothing of ECR but a check.
+        The other tag, and the other repository, keep what they share with it, and need only a check at ECR.
         """
         self.assertRegex(
             self.call("purge", "--yes", "team/app:v1"), "removed 4 entries and 3 files of content, 98.5 KiB"
@@ -217,7 +206,7 @@ class PurgeTests(HoldingsTestCase):
 
     def test_a_purged_tag_is_asked_afresh(self) -> None:
         """
-        Even one that is taken on trust.
+        Even one that has a TTL.
         """
         self.start(tag_ttl=3600)
         self.assertEqual("HIT", self.get("/v2/team/app/manifests/v1").cache)
@@ -228,7 +217,7 @@ class PurgeTests(HoldingsTestCase):
 
     def test_a_repository_goes_and_frees_what_no_other_holds(self) -> None:
         """
-        Nothing is known of it any more.
+        Nothing is known of it any longer.
         """
         self.call("purge", "--yes", "team/app")
         left = {f"sha256:{path.name}" for path in self.files()}
@@ -238,7 +227,7 @@ class PurgeTests(HoldingsTestCase):
 
     def test_a_digest_goes_from_every_repository(self) -> None:
         """
-        And its file, whoever had it.
+        And its file, whichever repository had it.
         """
         layer = self.v1.layers[0]
         self.call("purge", "--yes", layer)
@@ -247,7 +236,7 @@ class PurgeTests(HoldingsTestCase):
 
     def test_by_age_each_file_is_judged_by_its_own_last_use(self) -> None:
         """
-        What was used lately stays, whatever else of its image goes.
+        Recently used files stay, whatever else of their image goes.
         """
         self.pass_time(2)
         self.clock.advance(30 * DAY)
@@ -262,7 +251,7 @@ class PurgeTests(HoldingsTestCase):
 
     def test_tells_programs_what_would_go_and_what_went(self) -> None:
         """
-        The bytes that are told before are those that went.
+        The bytes that are announced are those that were removed.
         """
         before = sum(path.stat().st_size for path in self.files())
         would = self.document("purge", "team/app:v1")
@@ -276,7 +265,7 @@ class PurgeTests(HoldingsTestCase):
 
     def test_what_is_not_there_is_status_1(self) -> None:
         """
-        A typing mistake is not taken for success.
+        A typo does not count as success.
         """
         for target in ("team/ap", "team/app:v3", f"team/app@{self.other.digest}", f"sha256:{'0' * 64}"):
             self.call("purge", "--yes", target, status=1)
@@ -284,7 +273,7 @@ class PurgeTests(HoldingsTestCase):
 
     def test_misuse_is_told(self) -> None:
         """
-        Nothing is purged by what was not understood, or by nothing at all.
+        An argument that is not understood, or missing, purges nothing.
         """
         for arguments in (
             (),
@@ -299,7 +288,7 @@ class PurgeTests(HoldingsTestCase):
 
     def test_works_on_the_directory_and_the_daemon_on_it_learns_of_it(self) -> None:
         """
-        Within two seconds what it has in memory is forgotten.
+        Within two seconds its memory is dropped.
         """
         self.assertEqual("HIT", self.get(f"/v2/team/app/manifests/{self.v1.digest}").cache)
         self.call("purge", "--offline", "--cache-dir", str(self.root), "--yes", "*")
@@ -317,10 +306,6 @@ class PurgeTests(HoldingsTestCase):
 
 
 class VerifyTests(HoldingsTestCase):
-    """
-    ecr-proxy verify.
-    """
-
     def damage(self, digest: str) -> None:
         path = self.file_of(digest)
         path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -333,7 +318,7 @@ class VerifyTests(HoldingsTestCase):
 
     def test_drops_what_is_bad(self) -> None:
         """
-        It is told, with status 1; the next run finds nothing, and the next pull fetches it.
+        It is reported, with status 1; the next run finds nothing, and the next pull fetches it.
         """
         self.damage(self.v1.layers[1])
         self.assertIn(": 1 bad", self.call("verify", status=1))
@@ -350,7 +335,7 @@ class VerifyTests(HoldingsTestCase):
         for _ in range(2):
             told = self.document("verify", "--keep", status=1)
             self.assertEqual([self.v1.layers[1]], [each["digest"] for each in told["bad"]])
-        shutil.copy(self.file_of(self.v1.layers[0]), self.root / "x")  # so that what always holds does
+        shutil.copy(self.file_of(self.v1.layers[0]), self.root / "x")  # for the invariants
         self.call("verify", status=1)
 
     def test_shows_a_person_how_far_it_is(self) -> None:
@@ -364,7 +349,7 @@ class VerifyTests(HoldingsTestCase):
 
     def test_goes_on_where_it_was_interrupted(self) -> None:
         """
-        An interrupt, or a daemon that ends, costs nothing of what was done.
+        After an interrupt, or if the daemon stops, no content is verified twice.
         """
         digests = sorted(f"sha256:{path.name}" for path in self.files())
         self.breaks_off = True
@@ -389,7 +374,7 @@ class VerifyTests(HoldingsTestCase):
 
     def test_may_be_slow(self) -> None:
         """
-        By the daemon, and by itself on a directory.
+        Both through the daemon and on a directory.
         """
         began = self.daemon.now()
         self.call("verify", "--rate", "100k")
@@ -408,10 +393,6 @@ class VerifyTests(HoldingsTestCase):
 
 
 class StatsTests(HoldingsTestCase):
-    """
-    ecr-proxy stats.
-    """
-
     def test_tells_how_the_daemon_stands(self) -> None:
         """
         In a few lines.
@@ -432,7 +413,7 @@ class StatsTests(HoldingsTestCase):
 
     def test_tells_of_transfers(self) -> None:
         """
-        With how far they are.
+        With their progress.
         """
         digest = self.standin.push_blob("team/app", noise("slow", 300_000))
         self.standin.hold(digest)
@@ -444,13 +425,13 @@ class StatsTests(HoldingsTestCase):
 
     def test_gives_programs_the_document(self) -> None:
         """
-        As it is.
+        Unchanged.
         """
         self.assertEqual(2**30, self.document("stats")["cache"]["limit"])
 
     def test_a_daemon_that_is_not_ready_is_status_1(self) -> None:
         """
-        With why.
+        With the reason.
         """
 
         def unready(method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
@@ -467,7 +448,7 @@ class StatsTests(HoldingsTestCase):
 
     def test_may_be_watched(self) -> None:
         """
-        Again and again, until somebody has seen enough.
+        Repeated until interrupted.
         """
 
         def thrice(seconds: float) -> None:
@@ -486,7 +467,7 @@ class StatsTests(HoldingsTestCase):
 
 def held(name: str, repository: str, reference: str, *digests: str, manifest: bool = True, used: float = 0) -> Held:
     """
-    Make an entry.
+    Return an entry.
     """
     tag = None if reference.startswith("d") else reference
     return Held(name, manifest, Repository(ANY, repository), tag, digests, used)
@@ -530,7 +511,7 @@ class ChoosingTests(SynchronousTestCase):
 
     def test_two_tags_of_one_manifest_keep_it_for_each_other(self) -> None:
         """
-        Then a tag goes alone.
+        Then only the tag is removed.
         """
         survey = self.survey(held("a", "x", "one", "d1"), held("b", "x", "two", "d1"), held("c", "x", "d1", "d1"))
         self.assertEqual(("a", []), self.going(survey, "x:one"))
@@ -538,7 +519,7 @@ class ChoosingTests(SynchronousTestCase):
 
     def test_a_manifest_without_a_tag_keeps_what_it_lists(self) -> None:
         """
-        It may be what a cluster pulls by digest.
+        A cluster may pull it by digest.
         """
         lists = {"d1": ("d5",), "d2": ("d5",)}
         survey = self.survey(
@@ -551,7 +532,7 @@ class ChoosingTests(SynchronousTestCase):
 
     def test_a_manifest_listed_in_a_circle_is_no_endless_walk(self) -> None:
         """
-        Content can't be, but what is told could.
+        Content can't be a cycle, but input could.
         """
         survey = self.survey(held("a", "x", "one", "d1"), lists={"d1": ("d2",), "d2": ("d1",)})
         self.assertEqual(("a", ["d1"]), self.going(survey, "x:one"))
@@ -571,7 +552,7 @@ class ChoosingTests(SynchronousTestCase):
 
     def test_a_digest_goes_where_it_was_named(self) -> None:
         """
-        From one repository alone, its file stays for the other; from all, it goes though a manifest lists it.
+        From one repository: its file stays for the other; from all: it is removed though a manifest lists it.
         """
         survey = self.survey(
             held("a", "x", "one", "d1"),
@@ -592,7 +573,7 @@ class ChoosingTests(SynchronousTestCase):
 
     def test_by_age_all_is_judged_by_its_own_use(self) -> None:
         """
-        Entries, and content, whoever leads to it; of named ones, no other.
+        Entries and content, whatever leads to them; with names, only those named.
         """
         survey = self.survey(
             held("a", "x", "one", "d1", used=5),

@@ -1,5 +1,5 @@
 """
-Requests that try to leave the grammar, or the namespace: each is refused, and ECR never hears of it.
+Requests that try to leave the grammar, or the namespace: each is rejected, and ECR never sees it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.daemon import DaemonTestCase
 HEX = "a" * 64
 HEALTH = (b"readyz", b"healthz", b"_health")
 
-# what a client sends as its target, by what it hopes for
+# targets that a client may send, by what they try
 TARGETS: dict[str, tuple[bytes, ...]] = {
     "encoded slashes": (
         b"/v2/secret%2fapp/manifests/latest",
@@ -198,7 +198,7 @@ HOSTS: tuple[bytes, ...] = (
 
 class HostileTests(DaemonTestCase):
     """
-    The proxy serves open/app alone.
+    The proxy serves only open/app.
     """
 
     def setUp(self) -> None:
@@ -214,7 +214,7 @@ class HostileTests(DaemonTestCase):
 
     def status(self, target: bytes, method: bytes = b"GET", fields: bytes = b"Host: x") -> int:
         """
-        Send a request as it is, and give the status of its one answer.
+        Send a raw request, and return the status of its one answer.
         """
         before = len(self.standin.asked)
         got = self.daemon.raw(method + b" " + target + b" HTTP/1.1\r\n" + fields + b"\r\n\r\n")
@@ -223,13 +223,13 @@ class HostileTests(DaemonTestCase):
 
     def assert_refused(self, found: Iterable[tuple[object, int]]) -> None:
         """
-        Hold that each is some 4xx.
+        Assert that each is some 4xx.
         """
         self.assertEqual([], [(what, status) for what, status in found if not 400 <= status < 500])
 
     def test_absolute_targets_of_the_proxy_itself(self) -> None:
         """
-        They lead where their path leads, whatever host they name.
+        The path counts, whatever host they name.
         """
         for host in (b"proxy.example", b"proxy.example:5000", b"evil.example", b"[::1]"):
             self.assertEqual(200, self.status(b"http://" + host + b"/v2/"), host)
@@ -237,7 +237,7 @@ class HostileTests(DaemonTestCase):
 
     def test_targets_outside_the_grammar_or_the_namespace(self) -> None:
         """
-        However a path is spelled, it is a good one's canonical spelling or it is refused; for HEAD as for GET.
+        However a path is spelled, it is either a valid one in canonical spelling or rejected; for HEAD as for GET.
         """
         for hope, targets in TARGETS.items():
             for method in (b"GET", b"HEAD"):
@@ -245,14 +245,14 @@ class HostileTests(DaemonTestCase):
 
     def test_methods(self) -> None:
         """
-        All but GET and HEAD are refused, other spellings of these among them, wherever they lead.
+        All but GET and HEAD are rejected, other spellings of these among them, for all paths.
         """
         for target in (b"/v2/", b"/v2/open/app/manifests/latest", b"/healthz", b"/readyz", b"*", b"evil.example:443"):
             self.assert_refused((each, self.status(target, each)) for each in METHODS)
 
     def test_method_overrides(self) -> None:
         """
-        A method in a header is none: a POST stays one.
+        A method in a header is ignored: a POST stays one.
         """
         for name in (b"X-HTTP-Method-Override", b"X-HTTP-Method", b"X-Method-Override"):
             fields = b"Host: x\r\n" + name + b": GET"
@@ -261,7 +261,7 @@ class HostileTests(DaemonTestCase):
 
     def test_headers_that_speak_of_another_place(self) -> None:
         """
-        No header makes a closed namespace an open one.
+        No header opens a closed namespace.
         """
         for game in GAMES:
             fields = game if game.startswith(b"Host:") else b"Host: x\r\n" + game
@@ -269,7 +269,7 @@ class HostileTests(DaemonTestCase):
 
     def test_hosts_that_are_none(self) -> None:
         """
-        A Host that is no host is refused: RFC 9112, 3.2.
+        An invalid Host is rejected: RFC 9112, 3.2.
         """
         self.assertEqual(
             dict.fromkeys(HOSTS, 400),
@@ -281,12 +281,12 @@ class HostileTests(DaemonTestCase):
 
 class GamesTests(DaemonTestCase):
     """
-    What a client says of itself changes nothing for others.
+    What a client says about itself changes nothing for others.
     """
 
     def test_are_not_passed_on(self) -> None:
         """
-        A good request with such headers is answered as without, and ECR sees none of them.
+        A valid request with such headers is answered as without, and ECR sees none of them.
         """
         digest = self.standin.push_blob("open/app", b"data")
         for game in GAMES:
@@ -302,7 +302,7 @@ class GamesTests(DaemonTestCase):
 class ExampleTests(SynchronousTestCase):
     def test_what_fuzzing_starts_from_holds(self) -> None:
         """
-        What must hold of any bytes of a client holds of the examples.
+        The examples hold what must hold for any bytes of a client.
         """
         examples = sorted((Path(__file__).parents[1] / "fuzz" / "corpus" / "front").iterdir())
         self.assertIn("slashless", [path.name for path in examples])

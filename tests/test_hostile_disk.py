@@ -1,5 +1,5 @@
 """
-The disk that obeys, of C{make hostile}, stands in the way of all that the cache does with its files.
+The disk of C{make hostile} intercepts everything that the cache does with its files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CALL = re.compile(r"\bos\.(preadv?|pwritev?|fsync|fdatasync|ftruncate)\(")
 class DiskTests(SynchronousTestCase):
     def test_each_call_that_reads_or_writes_an_open_file_is_disturbed(self) -> None:
         """
-        One that is not would work on a disk that fails or hangs, and be measured as if it coped.
+        A call that is not intercepted would work on a disk that fails or hangs, and seem to cope.
         """
         used = {name for module in CACHE.glob("*.py") for name in CALL.findall(module.read_text())}
         constants = {

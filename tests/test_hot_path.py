@@ -1,5 +1,5 @@
 """
-What was answered from memory before is answered by the bytes of its head, as the long way would answer it.
+A request that was answered from memory before is answered by the bytes of its head, as the long way would answer it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEPS = st.integers(0, 255)
 
 class SameStoryTests(SynchronousTestCase):
     """
-    With the hot path and without: the same answers, lines, figures, questions to ECR, and clients that are connected.
+    With the hot path and without: the same answers, log lines, metrics, requests to ECR, and open connections.
     """
 
     @settings(max_examples=60, deadline=None)
@@ -65,7 +65,7 @@ class SameStoryTests(SynchronousTestCase):
 
 class NotedTests(SynchronousTestCase):
     """
-    What is kept of heads that were answered.
+    What is kept of answered heads.
     """
 
     def setUp(self) -> None:
@@ -112,7 +112,7 @@ class NotedTests(SynchronousTestCase):
 
 class SharedQuestionTests(SynchronousTestCase):
     """
-    Tags that ECR is asked for each time: once for all who ask meanwhile by the same head.
+    Tags that ECR is asked for each time: once for all clients that send the same head meanwhile.
     """
 
     CLIENTS = 4
@@ -121,14 +121,14 @@ class SharedQuestionTests(SynchronousTestCase):
         self.scene = Scene(hot_path=True, tag_ttl=0)
         self.addCleanup(self.scene.close)
         self.head = heads(self.scene)[4]
-        for _ in range(2):  # the first time it is fetched, the second confirmed: then the head is known
+        for _ in range(2):  # the first request fetches it, the second confirms it: then the head is known
             self.scene.send(0, self.head)
         self.scene.standin.forget_asked()
         self.scene.lines.clear()
 
     def ask_together(self) -> None:
         """
-        Have all clients ask at once; one of them over TLS, to which the head is another.
+        Have all clients send a request at once; one of them over TLS, for which the head differs.
         """
         self.scene.gather()
         for number in range(self.CLIENTS - 1):
@@ -146,7 +146,7 @@ class SharedQuestionTests(SynchronousTestCase):
 
     def test_all_get_what_a_tag_leads_to_now(self) -> None:
         """
-        ECR is asked no more often than if each had taken the long way, and they are known by that from then on.
+        ECR is asked no more often than if each had taken the long way, and the heads are known from then on.
         """
         self.scene.move_tag()
         self.ask_together()
@@ -160,7 +160,7 @@ class SharedQuestionTests(SynchronousTestCase):
 
     def assertAnsweredDespite(self, change: Callable[[], object]) -> None:
         """
-        Who was let in is answered, as on the long way, whatever changes while ECR is silent.
+        Assert that an accepted client is answered, as on the long way, whatever changes while ECR is silent.
         """
         self.scene.standin.hang("registry")
         for number in range(2):
@@ -208,7 +208,7 @@ class SharedQuestionTests(SynchronousTestCase):
 
     def test_a_connection_whose_request_waits_is_not_idle(self) -> None:
         """
-        It is neither closed as such, nor for another; and when the daemon ends, it gets its answer first.
+        It is neither closed as idle, nor for another connection; on shutdown it gets its answer first.
         """
         self.scene.standin.hang("registry", times=1)
         self.scene.send(0, self.head)
@@ -222,7 +222,7 @@ class SharedQuestionTests(SynchronousTestCase):
 
 class PiecesTests(DaemonTestCase):
     """
-    Heads that come in two pieces.
+    Heads that arrive in two pieces.
     """
 
     def test_the_beginning_of_several_heads_leads_to_none_of_them_however_long_it_is(self) -> None:
@@ -243,7 +243,7 @@ class PiecesTests(DaemonTestCase):
 
 class FileTests(DaemonTestCase):
     """
-    A blob that is sent from its file, to a client that does not take all of it at once.
+    A blob that is sent from its file, to a client that does not read all of it at once.
     """
 
     def setUp(self) -> None:
@@ -253,7 +253,7 @@ class FileTests(DaemonTestCase):
         self.head_sent = f"GET /v2/team/app/blobs/{self.digest} HTTP/1.1\r\nHost: proxy.example\r\n\r\n".encode()
         self.client = Raw()
         self.end = self.daemon.front.connect(self.client, "proxy.example", 80, secure=False)
-        for _ in range(2):  # it is fetched, then noted
+        for _ in range(2):  # it is fetched, then recorded
             self.ask()
         self.client.got.clear()
         self.end.reading = False
@@ -275,7 +275,7 @@ class FileTests(DaemonTestCase):
 
     def assertSent(self, times: int = 1) -> None:
         """
-        The client has got the whole blob so often, and nothing is held for it any more.
+        Assert that the client has received the whole blob so often, and that nothing is held for it any longer.
         """
         answers = bytes(self.client.got).split(b"HTTP/1.1 200 OK")[1:]
         self.assertEqual([True] * times, [each.partition(b"\r\n\r\n")[2] == self.data for each in answers])
@@ -286,14 +286,14 @@ class FileTests(DaemonTestCase):
 
     def lines(self) -> list[str]:
         """
-        Return the lines of the log that tell of the last request.
+        Return the lines of the log about the last request.
         """
         self.pass_time(1)
         return [each for each in self.logged().splitlines() if "/blobs/" in each][2:]
 
     def test_it_gets_the_rest_as_it_takes_it(self) -> None:
         """
-        And another request is answered after it, on the same connection.
+        Another request is answered after it, on the same connection.
         """
         self.assertLessEqual(self.end.peer.waiting, PIECE + BUFFER)
         self.read()
@@ -339,7 +339,7 @@ class FileTests(DaemonTestCase):
 
     def test_a_client_that_takes_nothing_is_given_up(self) -> None:
         """
-        After the time of those who are sent something, not of those who ask nothing.
+        After the timeout for sending, not that for idle connections.
         """
         limits = self.daemon.crowd.limits
         self.pass_time(limits.idle_seconds + 1)

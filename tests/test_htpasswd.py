@@ -1,5 +1,5 @@
 """
-A file of names and bcrypt hashes is read with care, and nothing of it is shown.
+A file of names and bcrypt hashes is parsed strictly, and nothing of it is shown.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.store_contract import scratch
 
 def line(name: str, password: str, prefix: bytes = b"2y", cost: int = 4) -> bytes:
     """
-    Write a line as htpasswd -B does.
+    Return a line as htpasswd -B writes it.
     """
     hashed = bcrypt.hashpw(password.encode(), bcrypt.gensalt(cost))
     return b"%s:%s\n" % (name.encode(), hashed.replace(b"2b", prefix, 1))
@@ -26,7 +26,7 @@ class UsersTests(SynchronousTestCase):
 
     def test_each_kind_of_bcrypt_is_read(self) -> None:
         """
-        Apache's, Python's and older ones; comments and empty lines are nothing.
+        Apache's, Python's and older ones; comments and empty lines are ignored.
         """
         users = Users.parse(
             b"# people\n\n" + line("ann", "one", b"2y") + line("bob", "two", b"2b") + line("eve", "three", b"2a")
@@ -37,7 +37,7 @@ class UsersTests(SynchronousTestCase):
 
     def test_an_unknown_name_has_no_password(self) -> None:
         """
-        Not even that of the user whose hash it is compared to.
+        Not even that of the user whose hash is used for the comparison.
         """
         users = Users.parse(line("ann", "one") + line("bob", "two"))
         for chosen in range(4):
@@ -46,7 +46,7 @@ class UsersTests(SynchronousTestCase):
 
     def test_a_long_password_is_what_htpasswd_made_of_it(self) -> None:
         """
-        bcrypt looks at 72 bytes; what follows neither matters nor fails.
+        bcrypt uses 72 bytes; further ones neither matter nor fail.
         """
         users = Users.parse(line("ann", "x" * 72))
         self.assertTrue(users.matches(b"ann", b"x" * 100, 0))
@@ -54,7 +54,7 @@ class UsersTests(SynchronousTestCase):
 
     def test_what_is_no_bcrypt_is_refused_by_its_line(self) -> None:
         """
-        And never repeated: it may well be a password.
+        Without its text, which may well be a password.
         """
         good = line("ann", "one")
         for wrong in (
@@ -73,7 +73,7 @@ class UsersTests(SynchronousTestCase):
 
     def test_a_cost_that_would_take_minutes_is_refused(self) -> None:
         """
-        Each check of such a hash would hold up all others.
+        Each check of such a hash would delay all others.
         """
         for cost in (b"$17$", b"$31$", b"$99$", b"$03$"):
             wrong = line("ann", "one").replace(b"$04$", cost)
@@ -81,19 +81,19 @@ class UsersTests(SynchronousTestCase):
 
     def test_nobody_at_all_is_refused(self) -> None:
         """
-        A file without users would shut out everybody.
+        A file without users would lock out everybody.
         """
         self.assertIn("no name", str(self.assertRaises(HtpasswdError, Users.parse, b"# nobody yet\n")))
 
     def test_hashes_are_not_shown(self) -> None:
         """
-        What is printed of it holds nothing to try guesses on.
+        The repr contains nothing against which guesses could be tested.
         """
         self.assertNotIn("$2", repr(Users.parse(line("ann", "one"))))
 
     def test_files_that_cannot_be_read_are_told(self) -> None:
         """
-        With the system's own words; and one that never ends is not read to its end.
+        With the system's own words; an endless file is not read to its end.
         """
         self.assertIn("No such file", str(self.assertRaises(HtpasswdError, read_users, "/nowhere")))
         self.assertIn("Is a directory", str(self.assertRaises(HtpasswdError, read_users, "/")))

@@ -95,7 +95,7 @@ class RegistryIdTests(SynchronousTestCase):
     @given(st.text(max_size=40) | st.from_regex(r"[a-z0-9.:\[\]@/-]{1,30}", fullmatch=True), st.sampled_from([80, 443]))
     def test_no_other_name_is_one_of_ecrs(self, text: str, port: int) -> None:
         """
-        Nor is the identity of anything else written like that of a registry of ECR.
+        Nor does the identity of any other registry look like that of one of ECR's.
         """
         try:
             found = RegistryId.of_host(text, port)
@@ -124,7 +124,7 @@ class RegistryIdTests(SynchronousTestCase):
 
     def test_any_other_endpoint_is_its_host_and_port(self) -> None:
         """
-        Who looks like ECR only is somebody else.
+        A host that only looks like ECR is another registry.
         """
         ours = RegistryId.of_host(f"{ACCOUNT}.dkr.ecr.eu-west-1.amazonaws.com")
         for url, text in (

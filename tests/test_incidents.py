@@ -1,5 +1,5 @@
 """
-The last warnings and errors.
+The latest warnings and errors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class IncidentsTests(SynchronousTestCase):
 
     def test_warnings_and_errors_are_kept_the_newest_first(self) -> None:
         """
-        What is no trouble is not told.
+        Lower levels are not kept.
         """
         log.info("all is well")
         log.warn("the {thing} is slow", thing="disk")
@@ -36,7 +36,7 @@ class IncidentsTests(SynchronousTestCase):
 
     def test_what_is_said_again_is_counted(self) -> None:
         """
-        A trouble that repeats drives out no other.
+        A repeated message displaces no other.
         """
         for self.time in range(1000, 1003):
             log.warn("again")
@@ -79,7 +79,7 @@ class IncidentsTests(SynchronousTestCase):
 
     def test_neither_their_number_nor_their_length_grows(self) -> None:
         """
-        The oldest go, and long texts are cut; lines become one.
+        The oldest are dropped, and long texts are cut; lines become one.
         """
         for number in range(10 * KEPT):
             log.error(f"{number} {{text}}", text="x\n" + "x" * 10_000)  # noqa: G004
@@ -90,7 +90,7 @@ class IncidentsTests(SynchronousTestCase):
 
     def test_of_an_exception_its_kind_is_told(self) -> None:
         """
-        What it said, and where it came from, is for the log.
+        Its message and its traceback are only in the log.
         """
         log.failure("Answering {path}", Failure(ValueError("a secret")), path="/v2/")
         self.flushLoggedErrors(ValueError)
@@ -99,7 +99,7 @@ class IncidentsTests(SynchronousTestCase):
 
     def test_nothing_is_kept_after_the_end(self) -> None:
         """
-        A daemon that has ended no longer listens to the log.
+        A stopped daemon no longer observes the log.
         """
         self.incidents.stopService()
         log.error("late")

@@ -1,5 +1,5 @@
 """
-The index gives back what it was told, wherever it keeps its rows: one suite for the file and for memory.
+The index returns what was written to it: one suite for the file and for memory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def confirmed(digest: Digest, when: float = START, manifest: Digest | None = Non
 
 class IndexContract:
     """
-    What holds for each index.
+    Tests for each kind of index.
     """
 
     root: Path
@@ -111,7 +111,8 @@ class ContentContract(IndexContract):
 
     def test_a_clock_that_begins_in_1970_makes_no_use_of_before(self) -> None:
         """
-        A machine without a battery has no other until it is told: what was read ahead by then is of an hour before.
+        A machine without a battery has no other clock until it is set: what was read ahead by then is of an hour
+        before.
         """
         self.now = 60
         self.index.add(A, 1, used=self.now - 3600)
@@ -155,7 +156,7 @@ class ContentContract(IndexContract):
 
     def test_a_use_of_what_still_arrives_is_noted_with_it(self) -> None:
         """
-        By a client of this process, while another process brings it, and has begun that before anybody asked.
+        By a client of this process, while another process fetches it, and has begun before any client asked.
         """
         coming = self.root / arriving_path(A)
         coming.parent.mkdir(exist_ok=True)
@@ -192,7 +193,8 @@ class ContentContract(IndexContract):
 
     def test_a_file_that_comes_back_is_not_dropped(self) -> None:
         """
-        Whoever found it gone, evicted or purged it, and comes to say so only after another process has brought it in.
+        The process found it gone, evicted or purged it, and reports that only after another process has fetched it
+        again.
         """
         self.index.gone(A)
         self.index.add(A, 1)
@@ -232,7 +234,7 @@ class ArrivingContract(IndexContract):
 
     def test_what_comes_late_from_one_holder_of_a_claim_leaves_its_successor_the_room(self) -> None:
         """
-        Both have the same name. The room of a successor is in place of that of who had the claim before.
+        Both have the same name. A successor's reservation replaces that of the previous holder.
         """
         limit = 8192 + self.index.size
         before, after = Reservation("one", "before"), Reservation("one", "after")
@@ -294,7 +296,7 @@ class EntriesContract(IndexContract):
 
     def test_a_saved_answer_replaces_that_to_the_same_types_and_no_other(self) -> None:
         """
-        Processes are told for different clients: none takes another's answers away.
+        Processes save answers for different clients: none removes another's answers.
         """
         self.saved(tag(), (ANY, confirmed(A)), (BOTH, confirmed(A)))
         self.saved(tag(), (BOTH, confirmed(B)))
@@ -302,7 +304,7 @@ class EntriesContract(IndexContract):
 
     def test_an_answer_to_an_earlier_question_replaces_none(self) -> None:
         """
-        But one of before the clock was set back.
+        Except one from before the clock was set back.
         """
         self.saved(tag(), (ANY, confirmed(A, START)))
         self.saved(tag(), (ANY, confirmed(B, START - 1)))
@@ -352,7 +354,7 @@ class EntriesContract(IndexContract):
 
     def moved(self, digest: Digest, when: float, name: str = "latest", accept: frozenset[str] = ANY) -> None:
         """
-        Have ECR say where a tag leads.
+        Have ECR return where a tag leads.
         """
         entry = self.index.entry(tag(name)) or Entry()
         self.index.save([(tag(name), entry.with_answer(accept, confirmed(digest, when)))])
@@ -372,7 +374,7 @@ class EntriesContract(IndexContract):
 
     def test_so_many_moves_of_a_tag_and_of_all_are_kept(self) -> None:
         """
-        A tag that moves all the time does not drive out the moves of others.
+        A tag that moves all the time does not displace the moves of others.
         """
         self.moved(A, START, "other")
         self.moved(B, START, "other")
@@ -433,7 +435,7 @@ class EntriesContract(IndexContract):
 
     def test_as_many_answers_as_an_entry_may_have_are_kept(self) -> None:
         """
-        The longest unconfirmed ones make room for others, whoever saves them.
+        Those that were not confirmed for the longest time make room, whoever saves new ones.
         """
         kinds = sorted(MANIFEST_TYPES)
         accepts = [frozenset(each) for size in range(len(kinds)) for each in itertools.combinations(kinds, size)]
@@ -446,7 +448,8 @@ class EntriesContract(IndexContract):
 
     def test_as_many_variants_of_a_reference_as_there_may_be_are_kept(self) -> None:
         """
-        With some cache keys a client makes up any number: the longest unconfirmed ones go, and none of the default key.
+        With some cache keys a client can create any number: those not confirmed for the longest time go, but none of
+        the default key.
         """
         for key in (tag(), held(A), held(A, Kind.MANIFEST)):
             variants = [f"{number:064x}" for number in range(VARIANTS_LIMIT + 3)]
@@ -480,10 +483,6 @@ class PurgeContract(IndexContract):
 
 
 class MemoryTests(ContentContract, ArrivingContract, EntriesContract, PurgeContract, SynchronousTestCase):
-    """
-    An index in memory.
-    """
-
     def make(self) -> Index:
         return Index(self.root, lambda: self.now, memory=True)
 
@@ -492,10 +491,6 @@ class MemoryTests(ContentContract, ArrivingContract, EntriesContract, PurgeContr
 
 
 class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContract, SynchronousTestCase):
-    """
-    An index on a disk.
-    """
-
     def make(self) -> Index:
         index = Index(self.root, lambda: self.now)
         index.open()
@@ -512,7 +507,7 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
 
     def test_nothing_is_made_before_somebody_asks(self) -> None:
         """
-        A daemon whose disk hangs when it starts makes its parts all the same.
+        A daemon starts even if its disk hangs.
         """
         index = Index(self.root / "new", lambda: self.now)
         self.addCleanup(index.close)
@@ -521,7 +516,7 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
 
     def test_nothing_is_made_where_a_volume_is_not_mounted_any_more(self) -> None:
         """
-        The index is kept in memory until it is mounted again.
+        The index is in memory until the volume is mounted again.
         """
         gone, root = [OSError(errno.ENODEV, "not mounted")], self.root / "mount"
         root.mkdir()
@@ -610,7 +605,7 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
 
     def test_its_files_are_its_users_alone(self) -> None:
         """
-        They tell what there is in a private registry, and whoever can read one can keep its log from ever ending.
+        They list the content of a private registry, and a process that can read one can keep its log from ever ending.
         """
         self.addCleanup(os.umask, os.umask(0o022))
         self.other()
@@ -648,7 +643,7 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
 
     def test_of_those_who_meet_another_writer_one_waits_for_all(self) -> None:
         """
-        It may have been stopped in the middle: pulls go on without the index, and not each after so many seconds.
+        That writer may be stopped in the middle: pulls go on without the index, without a timeout each.
         """
         blocker = sqlite3.connect(next(self.root.glob("*.sqlite3")), isolation_level=None)
         self.addCleanup(blocker.close)

@@ -1,5 +1,5 @@
 """
-The index may be lost, swapped, damaged, cut, newer, unreadable, on a full or read-only disk: nothing else is.
+The index may be lost, swapped, damaged, cut, newer, unreadable, on a full or read-only disk: nothing else is affected.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ENTRY = Entry({ANY: confirmed()})
 
 def reading_only(real: Callable[..., int]) -> Callable[..., int]:
     """
-    Make an C{os.open} of a directory that can only be read.
+    Return an C{os.open} for a directory that can only be read.
     """
 
     def opened(path: str, flags: int, *args: Any, **kwargs: Any) -> int:
@@ -76,7 +76,7 @@ class LossTestCase(SynchronousTestCase):
 
     def open(self) -> Store:
         """
-        Open the directory as a process does that starts.
+        Open the directory as a starting process does.
         """
         store = Store(self.root, lambda: self.now)
         self.addCleanup(store.index.close)
@@ -85,14 +85,14 @@ class LossTestCase(SynchronousTestCase):
 
     def files(self) -> list[Path]:
         """
-        The files of the database that is in use: itself, its log, its shared memory.
+        Return the files of the database in use: itself, its log, its shared memory.
         """
         name = (self.root / POINTER).read_text().strip()
         return [self.root / f"{name}{suffix}" for suffix in ("", "-wal", "-shm")]
 
     def repaired(self, store: Store) -> None:
         """
-        See that the index works, and that the scrub brings back what it knew of content.
+        Assert that the index works, and that the scrub restores what it knew of content.
         """
         store.index.settle()
         for _ in scrub(store, lambda: None):
@@ -142,7 +142,7 @@ class WhileOpenTests(LossTestCase):
     @contextlib.contextmanager
     def read_while_it_is_written(self) -> Iterator[None]:
         """
-        Read as a program does that ends its transaction with the block, and have the log grow meanwhile.
+        Read like a program that ends its transaction with the block, and have the log grow meanwhile.
         """
         database, log, _ = self.files()
         with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
@@ -159,7 +159,7 @@ class WhileOpenTests(LossTestCase):
 
     def test_a_program_that_reads_it_all_the_time(self) -> None:
         """
-        SQLite can't begin its log anew, which would take all of the cache's room: there is another after ten minutes.
+        SQLite can't restart its log, which would use all of the cache's space: there is a new index after ten minutes.
         """
         self.patch(index_module, "LONG_LOG", 100_000)
         other, files = self.open(), self.files()
@@ -177,7 +177,7 @@ class WhileOpenTests(LossTestCase):
 
     def test_a_log_that_is_long_since_the_last_change(self) -> None:
         """
-        As after a large purge, or a long backup, of a daemon that nobody asks then: the next change begins it anew.
+        As after a large purge, or a long backup, of a daemon that is idle then: the next change restarts it.
         """
         self.patch(index_module, "LONG_LOG", 100_000)
         files = self.files()
@@ -192,7 +192,7 @@ class WhileOpenTests(LossTestCase):
 
     def test_a_log_that_was_long_for_a_while(self) -> None:
         """
-        As after a large purge: it is begun anew with the next change.
+        As after a large purge: it restarts with the next change.
         """
         self.patch(index_module, "LONG_LOG", 100_000)
         files = self.files()
@@ -214,7 +214,7 @@ class WhileOpenTests(LossTestCase):
 
     def test_damaged(self) -> None:
         """
-        It is found by a statement that meets it, or by the scrub.
+        A statement that reads it finds the damage, or the scrub.
         """
         self.index._rows._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # noqa: SLF001
         with self.files()[0].open("r+b") as file:
@@ -225,7 +225,7 @@ class WhileOpenTests(LossTestCase):
 
     def test_replaced_by_another_process(self) -> None:
         """
-        All processes come to use the same one.
+        All processes end up using the same one.
         """
         other = self.open()
         for path in self.files():
@@ -254,7 +254,7 @@ class WhileOpenTests(LossTestCase):
 
     def test_values_that_nobody_wrote(self) -> None:
         """
-        A page that is sound and holds nonsense, as SQLite has no checksums: it is damage, no answer and no failure.
+        A valid page may hold nonsense, as SQLite has no checksums: that is damage, neither an answer nor a failure.
         """
         for change in (
             "UPDATE tag SET digest = x'00ab'",
@@ -285,7 +285,7 @@ class WhileOpenTests(LossTestCase):
             rows._writer.execute(change)  # noqa: SLF001
             self.store.save((KEY._replace(reference="other"), ENTRY))
             for listed in (self.index.entries, self.index.least_recently_used, self.index.arriving):
-                with contextlib.suppress(OSError):  # the list that meets it is broken off
+                with contextlib.suppress(OSError):  # the list that reads it is broken off
                     list(listed())
             self.index.settle()
             self.assertIn(self.index.entry(KEY), (None, ENTRY))
@@ -335,7 +335,7 @@ class WhileOpenTests(LossTestCase):
 
 class TransfersTests(LossTestCase):
     """
-    The index is lost while two processes have transfers under way: what they were promised is theirs.
+    The index is lost while two processes have transfers in flight: their reservations stay.
     """
 
     def setUp(self) -> None:
@@ -367,7 +367,7 @@ class TransfersTests(LossTestCase):
 
     def test_before_anything_else_is_promised(self) -> None:
         """
-        Also where the promise is what finds the index damaged.
+        Also if that reservation finds the damage.
         """
         limit = self.index.size + 12288 + 4096 * 50
         self.lose()
@@ -382,7 +382,7 @@ class TransfersTests(LossTestCase):
 
     def test_what_has_ended_does_not_come_back(self) -> None:
         """
-        Whichever way it ended: it is content, was given up, or was left for the next, which counts it by its file.
+        However it ended: it is content, failed, or was left for resuming, where its file counts.
         """
         more = [Reservation(f"more{number}") for number in range(3)]
         for each in more:
@@ -417,7 +417,7 @@ class TransfersTests(LossTestCase):
 
     def test_a_promise_while_the_index_is_being_replaced(self) -> None:
         """
-        It was written into the old one, which another thread has just put away.
+        It was written into the old one, which another thread has just moved away.
         """
         real, three = Rows.reserve, Reservation("three")
 
@@ -495,8 +495,8 @@ class AtStartTests(LossTestCase):
 
     def test_a_log_that_was_cut_gives_no_repository_what_another_holds(self) -> None:
         """
-        SQLite brings the pages of its first part back, over newer ones that had got into the database: no row of the
-        other repository is left, and what it holds is. Nothing is damaged for SQLite.
+        SQLite restores the pages of its first part, over newer ones that had got into the database: no row of the other
+        repository is left, and its content is. For SQLite nothing is damaged.
         """
         secret = EntryKey(REGISTRY, Kind.BLOB, "team/secret", str(self.digests[0]))
         for turn, cut in enumerate((False, True)):
@@ -521,7 +521,7 @@ class AtStartTests(LossTestCase):
 
     def test_what_is_no_file_in_the_place_of_one(self) -> None:
         """
-        Nobody waits for the other end of a pipe, or reads what has no end.
+        Nothing waits for the other end of a pipe, or reads a file without end.
         """
         for number in range(3):
             path = self.files()[number]
@@ -540,7 +540,7 @@ class AtStartTests(LossTestCase):
 
     def test_a_link_in_the_place_of_a_lock_gives_nothing_away(self) -> None:
         """
-        Whoever owns the directory must not be given what root's commands were led to.
+        The owner of the directory must not get a file to which root's commands were led.
         """
         victim = self.root.parent / "victim"
         victim.touch(0o600)
@@ -575,7 +575,7 @@ class AtStartTests(LossTestCase):
 
     def test_a_newer_version_of_it_is_used(self) -> None:
         """
-        Migrations add: what an older version knows is still there.
+        Migrations only add: what an older version knows is still there.
         """
         connection = sqlite3.connect(self.files()[0])
         connection.executescript("ALTER TABLE content ADD COLUMN more; CREATE TABLE new (x); PRAGMA user_version = 7")
@@ -588,7 +588,7 @@ class AtStartTests(LossTestCase):
 
     def test_older_databases_go(self) -> None:
         """
-        And those of another layout stay: a newer daemon may come back.
+        Those of another layout stay: a newer daemon may come back.
         """
         newer = self.root / "index-2-01234567.sqlite3"
         newer.touch()
@@ -601,7 +601,7 @@ class AtStartTests(LossTestCase):
 
 class UnusableTests(LossTestCase):
     """
-    The daemon runs on with rows in memory, and comes back to a file once that can be.
+    The daemon runs on with rows in memory, and returns to a file as soon as possible.
     """
 
     def fall_back(self) -> Store:
@@ -663,7 +663,7 @@ class UnusableTests(LossTestCase):
 
     def test_a_directory_that_can_only_be_read(self) -> None:
         """
-        What the index knows is known; what happens is not noted. With its log, and without.
+        What the index knows is known; changes are not recorded. With its log, and without.
         """
         for closes in (False, True):
             if closes:
@@ -684,7 +684,7 @@ class UnusableTests(LossTestCase):
 
     def test_a_directory_that_can_only_be_read_and_that_others_write_later(self) -> None:
         """
-        What was opened as if it never changed is opened anew when it does.
+        A file that was opened as immutable is opened again when it changes.
         """
         self.index.close()
         patch = self.patch(os, "open", reading_only(os.open))
@@ -703,7 +703,7 @@ class UnusableTests(LossTestCase):
 
     def test_what_waits_is_bounded(self) -> None:
         """
-        What ECR can be asked again for gives way to what counts.
+        Data that ECR can be asked for again gives way to what counts.
         """
         self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
         for _ in range(LATE_SAVES + 10):
@@ -714,7 +714,7 @@ class UnusableTests(LossTestCase):
 
     def test_what_waits_is_bounded_by_its_entries(self) -> None:
         """
-        A manifest may give a thousand entries at once.
+        A manifest may add a thousand entries at once.
         """
         writer = self.index._rows._writer  # noqa: SLF001
         writer.execute("PRAGMA query_only = 1")
@@ -791,15 +791,15 @@ WRITER = """
 
 class KillTests(SynchronousTestCase):
     """
-    Processes that are killed at any instant, and files that are cut at any byte.
+    Processes that are killed at any time, and files that are cut at any byte.
     """
 
     rounds = int(os.environ.get("INDEX_ROUNDS", "4"))
 
     def test_nothing_is_wrong_after_kills_and_cuts(self) -> None:
         """
-        Two processes write, one of them is killed, and both are once in a while, with the database cut at a random
-        offset: what is content is right, and the index comes back to be what the directory holds.
+        Two processes write, one of them is killed, both are from time to time, with the database cut at a random
+        offset: content is right, and the index matches the directory in the end.
 
         INDEX_ROUNDS=200 does what SQLite does to test itself.
         """
@@ -840,7 +840,7 @@ class KillTests(SynchronousTestCase):
         for _ in range(2):
             store.sweep()
             now[0] += 60
-        for _ in range(2):  # damage that the first one meets begins another index
+        for _ in range(2):  # damage that the first one finds begins another index
             try:
                 for _ in scrub(store, lambda: None):
                     pass
@@ -885,7 +885,7 @@ class TakeOverTests(DaemonTestCase):
 
     def test_serves_what_it_has_without_ecr(self) -> None:
         """
-        Content is adopted, entries are imported, and the log says how many; what else there was is gone.
+        Content is adopted, entries are imported, and the log says how many; other files are removed.
         """
         layer, registry = noise("layer", 100_000), self.daemon.registry
         image = self.standin.push_image("team/app", "v1", layers=[layer])
@@ -937,7 +937,7 @@ class TakeOverTests(DaemonTestCase):
 
     def test_what_is_asked_for_is_imported_at_once(self) -> None:
         """
-        Whoever asks does not wait for thousands of other entries, and what is forgotten then does not come back.
+        The request does not wait for thousands of other entries, and what is removed then does not come back.
         """
         store, registry = self.daemon.store, self.daemon.registry
         tag = EntryKey(registry, Kind.MANIFEST, "team/app", "v1")
@@ -957,7 +957,7 @@ class TakeOverTests(DaemonTestCase):
 
     def test_who_lists_or_purges_meanwhile_sees_what_is_not_imported_yet(self) -> None:
         """
-        It would be served, and could not be purged. The import that is under way goes on, and counts what it has done.
+        It would be served, and could not be purged. The running import goes on, and counts its work.
         """
         keys = [EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", f"v{number}") for number in range(3)]
         for key in keys:
@@ -1068,7 +1068,7 @@ class TakeOverTests(DaemonTestCase):
 
 class ShutOutTests(DaemonTestCase):
     """
-    Of the processes on a directory, one can't open the index that the others have open.
+    One of the processes on a directory can't open the index that the others have open.
     """
 
     index_in_memory = False
@@ -1085,7 +1085,7 @@ class ShutOutTests(DaemonTestCase):
 
     def reasons(self) -> str:
         """
-        What is wrong, though it keeps nobody from being served.
+        Return what is wrong, though all requests are served.
         """
         self.pass_time(FRESH_SECONDS)
         reply = self.get("/readyz")
@@ -1094,7 +1094,7 @@ class ShutOutTests(DaemonTestCase):
 
     def another_user(self) -> list[Any]:
         """
-        Have this process run as another user than the one whose files the index is made of.
+        Run this process as another user than the owner of the index files.
         """
         return [self.patch(os, "geteuid", lambda: 12345), self.patch(os, "access", lambda *_, **__: False)]
 
@@ -1170,7 +1170,7 @@ class ShutOutTests(DaemonTestCase):
 
     def test_one_that_could_be_written_once(self) -> None:
         """
-        It says so; what it promises is known to nobody, and is little.
+        It says so; what it reserves is known to no other process, and is little.
         """
         self.pull(self.data)
         self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
@@ -1193,7 +1193,7 @@ class ShutOutTests(DaemonTestCase):
 
     def test_a_mode_that_somebody_changed_costs_the_index_alone(self) -> None:
         """
-        Whoever has the old one open follows.
+        The process that has the old one open follows.
         """
         self.pull(self.data)
         first, denied = self.index, (self.root / POINTER).read_text().strip()

@@ -1,5 +1,5 @@
 """
-The index under operations, kills and losses, by two processes in any order: it never says what is wrong.
+The index under operations, kills and losses, by two processes in any order: its answers are never wrong.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ which = st.integers(0, 1)
 
 class IndexMachine(RuleBasedStateMachine):
     """
-    Two processes with one index on a disk, held against dicts.
+    Two processes with one index on a disk, compared with dicts.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class IndexMachine(RuleBasedStateMachine):
         path = self.root / content_path(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(size))
-        name = f"{arriving} of {by}"  # whose claim it is
+        name = f"{arriving} of {by}"  # the claim's holder
         self.processes[by].add(digest, size, None if arriving is None else Reservation(name))
         self.content[digest] = size
         if arriving is not None:
@@ -117,7 +117,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(by=which)
     def kill(self, by: int) -> None:
         """
-        What was only gathered is lost; the files stay open until the end, as those of a process that hangs.
+        Uncommitted changes are lost; the files stay open until the end, as those of a process that hangs.
         """
         self.killed.append(self.processes[by])
         self.processes[by] = self.open()
@@ -130,7 +130,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(by=which, suffix=st.sampled_from(["", "-wal", "-shm"]))
     def lose(self, by: int, suffix: str) -> None:
         """
-        A file of the database is deleted; who notices first begins another, which knows what was promised, alone.
+        Delete a file of the database; the first process to notice begins another, which knows only the reservations.
         """
         name = (self.root / POINTER).read_text().strip()
         (self.root / f"{name}{suffix}").unlink()
@@ -172,7 +172,7 @@ class IndexMachine(RuleBasedStateMachine):
 class IndexTests(SynchronousTestCase):
     def test_operations_kills_and_losses_in_any_order(self) -> None:
         """
-        Totals are the sums of the rows, no answer is wrong, and no use is taken back, whichever process asks.
+        Totals are the sums of the rows, no answer is wrong, and no use is lost, whichever process is asked.
         """
         assert settings.default is not None
         fewer = settings(max_examples=settings.default.max_examples // 3, stateful_step_count=30)

@@ -1,5 +1,5 @@
 """
-How many connections a blob comes over, in which parts, and how much may wait for the disk.
+How many connections a blob uses, in which parts, and how much may wait for the disk.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PIECE = 2**16
 class LanesTests(SynchronousTestCase):
     def test_are_several_for_large_blobs(self) -> None:
         """
-        From 16 MiB on a blob has as many as a blob may have; a smaller one, or one of no known size, has one.
+        From 16 MiB on a blob uses the maximum per blob; a smaller one, or one of unknown size, uses one.
         """
         for size, taken in ((0, 1), (SPLIT - 1, 1), (SPLIT, 4), (2**40, 4)):
             self.assertEqual(taken, Lanes(4, 64).take(size))
@@ -45,7 +45,7 @@ class LanesTests(SynchronousTestCase):
 
     def test_are_bounded_together(self) -> None:
         """
-        When there are few left a blob has those, when there are none it has one all the same; given back they are free.
+        If few are left a blob gets those, if none are it still gets one; released ones are free again.
         """
         lanes = Lanes(4, 6)
         self.assertEqual([4, 2, 1, 1], [lanes.take(SPLIT) for _ in range(4)])
@@ -58,7 +58,7 @@ class LanesTests(SynchronousTestCase):
 
     def test_of_small_blobs_count(self) -> None:
         """
-        A small blob's one connection is one of those that there are together.
+        A small blob's one connection counts towards the total.
         """
         lanes = Lanes(4, 6)
         for _ in range(3):
@@ -67,7 +67,8 @@ class LanesTests(SynchronousTestCase):
 
     def test_ask_for_a_first_part(self) -> None:
         """
-        What may be large is asked for in a first part; what is known to be small, or has one lane, as a whole.
+        A blob that may be large starts with a first part; one that is known to be small, or has one lane, with
+        everything.
         """
         lanes = Lanes(4, 64)
         self.assertEqual([SMALLEST_PART] * 2, [lanes.first_part(size) for size in (None, SPLIT)])
@@ -87,14 +88,14 @@ class GapsTests(SynchronousTestCase):
 
     def test_of_one_lane_are_taken_whole(self) -> None:
         """
-        Where there is one connection, there is one part a gap.
+        With one connection, there is one part per gap.
         """
         gaps = Gaps([(10, 20), (30, 2**40)])
         self.assertEqual([(10, 20), (30, 2**40), None], [gaps.take(1) for _ in range(3)])
 
     def test_may_be_taken_from_anywhere(self) -> None:
         """
-        What has been asked for already is taken as far as it is missing, and the rest stays.
+        The missing bytes of the range are taken, and the rest stays.
         """
         gaps = Gaps([(10, 20), (30, 40)])
         self.assertEqual((12, 15), gaps.take_from(12, 15))
@@ -105,7 +106,7 @@ class GapsTests(SynchronousTestCase):
 
     def test_refuse_empty_and_reversed_ranges(self) -> None:
         """
-        Taken, a range whose end is before its start would make a gap wider than it was.
+        A range whose end is before its start would make a gap wider than it was.
         """
         gaps = Gaps([(10, 20)])
         for start, stop in ((15, 15), (15, 12), (15, 0), (15, -1), (10, 10), (10, 1)):
@@ -149,7 +150,7 @@ class PartTests(SynchronousTestCase):
 
 class WishTests(SynchronousTestCase):
     """
-    What is taken out of turn.
+    Ranges that are taken out of order.
     """
 
     def test_the_smallest_comes_first(self) -> None:
@@ -161,7 +162,7 @@ class WishTests(SynchronousTestCase):
 
     def test_of_large_ones_the_one_with_the_least_on_its_way_comes_first(self) -> None:
         """
-        However much remains of each. Parts on their way count as much as those that are there.
+        However much remains of each. Parts in flight count as much as received ones.
         """
         gaps = Gaps([(0, 100 * MIB)])
         wishes = [Wish(0, 100 * MIB), Wish(50 * MIB, 100 * MIB), Wish(90 * MIB, 100 * MIB)]
@@ -248,13 +249,13 @@ class InflowTests(SynchronousTestCase):
 
     def batch(self) -> Deferred[list[bytes]]:
         """
-        Ask for what there is.
+        Request the next batch.
         """
         return Deferred.fromCoroutine(self.inflow.batch())
 
     def test_gives_what_came(self) -> None:
         """
-        Bytes that wait come together and in order; who asks before any came waits for the first.
+        Waiting bytes come together and in order; a call before any arrived waits for the first.
         """
         self.tap.arrived(b"a")
         self.tap.arrived(b"b")
@@ -266,7 +267,7 @@ class InflowTests(SynchronousTestCase):
 
     def test_pauses_who_is_faster_than_the_disk(self) -> None:
         """
-        No more than 4 MiB and a piece wait, however slow the disk is; with what is being written that is all there is.
+        No more than 4 MiB and a piece wait, however slow the disk is, beside what is being written.
         """
         came = 0
         for _ in range(3):
@@ -284,7 +285,7 @@ class InflowTests(SynchronousTestCase):
 
     def test_does_not_pause_who_is_not(self) -> None:
         """
-        Up to 4 MiB may wait without a pause; and who is paused is paused once.
+        Up to 4 MiB may wait without a pause; and a paused connection is paused once.
         """
         self.tap.arrived(bytes(HIGH_WATER))
         self.assertEqual(0, self.tap.pauses)
@@ -294,7 +295,7 @@ class InflowTests(SynchronousTestCase):
 
     def test_takes_all_before_the_end(self) -> None:
         """
-        An end, good or bad, comes after all bytes that came before it.
+        An end, good or bad, comes after all bytes before it.
         """
         for problem in (None, Failure(ZeroDivisionError())):
             self.setUp()
@@ -310,7 +311,7 @@ class InflowTests(SynchronousTestCase):
 
     def test_tells_who_waits_of_the_end(self) -> None:
         """
-        Who waits when the connection ends waits no longer.
+        A call that waits when the connection ends returns.
         """
         waiting = self.batch()
         self.tap.ended(None)
@@ -329,7 +330,7 @@ class InflowTests(SynchronousTestCase):
 
     def test_drops_what_waits_when_aborted(self) -> None:
         """
-        Aborted, it closes the connection once, gives nothing more and tells the reason.
+        It closes the connection once, returns nothing more and reports the reason.
         """
         self.tap.arrived(b"a")
         self.inflow.abort(Failure(ZeroDivisionError()))
@@ -341,7 +342,7 @@ class InflowTests(SynchronousTestCase):
 
     def test_leaves_a_connection_that_has_ended(self) -> None:
         """
-        What has come to its end is not closed: it may serve the next request.
+        A connection with a complete response is not closed: it may serve the next request.
         """
         self.tap.ended(None)
         self.inflow.abort()
@@ -350,7 +351,7 @@ class InflowTests(SynchronousTestCase):
 
     def test_takes_what_comes_at_once(self) -> None:
         """
-        Bytes, and even the end, may come while the connection is only being begun.
+        Bytes, and even the end, may arrive while the connection is only being begun.
         """
         tap, inflow = Tap(0, None), Inflow(Buffered())
         tap.early = [bytes(HIGH_WATER), b"x"]
@@ -360,7 +361,7 @@ class InflowTests(SynchronousTestCase):
 
     def test_takes_nothing_after_its_end(self) -> None:
         """
-        What a connection still brings when it was ended here, or has ended itself, is held by nobody.
+        Bytes that arrive after the end, here or on the connection, are not held.
         """
         for end in (Inflow.abort, lambda inflow: inflow.ended(None)):
             self.setUp()
@@ -377,7 +378,7 @@ class GatheringTests(SynchronousTestCase):
 
     def batch(self, worth: int = GATHERED) -> Deferred[int]:
         """
-        Ask for so many bytes, if they come soon; gives how many there were.
+        Request so many bytes, if they come soon; return how many there were.
         """
         return Deferred.fromCoroutine(self.inflow.batch(worth)).addCallback(lambda batch: len(b"".join(batch)))
 
@@ -401,7 +402,7 @@ class GatheringTests(SynchronousTestCase):
 
     def test_bytes_do_not_wait_for_what_can_not_come(self) -> None:
         """
-        The connection has ended, or is paused; or there is no room for as many.
+        The connection has ended, or is paused; or there is no space for so many.
         """
         waiting = self.batch()
         self.tap.arrived(b"x")

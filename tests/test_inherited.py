@@ -46,7 +46,7 @@ class AdoptingReactor:
 
     def adoptStreamPort(self, fd: int, family: int, factory: Any) -> AdoptingReactor:
         """
-        Adopt a socket, and be the port of it.
+        Adopt a socket, and act as its port.
         """
         self.adopted.append((fd, family, factory))
         return self
@@ -58,14 +58,11 @@ class AdoptingReactor:
         self.socket.close()
 
     def doRead(self) -> None:
-        """
-        Accept.
-        """
         self.accepted += 1
 
     def listenTCP(self, *args: Any, **kwargs: Any) -> None:
         """
-        Bind what must not be bound.
+        Fail: nothing may be bound.
         """
         raise AssertionError("a worker binds nothing")
 
@@ -92,7 +89,7 @@ class InheritedTests(SynchronousTestCase):
 
     def close(self, fd: int) -> None:
         """
-        Close what no endpoint has taken.
+        Close the sockets that no endpoint has taken.
         """
         with contextlib.suppress(OSError):
             os.close(fd)
@@ -101,14 +98,14 @@ class InheritedTests(SynchronousTestCase):
         """
         Count the descriptors of this process.
         """
-        gc.collect()  # what earlier tests left would go at any time
+        gc.collect()  # leftovers of earlier tests would disappear at any time
         return len(list(Path("/proc/self/fd").iterdir()))
 
     def test_are_taken_in_order(self) -> None:
         """
-        Each endpoint takes the next socket, in the order in which they were configured; nothing is bound.
+        Each endpoint takes the next socket, in the order of the configuration; nothing is bound.
 
-        Sockets that have a path are real ones: tests/e2e has them.
+        Unix sockets are real ones: tests/e2e tests them.
         """
         taken = self.inherit(socket.AF_INET6, socket.AF_INET, socket.AF_INET)
         before = self.open_files()
@@ -124,14 +121,14 @@ class InheritedTests(SynchronousTestCase):
 
     def test_are_closed_once_their_ports_have_descriptors_of_their_own(self) -> None:
         """
-        A worker whose parent is gone, and which still sends, keeps nobody from listening there.
+        A worker whose parent is gone, and which still sends, keeps no other process from listening there.
         """
         self.inherit(socket.AF_INET).listenTCP(5000, ServerFactory())
         self.assertRaises(OSError, os.fstat, HANDED)
 
     def test_end_when_the_first_process_shuts_them_down(self) -> None:
         """
-        That is the end of the port, and no error: nothing more is accepted there.
+        That ends the port, without an error: it accepts nothing more.
         """
         port = self.inherit(socket.AF_INET).listenTCP(5000, ServerFactory())
         with port.socket as listening:
@@ -149,13 +146,13 @@ class InheritedTests(SynchronousTestCase):
 
     def test_leave_the_rest_to_the_reactor(self) -> None:
         """
-        Whatever else an endpoint asks for, the real reactor has.
+        The real reactor has everything else that an endpoint needs.
         """
         self.assertEqual(42, self.inherit().answer)
 
     def test_that_are_not_there_are_an_error(self) -> None:
         """
-        An endpoint more than there are sockets is a mistake that does not pass silently.
+        One endpoint more than there are sockets is an error.
         """
         with self.assertRaises(LookupError):
             self.inherit().listen(ServerFactory())

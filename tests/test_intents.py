@@ -1,5 +1,5 @@
 """
-Which process is about to fetch what: bytes of one file that are locked.
+Which process is about to fetch what: locks on bytes of one file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class IntentsTests(SynchronousTestCase):
 
     def test_where_the_file_can_not_be_had_each_fetches_it(self) -> None:
         """
-        And lets it go without a word.
+        And releases it without a message.
         """
         (self.root / NAME).symlink_to("elsewhere")
         one = Intents(self.root)

@@ -1,7 +1,7 @@
 """
 A transfer whose connections, threads and readers act in any order.
 
-A thread's outcome reaches the event loop later than its work is done: what other threads and connections did between
+A thread's result reaches the event loop later than its work is done: what other threads and connections did between
 the two must not be undone.
 """
 
@@ -40,7 +40,7 @@ BREAKS, HANGS, STAYS = 0.05, 0.05, 0.7
 
 class InterleavingTests(DownloadTestCase):
     """
-    Any order of what happens.
+    Any order of events.
     """
 
     def setUp(self) -> None:
@@ -49,7 +49,7 @@ class InterleavingTests(DownloadTestCase):
 
     def bring(self, data: bytes, tap: Tap, count: int) -> None:
         """
-        Let a connection bring so many bytes more, and end with its last.
+        Have a connection deliver so many bytes more, and end with its last.
         """
         at = tap.start + self.arrived.get(tap, 0)
         stop = len(data) if tap.stop is None else tap.stop
@@ -62,7 +62,7 @@ class InterleavingTests(DownloadTestCase):
 
     def events(self, data: bytes, blob: Source, chunk: int) -> list[Callable[[], None]]:
         """
-        What may happen next.
+        Return what may happen next.
         """
         hands = self.hands
         return [
@@ -73,7 +73,7 @@ class InterleavingTests(DownloadTestCase):
 
     def play(self, data: bytes, download: Download, chance: Random) -> None:
         """
-        Let everything happen that can, in the order that C{chance} has; what was shown stays shown.
+        Let everything happen that can, in the order that C{chance} picks; visible bytes stay visible.
         """
         shown = 0
         while events := self.events(data, self.blob, chance.choice(CHUNKS)):
@@ -85,7 +85,7 @@ class InterleavingTests(DownloadTestCase):
     @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
     def test_ends_with_every_byte(self, size: int, lanes: int, seed: int) -> None:
         """
-        Each reader gets all, the blob is content, and no file stays open.
+        Each reader gets everything, the blob is content, and no file stays open.
         """
         data = noise("x", size)
         self.hands.idle = False
@@ -101,7 +101,7 @@ class InterleavingTests(DownloadTestCase):
     @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
     def test_a_full_disk_loses_nothing(self, size: int, lanes: int, seed: int) -> None:
         """
-        Each reader gets all, wherever the disk was full, and nothing is left of the file.
+        Each reader gets everything, wherever the disk was full, and nothing is left of the file.
         """
         data, chance = noise("x", size), Random(seed)
         room = [chance.randrange(size)]
@@ -127,7 +127,7 @@ class InterleavingTests(DownloadTestCase):
     @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
     def test_other_bytes_complete_no_answer(self, size: int, lanes: int, seed: int) -> None:
         """
-        If one byte is another, no reader of the whole gets the last one, and nothing is left of the file.
+        With one wrong byte, no reader of the whole gets the last one, and nothing is left of the file.
         """
         data, chance = bytearray(noise("x", size)), Random(seed)
         self.hands.idle = False
@@ -143,7 +143,7 @@ class InterleavingTests(DownloadTestCase):
     @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
     def test_readers_come_and_go_and_connections_break(self, size: int, lanes: int, seed: int) -> None:
         """
-        Each reader gets what it asked for, whenever it comes, wherever it reads, and whoever else leaves.
+        Each reader gets what it requested, whenever it comes, wherever it reads, and whichever others leave.
         """
         data, chance = noise("x", size), Random(seed)
         self.hands.idle = False
@@ -168,7 +168,8 @@ class InterleavingTests(DownloadTestCase):
     @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
     def test_a_disk_that_hangs_for_a_while_loses_nothing(self, size: int, lanes: int, seed: int) -> None:
         """
-        Each reader gets all, though the disk was given up, and its threads do later what they were at.
+        Each reader gets everything, though the transfer went on without the disk, and its threads finish their calls
+        later.
         """
         data, chance = noise("x", size), Random(seed)
         self.hands.idle = False
@@ -189,7 +190,7 @@ class InterleavingTests(DownloadTestCase):
 
     def visit(self, data: bytes, download: Download, chance: Random) -> Iterator[None]:
         """
-        Have readers come, now and then, of all or of a part; some leave early.
+        Add readers, now and then, of the whole or a part; some leave early.
         """
         size = len(data)
         for _ in range(6):
@@ -207,7 +208,7 @@ class InterleavingTests(DownloadTestCase):
 
     def answers(self) -> list[Callable[[], None]]:
         """
-        The bucket's answers that are to come.
+        Return the bucket's outstanding answers.
         """
         return [partial(each.callback, None) for each in self.blob.late or [] if not each.called]
 
@@ -220,7 +221,7 @@ class InterleavingTests(DownloadTestCase):
 
     def leave(self, readers: list[Reader]) -> None:
         """
-        Let all readers go; no file stays open.
+        Close all readers, and assert that no file stays open.
         """
         for each in readers:
             each.follower.close()

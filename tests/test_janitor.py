@@ -1,5 +1,5 @@
 """
-The cache keeps within its limit: what was used least recently goes first, and what is being sent never.
+The cache stays within its limit: the least recently used content is evicted first, and what is being sent never.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ BLOCK = 4096
 
 class VictimsTests(SynchronousTestCase):
     """
-    Who goes is decided by the order of use and the sizes.
+    The order of use and the sizes decide.
     """
 
     files = tuple(Candidate(Reservation(name), 10, 0) for name in "abc")
@@ -64,7 +64,7 @@ class VictimsTests(SynchronousTestCase):
 
     def test_the_least_recently_used_goes_first(self) -> None:
         """
-        And no more than is needed.
+        And no more than needed.
         """
         for excess, gone in ((1, ["a"]), (10, ["a"]), (11, ["a", "b"]), (30, ["a", "b", "c"])):
             self.assertEqual(gone, self.chosen(excess))
@@ -95,7 +95,7 @@ class VictimsTests(SynchronousTestCase):
     @given(st.lists(st.integers(0, 1000)), st.integers(-10, 5000))
     def test_no_more_goes_than_must(self, sizes: list[int], excess: int) -> None:
         """
-        The least recently used go, one after the other, until it is enough and no further.
+        The least recently used ones, one after the other, until it is enough.
         """
         files = [Candidate(Reservation(str(number)), size, 0) for number, size in enumerate(sizes)]
         chosen = victims(files, excess)
@@ -116,9 +116,6 @@ class SmallCache(SynchronousTestCase):
     limit = 100 * BLOCK
 
     def setUp(self) -> None:
-        """
-        An empty cache.
-        """
         self.now, self.clock = START, Clock()
         self.root = scratch(self)
         self.index = Index(self.root, lambda: self.now, memory=True)
@@ -128,7 +125,7 @@ class SmallCache(SynchronousTestCase):
 
     def make_store(self) -> Store:
         """
-        Open the cache as a daemon does that starts.
+        Open the cache as a starting daemon does.
         """
         store = Store(self.root, lambda: self.now, self.index)
         store.prepare()
@@ -136,7 +133,7 @@ class SmallCache(SynchronousTestCase):
 
     def in_thread(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
         """
-        Call at once what is else called in a thread.
+        Call at once what is otherwise called in a thread.
         """
         return execute(blocking, *args)
 
@@ -151,13 +148,13 @@ class SmallCache(SynchronousTestCase):
 
     def reserve(self, blocks: int, name: str = "arriving") -> bool:
         """
-        Ask for room, and have the answer.
+        Reserve space, and return the answer.
         """
         return self.janitor.make_room(Reservation(name), blocks * BLOCK)
 
     def keep(self, blocks: int) -> Digest:
         """
-        Keep content as a transfer does: first the room, then the bytes.
+        Store content as a transfer does: first the reservation, then the bytes.
         """
         self.now += 1
         data = f"{self.now}".encode().ljust(blocks * BLOCK)
@@ -173,13 +170,13 @@ class SmallCache(SynchronousTestCase):
 
     def has(self, *digests: Digest) -> list[bool]:
         """
-        Tell which of them there are.
+        Return which of them are cached.
         """
         return [self.store.has(digest) for digest in digests]
 
     def bytes_on_disk(self) -> int:
         """
-        Weigh the content, and what is arriving.
+        Return the size of content and incomplete files.
         """
         tops = self.root / "content", self.root / "arriving"
         return sum(on_disk(path.stat().st_size) for top in tops for path in top.rglob("*") if path.is_file())
@@ -187,12 +184,12 @@ class SmallCache(SynchronousTestCase):
 
 class JanitorTests(SmallCache):
     """
-    Room is made for what arrives.
+    Space for what arrives.
     """
 
     def test_room_is_made_by_evicting_the_least_recently_used(self) -> None:
         """
-        Reading keeps content young.
+        Reading counts as use.
         """
         one, two, three = self.keep(40), self.keep(40), self.keep(20)
         read(self.store, one)
@@ -203,7 +200,7 @@ class JanitorTests(SmallCache):
 
     def test_the_limit_can_be_filled(self) -> None:
         """
-        Nothing goes as long as everything fits, to the last block.
+        Nothing is evicted as long as everything fits, to the last block.
         """
         digests = [self.keep(50), self.keep(50)]
         self.assertEqual([True, True], self.has(*digests))
@@ -211,7 +208,7 @@ class JanitorTests(SmallCache):
 
     def test_what_is_being_sent_is_never_evicted(self) -> None:
         """
-        Others go before it though it is older; where only such is left, there is no room.
+        Others are evicted first though they are newer; if only content in use is left, there is no space.
         """
         one, two = self.keep(40), self.keep(40)
         content = self.store.open(one)
@@ -237,7 +234,7 @@ class JanitorTests(SmallCache):
 
     def test_what_is_arriving_counts(self) -> None:
         """
-        Content and arriving bytes together keep within the limit, and room that was given back is had again.
+        Content and incomplete files together stay within the limit, and released space can be used again.
         """
         one = self.keep(40)
         self.assertTrue(self.reserve(60))
@@ -251,7 +248,8 @@ class JanitorTests(SmallCache):
 
     def test_another_process_that_stands_still_while_it_evicts_is_waited_for_once(self) -> None:
         """
-        It may be stopped, with the lock: room is made without it. Once the lock was had again, it is waited for again.
+        It may be stopped, with the lock: eviction goes on without it. Once the lock could be acquired, the wait is
+        possible again.
         """
         pauses = list[float]()
         self.patch(time, "sleep", pauses.append)
@@ -273,7 +271,7 @@ class JanitorTests(SmallCache):
 
     def test_a_client_waits_for_room_for_two_seconds(self) -> None:
         """
-        What is promised later is given back; what was evicted for it is room for the next one.
+        A later reservation is released; what was evicted for it is free for the next one.
         """
         one = self.keep(90)
         hands = Hands()
@@ -296,14 +294,14 @@ class JanitorTests(SmallCache):
 
     def test_nothing_is_no_question(self) -> None:
         """
-        Content without bytes has room in a full cache.
+        Empty content fits into a full cache.
         """
         self.keep(100)
         self.assertTrue(self.reserve(0))
 
     def test_what_a_transfer_has_left_goes_in_its_turn(self) -> None:
         """
-        By when it was written last; it is newer than content that was used before, older than what was used since.
+        By its last write; it is newer than content that was used before, older than what was used since.
         """
         old = self.keep(20)
         self.patch(record, "WORTH_RESUMING", 1)
@@ -321,7 +319,7 @@ class JanitorTests(SmallCache):
 
     def test_a_transfer_that_ends_or_goes_on_while_the_index_can_not_be_written_evicts_nothing(self) -> None:
         """
-        Its room is counted once, whatever waits to be noted of it.
+        Its space is counted once, whatever waits to be recorded of it.
         """
         for module in (record, writer_module, arriving):
             self.patch(module, "WORTH_RESUMING", 1)
@@ -331,7 +329,7 @@ class JanitorTests(SmallCache):
         self.assertTrue(self.janitor.make_room(claim.reservation, record.room_for(size)))
         kept, writer = self.keep(60), self.store.writer(claim, digest, size)
         writer.write(0, [b"x"])
-        self.index.elsewhere = lambda: None  # whose turn does not come
+        self.index.elsewhere = lambda: None  # which is not next
         for _ in range(3):
             writer.leave()
             self.clock.advance(PAUSE_SECONDS)
@@ -364,7 +362,7 @@ class JanitorTests(SmallCache):
 
     def test_a_lowered_limit_holds_from_the_start(self) -> None:
         """
-        What is too much goes at once, the least recently used first.
+        The excess is evicted at once, the least recently used first.
         """
         one, two = self.keep(40), self.keep(40)
         for digest in (two, one):
@@ -377,7 +375,7 @@ class JanitorTests(SmallCache):
 
     def test_a_limit_below_what_the_index_takes_empties_the_cache(self) -> None:
         """
-        The index does not shrink. All else goes, but what is being sent.
+        The index does not shrink. Everything else is evicted, except what is being sent.
         """
         one, two, three = self.keep(10), self.keep(10), self.keep(10)
         content = self.store.open(two)
@@ -391,7 +389,7 @@ class JanitorTests(SmallCache):
 
     def test_the_index_counts(self) -> None:
         """
-        What its files take of the disk is not left to content.
+        Its files' space is not available to content.
         """
         one = self.keep(40)
         self.index.size = 60 * BLOCK
@@ -402,7 +400,7 @@ class JanitorTests(SmallCache):
 
     def test_what_is_evicted_while_it_is_open_stays_readable(self) -> None:
         """
-        Even where the cache was emptied by hand under an answer, the answer goes on.
+        Even if the cache was emptied by hand during an answer, the answer goes on.
         """
         one = self.keep(40)
         content = self.store.open(one)
@@ -417,7 +415,7 @@ class JanitorTests(SmallCache):
 
     def test_files_that_cannot_be_removed_do_not_stop_the_others(self) -> None:
         """
-        One that another user owns leaves the rest of the cache at work.
+        Eviction goes on past a file of another user.
         """
         one, two = self.keep(50), self.keep(50)
         real = Path.unlink
@@ -443,7 +441,7 @@ class JanitorTests(SmallCache):
 
     def test_an_index_that_can_not_be_written_gives_no_room(self) -> None:
         """
-        Nobody knows then whether there is any.
+        The free space is unknown then.
         """
         self.index._rows.close()  # noqa: SLF001
         with self.assertRaises(BusyError):
@@ -451,7 +449,7 @@ class JanitorTests(SmallCache):
 
     def test_nothing_is_done_after_the_end(self) -> None:
         """
-        A daemon that has ended looks at nothing any more.
+        A stopped daemon looks at nothing.
         """
         self.janitor.stopService()
         self.assertEqual([], self.clock.getDelayedCalls())
@@ -459,7 +457,7 @@ class JanitorTests(SmallCache):
 
 class WaitingTests(SmallCache):
     """
-    Room is made in threads.
+    Space is made in threads.
     """
 
     def setUp(self) -> None:
@@ -470,7 +468,7 @@ class WaitingTests(SmallCache):
 
     def later(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
         """
-        Put off what is called in a thread.
+        Queue what is called in a thread.
         """
         deferred: Deferred[T] = Deferred()
         self.threads.append((lambda: blocking(*args), deferred))
@@ -478,7 +476,7 @@ class WaitingTests(SmallCache):
 
     def work(self) -> None:
         """
-        Let the threads do all there is to do.
+        Run everything that is queued for threads.
         """
         while self.threads:
             blocking, deferred = self.threads.pop(0)
@@ -486,7 +484,7 @@ class WaitingTests(SmallCache):
 
     def ask(self, blocks: int) -> Deferred[Writer | Reason]:
         """
-        Ask for a file that arrives.
+        Reserve space for an incoming file.
         """
         digest = Digest.of(b"arriving")
         claim = self.store.claim(digest)
@@ -495,7 +493,7 @@ class WaitingTests(SmallCache):
 
     def assert_nothing_arrives(self) -> None:
         """
-        See that neither room nor files are left.
+        Assert that neither reservations nor files are left.
         """
         self.assertEqual(0, self.index.totals.arriving)
         self.assertEqual([], list(self.store.arriving.folder.iterdir()))
@@ -596,7 +594,7 @@ class SmallDisk(SmallCache):
 
     def test_on_a_full_disk_what_is_open_stays_and_others_go(self) -> None:
         """
-        Though what is open was used longer ago.
+        Though the open file was used less recently.
         """
         one, two = self.keep(40), self.keep(40)
         content = self.store.open(one)
@@ -624,7 +622,7 @@ class SmallDisk(SmallCache):
 
     def fill_the_disk_of_the_index(self) -> None:
         """
-        Have others take what is left, so that the index can't be written either.
+        Have others use the rest, so that the index can't be written either.
         """
         self.others = self.free() + self.others
         for name in ("reserve", "add"):
@@ -665,7 +663,7 @@ class SmallDisk(SmallCache):
 
     def test_until_the_directory_was_compared_the_size_of_the_disk_is_the_limit(self) -> None:
         """
-        How much the cache holds is not known then.
+        The size of the cache is not known then.
         """
         self.index.note_compared(0, self.index.opened)
         self.keep(10)
@@ -707,7 +705,7 @@ class SmallDisk(SmallCache):
 
     def test_room_that_is_promised_and_not_taken_yet_is_promised_to_nobody_else(self) -> None:
         """
-        The disk calls it free; many pulls at once would have found the disk full, and the daemon not ready.
+        For the disk it is free; many pulls at once would have filled the disk, and made the daemon not ready.
         """
         self.assertEqual([True, True, False], [self.reserve(40, each) for each in "abc"])
         self.assertEqual(self.CAPACITY - self.CAPACITY // 100, self.janitor.limit)
@@ -728,7 +726,7 @@ class SmallDisk(SmallCache):
 
     def test_a_disk_that_others_have_filled_up_is_told_until_it_is_over(self) -> None:
         """
-        Though there is room for a small file, which was made by evicting.
+        Though there is space for a small file, because of evictions.
         """
         self.keep(10)
         self.others = self.CAPACITY
@@ -756,10 +754,6 @@ class SmallDisk(SmallCache):
 
 
 class FewInodes(SmallCache):
-    """
-    A disk of many bytes, and inodes for 300 files.
-    """
-
     limit = 2**30
     INODES = 300
 
@@ -810,7 +804,7 @@ class FewInodes(SmallCache):
 
     def test_a_disk_that_lacks_bytes_too_is_full(self) -> None:
         """
-        XFS makes inodes of free space: without bytes it has none.
+        XFS creates inodes from free space: without bytes it has none.
         """
         full = SimpleNamespace(f_blocks=2**30, f_frsize=1, f_bavail=0, f_files=100, f_favail=0)
         self.patch(os, "statvfs", lambda _: full)
@@ -821,7 +815,7 @@ class FewInodes(SmallCache):
 
 class ScrubTests(SmallCache):
     """
-    The directory is compared with its index again and again: others may bring files, or delete them.
+    The directory is compared with its index again and again: others may add files, or delete them.
     """
 
     def setUp(self) -> None:
@@ -832,7 +826,7 @@ class ScrubTests(SmallCache):
 
     def compare(self) -> None:
         """
-        Let it go over the directory once.
+        Compare the whole directory once.
         """
         self.pass_time(SCRUB_SECONDS)
 
@@ -842,7 +836,7 @@ class ScrubTests(SmallCache):
 
     def bring(self, blocks: int) -> Digest:
         """
-        Bring a file as a daemon does that has another index.
+        Add a file as a daemon with another index does.
         """
         other = Store(self.root, lambda: self.now, Index(self.root, lambda: self.now, memory=True))
         self.addCleanup(other.index.close)
@@ -851,7 +845,7 @@ class ScrubTests(SmallCache):
 
     def test_what_somebody_deleted_is_room_again(self) -> None:
         """
-        Nobody needs to ask for what is gone.
+        No request for the missing content is needed.
         """
         gone, kept = self.keep(60), self.keep(40)
         (self.store.root / self.store.content_path(gone)).unlink()
@@ -862,7 +856,7 @@ class ScrubTests(SmallCache):
 
     def test_what_somebody_brought_counts(self) -> None:
         """
-        The least recently used goes, whoever brought it; the log says that there was something.
+        The least recently used is evicted, whoever added it; the log reports the new files.
         """
         old = self.keep(60)
         new = self.bring(60)
@@ -874,7 +868,7 @@ class ScrubTests(SmallCache):
 
     def test_a_disk_that_fails_makes_nothing_absent(self) -> None:
         """
-        What can't be looked at for now is not taken for gone; the next time makes good for it.
+        A file that can't be read for now is not taken for missing; the next run corrects that.
         """
         self.keep(60)
         for module, name, number in (
@@ -898,7 +892,7 @@ class ScrubTests(SmallCache):
 
     def test_it_takes_a_small_part_of_the_time(self) -> None:
         """
-        Where a step takes long, the next one comes late.
+        If a step takes long, the next one comes late.
         """
         steps: list[float] = []
 
@@ -934,7 +928,7 @@ class TwoDaemonsTests(SmallCache):
 
     def test_keep_the_limit_together(self) -> None:
         """
-        Whatever both bring in, the directory is within the limit at each moment, and all is right.
+        Whatever both fetch, the directory is within the limit at each moment, and all content is right.
         """
         stores = [self.store, self.make_store()]
         janitors = [self.janitor, self.start(stores[1])]
@@ -949,7 +943,7 @@ class TwoDaemonsTests(SmallCache):
 
     def test_do_not_both_make_the_room_that_is_needed_once(self) -> None:
         """
-        A limit that was lowered, at the same moment: who comes second looks again.
+        A limit that was lowered, at the same moment: the second one looks again.
         """
         for _ in range(10):
             self.keep(20)
@@ -971,7 +965,8 @@ class RaceTests(SmallCache):
 
     def test_a_janitor_racing_readers_and_writers(self) -> None:
         """
-        Threads that bring in, read and evict, with sweeps in between: what is read is right, and all is counted.
+        Threads that write, read and evict, with sweeps in between: content that is read is right, and everything is
+        counted.
         """
         blobs = [random.Random(number).randbytes(20_000 + number) for number in range(20)]
         start = threading.Barrier(6)
@@ -1001,7 +996,7 @@ class RaceTests(SmallCache):
 
     def pull(self, data: bytes) -> bool:
         """
-        Read a blob, or bring it in if there is room for it; tells whether what was read is right.
+        Read a blob, or store it if there is space for it; return True if the content read was right.
         """
         digest = Digest.of(data)
         found = read(self.store, digest)

@@ -1,5 +1,5 @@
 """
-Files of content that stay open for a second: what they save, and what they are in nobody's way of.
+Files of content that stay open for a second: what they save, and that they cause no harm.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class KeptOpenTests(SynchronousTestCase):
 
     def keep(self, data: bytes = b"data") -> Digest:
         """
-        Bring content in, and have somebody use it.
+        Store content, and have it used.
         """
         digest = put(self.store, data)
         content = self.store.open(digest)
@@ -71,7 +71,7 @@ class KeptOpenTests(SynchronousTestCase):
 
     def test_a_file_is_given_out_for_a_second_and_closed_then(self) -> None:
         """
-        However often it was asked for; in a thread.
+        However often it was requested; in a thread.
         """
         self.hands.idle = False
         digest = self.keep()
@@ -106,7 +106,7 @@ class KeptOpenTests(SynchronousTestCase):
 
     def test_there_are_no_more_than_so_many(self) -> None:
         """
-        The one that has been open longest goes.
+        The one that has been open longest is closed.
         """
         digests = [self.keep(b"%d" % number) for number in range(LIMIT + 1)]
         self.assertEqual([False] + [True] * LIMIT, [self.is_given(each) for each in digests])
@@ -114,7 +114,7 @@ class KeptOpenTests(SynchronousTestCase):
 
     def test_one_that_is_gone_is_not_given(self) -> None:
         """
-        Whoever removes it, or puts another in its place, and however.
+        Whoever removed or replaced it, and however.
         """
         for remove in (
             lambda path: self.other.unlink(Digest("sha256", path.name)),
@@ -128,7 +128,7 @@ class KeptOpenTests(SynchronousTestCase):
 
     def test_one_that_was_altered_is_not_given(self) -> None:
         """
-        Until it was looked at: it is right no more, or has another size.
+        Until it was checked: its content is wrong, or it has another size.
         """
         for data in (b"DATA", b"more data", b"dat"):
             digest = self.keep()
@@ -184,7 +184,7 @@ class KeptOpenTests(SynchronousTestCase):
 
     def test_keeping_is_no_use(self) -> None:
         """
-        Content that nobody asked for is not taken for recent.
+        Content that was not requested does not count as recent.
         """
         digest, other = put(self.store, b"data"), put(self.store, b"other")
         content = self.store.open(digest)
@@ -209,7 +209,7 @@ class DescriptorTests(SynchronousTestCase):
 
 class DaemonTests(DaemonTestCase):
     """
-    What of it clients, and the operator, notice.
+    What clients and the operator notice of it.
     """
 
     def setUp(self) -> None:
@@ -220,7 +220,7 @@ class DaemonTests(DaemonTestCase):
 
     def test_a_warm_blob_is_found_without_a_thread(self) -> None:
         """
-        For GET, HEAD and a part of it.
+        For GET, HEAD and a range.
         """
         hands = Hands()
         kinds = ("writing", "committing", "hashing", "digesting", "closing")
@@ -240,7 +240,7 @@ class DaemonTests(DaemonTestCase):
 
     def test_one_that_is_asked_for_again_and_again_stays_open(self) -> None:
         """
-        By one opening in half a second, and who asks waits for none of them.
+        It is opened once in half a second, and no request waits for that.
         """
         for _ in range(2):
             self.get(self.path)
@@ -265,7 +265,7 @@ class DaemonTests(DaemonTestCase):
 
     def test_it_gives_way_to_what_is_new(self) -> None:
         """
-        In a cache that has room for one of two blobs.
+        In a cache with space for one of two blobs.
         """
         self.start(limit=1_000_000)
         other = noise("other", 600_000)
@@ -285,7 +285,7 @@ class DaemonTests(DaemonTestCase):
                 self.assertWhole(self.get(self.path), self.data)
             lose()
             if word == "REVALIDATED":
-                self.pass_time(1)  # what was known is forgotten by then
+                self.pass_time(1)  # its state is forgotten by then
             self.assertWhole(self.get(self.path), self.data, word)
 
     def test_wrong_bytes_are_not_sent(self) -> None:
@@ -297,7 +297,7 @@ class DaemonTests(DaemonTestCase):
 
     def test_its_use_counts(self) -> None:
         """
-        Of two that are there, the one that is asked for goes last, also while its file stays open.
+        Of two blobs, the one that is requested is evicted last, also while its file stays open.
         """
         other = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', noise('other', 600_000))}"
         self.get(self.path)

@@ -1,5 +1,5 @@
 """
-What clients may have of the daemon, and what becomes of those who want more.
+Limits for clients, and what happens to those that exceed them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GOOD = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
 class CountingTests(SynchronousTestCase):
     def test_addresses_are_counted_by_their_owner(self) -> None:
         """
-        An IPv4 address counts by itself, also on a socket for both; of IPv6 a whole /64 counts as one.
+        An IPv4 address counts by itself, also on a dual-stack socket; of IPv6 a whole /64 counts as one.
         """
         expected = {
             "192.0.2.7": "192.0.2.7",
@@ -38,7 +38,7 @@ class CountingTests(SynchronousTestCase):
 
     def test_connections_have_two_limits(self) -> None:
         """
-        One address has its limit, all together have theirs; who leaves makes room.
+        One per address, one for all together; a closed connection makes room.
         """
         crowd = Crowd(Limits(connections=3, connections_per_address=2))
         self.assertEqual([True, True, False, True, False], [crowd.enter(each) for each in "aaabc"])
@@ -51,7 +51,7 @@ class CountingTests(SynchronousTestCase):
 
     def test_zero_is_no_limit(self) -> None:
         """
-        Without limits nobody is refused, and who has no address is not limited by it.
+        Nor is a client without an address limited by it.
         """
         crowd = Crowd(Limits(connections=0, connections_per_address=0, transfers=0))
         self.assertTrue(all(crowd.enter("a") and crowd.begin_transfer() for _ in range(10_000)))
@@ -59,7 +59,7 @@ class CountingTests(SynchronousTestCase):
 
     def test_one_of_several_processes_has_its_part_and_a_quarter_of_it_more(self) -> None:
         """
-        The kernel does not deal connections out evenly; what is unlimited stays so.
+        The kernel does not distribute connections evenly; what is unlimited stays so.
         """
         parts = [(each.connections, each.transfers) for each in map(Limits(transfers=0).share, (1, 2, 3, 8))]
         self.assertEqual([(10_000, 0), (6250, 0), (4167, 0), (1563, 0)], parts)
@@ -72,7 +72,7 @@ class CountingTests(SynchronousTestCase):
 
     def test_patience_ends_once(self) -> None:
         """
-        It lasts from the last time that it began, and what was ended, or is endless, never runs out.
+        It lasts from its latest start, and what was ended, or is endless, never runs out.
         """
         clock, out = Clock(), list[float]()
         patience = Patience(clock.callLater, 10, lambda: out.append(clock.seconds()))
@@ -92,7 +92,7 @@ class CountingTests(SynchronousTestCase):
 
 class LimitTests(DaemonTestCase):
     """
-    Crowd over a limit, at the front.
+    More clients than a limit allows.
     """
 
     def connect(self) -> tuple[Raw, End]:
@@ -106,7 +106,7 @@ class LimitTests(DaemonTestCase):
 
     def test_a_connection_too_many_is_closed(self) -> None:
         """
-        It is closed at once, those that were there are served, and who leaves makes room.
+        It is closed at once, existing ones are served, and a closed connection makes room.
         """
         self.start(limits=Limits(connections_per_address=2))
         several = [self.connect() for _ in range(3)]
@@ -144,7 +144,7 @@ class LimitTests(DaemonTestCase):
 
     def test_an_address_with_idle_connections_gets_another(self) -> None:
         """
-        As a cluster behind NAT, whose nodes keep what they do not use. Those of others stay open.
+        As for a cluster behind NAT, whose nodes keep unused connections. Those of others stay open.
         """
         self.start(limits=Limits(connections_per_address=2))
         usual, self.daemon.front.client = self.daemon.front.client, "192.0.2.9"
@@ -175,7 +175,7 @@ class LimitTests(DaemonTestCase):
 
     def test_health_is_told_though_all_connections_are_taken(self) -> None:
         """
-        Others get 503 and when to ask again, and are closed; who asks nothing is closed for the next.
+        Other requests get 503 with Retry-After, and are closed; a silent connection is closed for the next.
         """
         self.start(limits=Limits(connections=2))
         busy = [self.connect() for _ in range(2)]
@@ -242,7 +242,7 @@ class LimitTests(DaemonTestCase):
 
     def test_transfers_over_their_limit_are_told_to_come_again(self) -> None:
         """
-        As many blobs are sent at once as may be; another is 503 with Retry-After, and whole when it comes again.
+        Up to the limit blobs are sent at once; another is 503 with Retry-After, and succeeds when retried.
         """
         self.start(limits=Limits(transfers=1))
         data = noise("x", MIB)
@@ -262,7 +262,7 @@ class LimitTests(DaemonTestCase):
 
     def stop_beside_another(self, data: bytes) -> tuple[str, Reply, Reply]:
         """
-        Have two clients read a blob that is not kept, of which one stops for long.
+        Have two clients read a blob that is not cached, of which one stops for long.
         """
         self.start(limit=4 * MIB)
         path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
@@ -276,7 +276,7 @@ class LimitTests(DaemonTestCase):
 
     def test_a_reader_that_stops_does_not_stall_the_others_of_a_blob_that_is_not_kept(self) -> None:
         """
-        After some seconds it goes on by itself, from where it is. Nothing is fetched for it before it reads again.
+        After some seconds it continues by itself, from its position. Nothing is fetched for it before it reads again.
         """
         data = noise("x", 8 * MIB)
         path, slow, quick = self.stop_beside_another(data)
@@ -313,7 +313,7 @@ class LimitTests(DaemonTestCase):
 
     def test_a_reader_that_stops_is_cut_off_where_the_bucket_gives_no_ranges(self) -> None:
         """
-        The others could not go on otherwise, nor could it.
+        Otherwise neither it nor the others could go on.
         """
         self.standin.quirks.ignore_range = True
         data = noise("x", 8 * MIB)
@@ -326,7 +326,7 @@ class LimitTests(DaemonTestCase):
 
     def test_who_never_takes_the_end_is_given_up(self) -> None:
         """
-        A connection that is to be closed waits for its client to take the answer, but not for ever.
+        A connection that is to be closed waits for its client to read the answer, but not for ever.
         """
         for request in (GOOD[:-2] + b"Connection: close\r\n\r\n", b"nonsense\r\n\r\n"):
             client, wire = self.connect()
@@ -341,7 +341,7 @@ class LimitTests(DaemonTestCase):
 
     def test_headers_have_the_size_that_is_set(self) -> None:
         """
-        Bytes and number of headers are the operator's to choose.
+        The operator sets the bytes and number of headers.
         """
         self.start(limits=Limits(header_bytes=1000, header_count=3))
         for fields, good in (

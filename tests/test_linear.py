@@ -1,5 +1,5 @@
 """
-Headers and errors that upstream and clients write, at their longest: reading them holds up nothing.
+Headers and errors of upstream and clients at their maximum length: parsing them delays nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-What the daemon listens on is read again when it is told to.
+Certificates and keys of the daemon's sockets are reloaded when told.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RereadTests(SynchronousTestCase):
 
     def renew(self, *, key: bool = True) -> None:
         """
-        Put other files in the place of those that are used.
+        Replace the files in use by others.
         """
         if key:
             Path(self.files.key).write_bytes(Path(self.others.key).read_bytes())
@@ -76,7 +76,7 @@ class RereadTests(SynchronousTestCase):
 
     def connect(self, trusted: Files) -> None:
         """
-        Shake hands, as a client that trusts C{trusted} alone.
+        Shake hands, as a client that trusts only C{trusted}.
         """
         _, factory, *_ = self.reactor.tcpServers[-1]
         if isinstance(factory, BalancedFactory):
@@ -104,7 +104,7 @@ class RereadTests(SynchronousTestCase):
 
     def test_changed_files_are_noticed_until_they_are_read(self) -> None:
         """
-        Also those that can't be used: they are told of once, and tried again when they have changed again.
+        Also unusable ones: they are reported once, and tried again after the next change.
         """
         for way in range(len(self.ways)):
             self.setUp()
@@ -170,7 +170,7 @@ class RereadTests(SynchronousTestCase):
 
     def test_files_that_are_being_written_are_told_once_and_taken_when_both_are_there(self) -> None:
         """
-        A renewer writes one after the other, each perhaps in pieces; the former pair serves until then.
+        A renewer writes one after the other, perhaps in pieces; the previous pair serves until then.
         """
         for way in range(len(self.ways)):
             self.setUp()
@@ -191,7 +191,7 @@ class RereadTests(SynchronousTestCase):
 
     def test_what_is_no_file_is_told_at_once_and_changes_nothing(self) -> None:
         """
-        Opening a FIFO would wait until somebody writes to it.
+        Opening a FIFO would wait until a process writes to it.
         """
         for way in range(len(self.ways)):
             for name in ("key.pem", "certificate.pem"):
@@ -207,9 +207,6 @@ class RereadTests(SynchronousTestCase):
                 self.connect(self.files)
 
     def test_without_tls_there_is_nothing_to_read(self) -> None:
-        """
-        Nor anything to tell.
-        """
         for environ in ({}, {"PROXY_LISTEN": "tcp:5000"}):
             with capturedLogs() as events:
                 self.assertFalse(reread(self.listen(environ)))
@@ -219,7 +216,7 @@ class RereadTests(SynchronousTestCase):
 class BehindBalancerTests(SynchronousTestCase):
     def listened_on(self, text: str) -> Any:
         """
-        Listen as an endpoint string says, and give what is made for each connection.
+        Listen on an endpoint string, and return the factory for each connection.
         """
         reactor = MemoryReactorClock()
         settings = {"PROXY_ECR_ENDPOINT": "http://ecr.test", "AWS_REGION": "eu-west-1", "PROXY_LISTEN": text}
@@ -240,12 +237,12 @@ class BehindBalancerTests(SynchronousTestCase):
 
 class FromSystemdTests(SynchronousTestCase):
     """
-    A socket that systemd has bound. In a worker, where such a one was inherited.
+    A socket that systemd has bound; in a worker, an inherited one.
     """
 
     def listened_on(self, **environ: str) -> Any:
         """
-        Listen there, and give what is made for each connection.
+        Listen there, and return the factory for each connection.
         """
         settings = {"PROXY_ECR_ENDPOINT": "http://ecr.test", "AWS_REGION": "eu-west-1"}
         config = Config.load({}, {**settings, "PROXY_LISTEN": "systemd:domain=INET6:name=ecr-proxy", **environ})
@@ -258,7 +255,7 @@ class FromSystemdTests(SynchronousTestCase):
 
     def test_speaks_http_where_there_is_no_key(self) -> None:
         """
-        As a port does.
+        Like a port.
         """
         self.assertIs(self, self.listened_on())
 
@@ -275,7 +272,7 @@ class FromSystemdTests(SynchronousTestCase):
 class BacklogTests(SynchronousTestCase):
     def backlogs(self, text: str) -> list[int]:
         """
-        Listen where C{text} says, and return the backlogs of the ports.
+        Listen on C{text}, and return the backlogs of the ports.
         """
         reactor = MemoryReactorClock()
         config = Config.load(

@@ -1,5 +1,5 @@
 """
-The container is made of what requirements.lock names, and of nothing else.
+The container has exactly what requirements.lock names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class LockTests(SynchronousTestCase):
 
     def test_every_dependency_is_locked(self) -> None:
         """
-        One that is missing there would be missing in the image: make lock.
+        A missing one would be missing in the image: run make lock.
         """
         settings = configparser.ConfigParser()
         settings.read(CHECKOUT / "setup.cfg")

@@ -1,5 +1,5 @@
 """
-What is written to the log, in each of its shapes.
+The log in each of its formats.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEBUG = PRIORITIES[LogLevel.debug]
 
 def validated(lines: str) -> list[dict[str, Any]]:
     """
-    Read lines of JSON, each of which must be valid.
+    Parse lines of JSON, each of which must be valid.
     """
     assert lines.endswith("\n")
     found = [json.loads(line) for line in lines.splitlines()]
@@ -69,7 +69,7 @@ class ShapeTestCase(SynchronousTestCase):
 
     def written(self, shape: Shape, limit: int = DEBUG) -> str:
         """
-        Write what was logged since this was last asked.
+        Return what was logged since the last call.
         """
         file = io.BytesIO()
         writer, events = LineWriter(Outlet(file), shape, limit, Clock().seconds), self.events
@@ -113,7 +113,7 @@ class TextTests(ShapeTestCase):
 
     def test_a_traceback_stays_with_its_line(self) -> None:
         """
-        What follows begins with a tab.
+        Its further lines begin with a tab.
         """
         self.fault()
         first, *others = self.written(as_text).splitlines()
@@ -123,7 +123,7 @@ class TextTests(ShapeTestCase):
 
     def test_no_control_character_passes(self) -> None:
         """
-        Of a message, of a traceback, and of a request; each is written as its escape.
+        Of a message, of a traceback, and of a request; each is escaped.
         """
         for shape in (as_text, as_journal):
             for char in CONTROL:
@@ -163,7 +163,7 @@ class TextTests(ShapeTestCase):
 
     def test_what_is_on_account_of_a_request_has_its_id(self) -> None:
         """
-        That of the coroutine in which it is logged, or what the event says.
+        That of the coroutine in which it is logged, or the one in the event.
         """
 
         async def answer() -> None:
@@ -190,7 +190,7 @@ class JournalTests(ShapeTestCase):
 
     def test_each_line_has_its_level(self) -> None:
         """
-        And no time, which the journal knows.
+        And no time, which the journal adds.
         """
         for level, number in (("debug", 7), ("info", 6), ("warn", 4), ("error", 3), ("critical", 2)):
             self.log.emit(LogLevel.levelWithName(level), "so")
@@ -211,7 +211,7 @@ class JournalTests(ShapeTestCase):
 
     def test_only_what_comes_to_the_journal_is_marked(self) -> None:
         """
-        The variable names the file; it may be inherited, and the output be another one.
+        The variable names the file; it may be inherited, with another output.
         """
         with tempfile.TemporaryFile("w") as file:
             status = os.fstat(file.fileno())
@@ -228,7 +228,7 @@ class JsonTests(ShapeTestCase):
 
     def test_an_event_is_an_object(self) -> None:
         """
-        With what a program asks for first.
+        The most important fields come first.
         """
         self.log.warn("It is {what}", what="\u2028so\udcff\n")
         (told,) = validated(self.written(as_json))
@@ -243,7 +243,7 @@ class JsonTests(ShapeTestCase):
 
     def test_a_traceback_is_a_field(self) -> None:
         """
-        Also of what was logged in Twisted's old way, and of what has no other message.
+        Also for events of Twisted's old logging, and for those without another message.
         """
         self.fault()
         self.log.failure("", Failure(ValueError("by itself")))
@@ -288,7 +288,7 @@ class JsonTests(ShapeTestCase):
 
     def test_the_schema_refuses_what_it_does_not_know(self) -> None:
         """
-        So that a new field is written down.
+        So that a new field is documented.
         """
         self.requests(1)
         (told,) = validated(self.written(as_json))
@@ -298,7 +298,7 @@ class JsonTests(ShapeTestCase):
 
 class OmittedTests(ShapeTestCase):
     """
-    What is said of lines that are left out.
+    The message about omitted lines.
     """
 
     def setUp(self) -> None:
@@ -310,7 +310,7 @@ class OmittedTests(ShapeTestCase):
 
     def lines_of(self, shape: Shape) -> str:
         """
-        Write what was logged, and what is told of it a minute later.
+        Return what was logged, and what is said of it a minute later.
         """
         self.file.truncate(0)
         self.file.seek(0)
@@ -357,12 +357,12 @@ class OmittedTests(ShapeTestCase):
 
 class WriterTests(ShapeTestCase):
     """
-    How it is written, and where.
+    How and where the log is written.
     """
 
     def test_what_is_below_the_level_is_not_written(self) -> None:
         """
-        What is graver is.
+        More severe events are.
         """
         for level in LogLevel.iterconstants():
             self.log.emit(level, level.name)
@@ -371,7 +371,7 @@ class WriterTests(ShapeTestCase):
 
     def test_lines_go_in_pieces_that_a_pipe_takes_whole(self) -> None:
         """
-        Each ends with a line's end, so that lines of several processes don't mix.
+        Each ends with a newline, so that lines of several processes don't mix.
         """
 
         class Pieces(io.BytesIO):
@@ -395,7 +395,7 @@ class WriterTests(ShapeTestCase):
 
     def test_what_an_operator_has_asked_twistd_for_is_left_to_it(self) -> None:
         """
-        A logger or the syslog have their own format; and what twistd refuses is left to be refused.
+        A logger or the syslog have their own format; and twistd reports its own errors.
         """
         for flags in ({"logger": list}, {"syslog": 1}, {"logfile": "-"}):
             self.assertIs(None, self.choose(**flags))
@@ -440,12 +440,12 @@ class WriterTests(ShapeTestCase):
 
 class DaemonLinesTests(DaemonTestCase):
     """
-    All that a daemon says is valid, whatever happens to it.
+    All messages of a daemon are valid, whatever happens to it.
     """
 
     def test_lines_of_a_whole_daemon(self) -> None:
         """
-        Pulls, errors, clients that leave, an ECR that fails, a fault of ours, a disk that is full.
+        Pulls, errors, clients that disconnect, an ECR that fails, a bug of ours, a disk that is full.
         """
         data = noise("blob", 300_000)
         digest = self.standin.push_blob("team/app", data)

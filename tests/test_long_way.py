@@ -1,5 +1,5 @@
 """
-What clients see is the same where all requests take the long way: the tests of that, once more without the hot path.
+Clients see the same if all requests take the long way: these tests run again without the hot path.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tests.daemon import DaemonTestCase
 
 def without_hot_path(module: ModuleType) -> dict[str, type[DaemonTestCase]]:
     """
-    Make each test case of a module that has a daemon once more, with a daemon that has no hot path.
+    Repeat each test case of a module that has a daemon with a daemon without hot path.
     """
     return {
         name: type(name, (each,), {"hot_path": False, "__module__": __name__})

@@ -1,5 +1,5 @@
 """
-Other processes' transfers, looked at.
+Looks at other processes' transfers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LooksTests(SynchronousTestCase):
 
     def test_any_number_costs_one_call_a_look(self) -> None:
         """
-        So many followed transfers don't keep the threads from what else is read.
+        Many followed transfers don't keep the threads from other reads.
         """
         for _ in range(3):
             found = self.at(100)

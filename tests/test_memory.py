@@ -1,5 +1,5 @@
 """
-A bounded memory of what was used lately.
+A bounded cache in memory of what was used lately.
 """
 
 from __future__ import annotations
@@ -15,20 +15,17 @@ class MemoryTests(SynchronousTestCase):
 
     def held(self, keys: str = "abcde") -> str:
         """
-        Tell which of these are held, without using them: the last question of a test.
+        Return which of these are held, without using them: the last question of a test.
         """
         return "".join(key for key in keys if self.memory.get(key) is not None)
 
     def test_recalls(self) -> None:
-        """
-        What was put is there under its key, and nothing else.
-        """
         self.memory.put("a", "value", 3)
         self.assertEqual(("value", None), (self.memory.get("a"), self.memory.get("b")))
 
     def test_is_bounded(self) -> None:
         """
-        Values are together no larger than the limit; those that were put first go.
+        Values together are no larger than the limit; the first ones go.
         """
         for key, size in (("a", 4), ("b", 4), ("c", 2), ("d", 5)):
             self.memory.put(key, key, size)
@@ -36,7 +33,7 @@ class MemoryTests(SynchronousTestCase):
 
     def test_keeps_what_is_used(self) -> None:
         """
-        What was recalled is not the first to go.
+        A recalled value is not the first to go.
         """
         for key in "abc":
             self.memory.put(key, key, 3)
@@ -46,7 +43,7 @@ class MemoryTests(SynchronousTestCase):
 
     def test_counts_a_value_once(self) -> None:
         """
-        A value in another's place counts in its place, larger or smaller, and is the last to go.
+        A replaced value's size counts once, larger or smaller, and it is the last to go.
         """
         self.memory.put("a", "old", 5)
         self.memory.put("b", "b", 5)
@@ -69,7 +66,7 @@ class MemoryTests(SynchronousTestCase):
 
     def test_forgets(self) -> None:
         """
-        What was dropped is gone, and its room free; dropping what is not there is nothing.
+        A dropped value's space is free; dropping a missing one does nothing.
         """
         self.memory.put("a", "a", 10)
         self.memory.drop("a")

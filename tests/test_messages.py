@@ -1,5 +1,5 @@
 """
-What parent and workers tell each other is believed no further than its type says.
+Messages between parent and workers are checked against their types.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ WRONG_NUMBERS: list[Any] = ["1", 1.0, True, None, 2**64]
 
 def text_of(name: str, **content: Any) -> bytes:
     """
-    Write what may be no message.
+    Return a text that may be no message.
     """
     return json.dumps([name, content]).encode()
 
@@ -89,7 +89,7 @@ def text_of(name: str, **content: Any) -> bytes:
 class MessagesTests(SynchronousTestCase):
     def refuses(self, data: bytes, known: Any = FromWorker) -> None:
         """
-        Hold that it is no message.
+        Assert that it is no message.
         """
         try:
             found = decode(data, known)
@@ -117,7 +117,7 @@ class MessagesTests(SynchronousTestCase):
 
     def test_go_in_one_direction(self) -> None:
         """
-        A worker can't ask its parent, nor tell another worker what to read.
+        A worker can't ask its parent, nor tell another worker what to reload.
         """
         for each in OF_PARENTS:
             self.refuses(encode(each))
@@ -126,7 +126,7 @@ class MessagesTests(SynchronousTestCase):
 
     def test_that_are_none_are_refused(self) -> None:
         """
-        Nonsense, other names, more or fewer fields, other types, numbers and texts out of bounds, lists without end.
+        Nonsense, other names, more or fewer fields, other types, numbers and texts out of bounds, endless lists.
         """
         for data in (
             *(b"", b"{}", b"[]", b"null", b"nonsense", b'"Listens"', b"[1,{}]", b'["Listens",{},{}]', b"\xff\xfe"),
@@ -175,7 +175,7 @@ class MessagesTests(SynchronousTestCase):
     @given(st.text(), st.floats(), st.integers(0, 2**62), st.lists(st.text(st.characters()), max_size=3))
     def test_whatever_clients_choose_can_be_told(self, text: str, number: float, count: int, texts: list[str]) -> None:
         """
-        Halves of surrogate pairs, texts without end, numbers that are none: the parent refuses no message for them.
+        Lone surrogates, endless texts, NaN: the parent rejects no message because of them.
         """
         odd = (text + "\ud800") * 500
         readiness = Readiness(can_serve=True, can_fetch=True, reasons=(*texts, odd) * 400)
@@ -200,7 +200,7 @@ class MessagesTests(SynchronousTestCase):
 
     def test_have_fields_that_can_be_checked(self) -> None:
         """
-        A type that L{decode} does not know would refuse every message of its kind: there is an example of each above.
+        A type that L{decode} does not know would reject every message of its kind: there is an example of each above.
         """
         for kind in (*get_args(FromWorker), *get_args(FromParent)):
             self.assertTrue(is_dataclass(kind))

@@ -1,5 +1,5 @@
 """
-How long the event loop stood still.
+Event-loop stalls.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ class LoopStallTests(SynchronousTestCase):
 
     def run_for(self, seconds: float) -> None:
         """
-        Let the loop turn as it should.
+        Run the loop without a stall.
         """
         self.clock.pump([TICK_SECONDS] * round(seconds / TICK_SECONDS))
 
     def test_is_nothing_while_all_turns_come_in_time(self) -> None:
         """
-        A loop that does nothing else does not stand still, however long the daemon had run before.
+        An idle loop does not stall, however long the daemon had run before.
         """
         self.stall.startService()
         self.run_for(10)
@@ -32,7 +32,7 @@ class LoopStallTests(SynchronousTestCase):
 
     def test_is_the_longest(self) -> None:
         """
-        The longest time by which a turn came late is kept; shorter ones later do not count, longer ones do.
+        The longest delay of a turn is kept; shorter ones later do not count, longer ones do.
         """
         self.stall.startService()
         for late, longest in ((0.05, 0.05), (0.5, 0.5), (0.2, 0.5), (0.7, 0.7)):
@@ -42,7 +42,7 @@ class LoopStallTests(SynchronousTestCase):
 
     def test_is_told_for_some_minutes_and_no_longer(self) -> None:
         """
-        An alert stands on it: one pause must not page somebody for as long as the daemon runs.
+        Alerts use it: one pause must not page somebody for as long as the daemon runs.
         """
         self.stall.startService()
         self.clock.advance(TICK_SECONDS + 2)

@@ -1,5 +1,5 @@
 """
-Which repositories are let in, and that no pattern stops the daemon.
+Which repositories are allowed, and that no pattern blocks the daemon.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.daemon import DaemonTestCase, Hands
 CATASTROPHE = r"(?:a|a|aa)+b?c?(?=z)"
 """Tries three ways for each character, and looks ahead for what can't follow."""
 SLOW = r"(?:a|aa)+b|a+c[0-9]*"
-"""Tries two ways for each character of such names, and lets them in all the same."""
+"""Tries two ways for each character of such names, and still matches them."""
 SLOW_NAME = "a" * 26 + "c"
 LONG = "a" * 200
 SHORT = 0.05
@@ -30,7 +30,7 @@ SHORT = 0.05
 
 class Counted:
     """
-    Threads that count what they are given.
+    Threads that count their calls.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class NamespacesTests(SynchronousTestCase):
 
     def status(self, judge: Namespaces, name: str) -> int:
         """
-        Say how a name fares: 200, or the status of its refusal.
+        Return 200 for a name, or the status of its refusal.
         """
         return self.statuses([self.ask(judge, name)])[0]
 
@@ -101,7 +101,7 @@ class NamespacesTests(SynchronousTestCase):
 
     def test_what_is_remembered_is_bounded(self) -> None:
         """
-        However many names are asked for, memory keeps the last ones.
+        However many names are requested, memory keeps the latest ones.
         """
         self.patch(namespaces, "REMEMBERED", 4)
         judge = self.make(".*")
@@ -111,7 +111,7 @@ class NamespacesTests(SynchronousTestCase):
 
     def test_who_asks_meanwhile_waits_for_the_same_verdict(self) -> None:
         """
-        A name is in a thread once, and a client that leaves takes nobody's verdict along.
+        A name is judged in a thread once, and a client that disconnects cancels no other's verdict.
         """
         self.threads.hands.idle = False
         judge = self.make(SLOW)
@@ -124,7 +124,7 @@ class NamespacesTests(SynchronousTestCase):
 
     def test_a_pattern_that_takes_too_long_refuses(self) -> None:
         """
-        Out of time nothing is decided: 503, and the name is judged again when it is asked for again.
+        A timeout decides nothing: 503, and the name is judged again with the next request.
         """
         judge = self.make(CATASTROPHE, SHORT)
         self.assertEqual([503, 503], [self.status(judge, LONG), self.status(judge, LONG)])
@@ -168,7 +168,7 @@ class PatternTests(DaemonTestCase):
 
     def test_a_client_is_told_that_the_pattern_is_too_slow(self) -> None:
         """
-        A name that can't be judged in time is refused with 503, a line tells the operator, and ECR is not asked.
+        A name that can't be judged in time gets 503, a line tells the operator, and ECR is not asked.
         """
         self.start(pattern=CATASTROPHE)
         reply = self.get(f"/v2/{LONG}/manifests/latest")

@@ -1,5 +1,5 @@
 """
-How people name repositories of several registries, and what the commands make of it.
+How people name repositories of several registries, and how the commands understand it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class NamingTests(SynchronousTestCase):
 
     def test_what_is_reached_through_a_registry_without_a_table_is_called_as_clients_call_it(self) -> None:
         """
-        A registry that a table only leads to keeps its own name for all else that the cache has of it.
+        A registry that is reached only through a table keeps its own name for everything else of it in the cache.
         """
         tables, errors = parsed(THROUGH)
         self.assertEqual([], errors)

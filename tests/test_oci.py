@@ -1,5 +1,5 @@
 """
-What clients and registries say is understood in one way only, or refused at the door.
+Input from clients and registries has one meaning, or is rejected.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NO_QUERY = (400, "UNSUPPORTED")
 
 def understood(target: str) -> tuple[Any, ...]:
     """
-    Give what a target leads to, or how it is refused.
+    Return where a target leads, or how it is rejected.
     """
     try:
         route = route_to(target)
@@ -62,7 +62,7 @@ class RouteTests(SynchronousTestCase):
 
     def assert_understood(self, expected: dict[str, tuple[Any, ...]]) -> None:
         """
-        Hold every target against what it must lead to.
+        Compare every target with where it must lead.
         """
         self.assertEqual(expected, {target: understood(target) for target in expected})
 
@@ -84,7 +84,7 @@ class RouteTests(SynchronousTestCase):
 
     def test_the_last_words_of_a_path_decide(self) -> None:
         """
-        A repository may be called as the protocol's own words are.
+        A repository may have the protocol's own words as its name.
         """
         self.assert_understood(
             {
@@ -99,7 +99,7 @@ class RouteTests(SynchronousTestCase):
 
     def test_paths_that_the_protocol_has_not_are_not_found(self) -> None:
         """
-        What is no pull is answered with 404, and so is a target in another form than a path.
+        Anything but a pull is answered with 404, and so is a target that is not a path.
         """
         targets = (
             "",
@@ -188,7 +188,7 @@ class RouteTests(SynchronousTestCase):
 
     def test_all_names_of_the_grammar_are_taken(self) -> None:
         """
-        Separators within a name, and names of up to 255 characters, are as the specification has them.
+        Separators within a name, and names of up to 255 characters, follow the specification.
         """
         names = ("a", "0", "a.b", "a_b", "a__b", "a-b", "a----b", "a/b/c/d/e", "a.b-c__d/e", "a" * 255)
         self.assert_understood(
@@ -206,7 +206,7 @@ class RouteTests(SynchronousTestCase):
 
     def test_digests_outside_the_grammar_are_refused(self) -> None:
         """
-        Only whole, lower-case sha256 and sha512 digests name content.
+        Only complete, lower-case sha256 and sha512 digests name content.
         """
         digests = (
             "sha256:",
@@ -230,14 +230,14 @@ class RouteTests(SynchronousTestCase):
 
     def test_a_tag_names_no_blob(self) -> None:
         """
-        Blobs and referrers are asked for by digest only.
+        Blobs and referrers are requested only by digest.
         """
         targets = ("/v2/a/blobs/latest", "/v2/a/referrers/latest", "/v2/a/blobs/..", "/v2/a/blobs/%2e%2e")
         self.assert_understood(dict.fromkeys(targets, NO_DIGEST))
 
     def test_names_and_references_are_decoded_once(self) -> None:
         """
-        Clients that escape what they need not, as Azure's SDK does, get what the others get; an escaped escape is none.
+        Clients with needless escapes, such as Azure's SDK, get what the others get; an escaped escape is not decoded.
         """
         self.assert_understood(
             {
@@ -256,7 +256,7 @@ class RouteTests(SynchronousTestCase):
 
     def test_a_path_has_one_spelling(self) -> None:
         """
-        However a digest was spelled, the route and its path are the same, and the query tells no routes apart.
+        However a digest was spelled, the route and its path are the same, and the query does not distinguish routes.
         """
         escaped, plain = route_to(f"/v2/a/blobs/sha256%3A{HEX}?x=1"), route_to(f"/v2/a/blobs/{SHA256}")
         self.assertEqual(escaped, plain)
@@ -274,7 +274,7 @@ class RouteTests(SynchronousTestCase):
 
     def test_a_route_is_pointed_at_another_digest(self) -> None:
         """
-        What a tag leads to is in the same repository, under the digest's own name.
+        What a tag leads to is in the same repository, under its digest.
         """
         self.assertEqual(
             route_to(f"/v2/a/manifests/{SHA256}"),
@@ -283,7 +283,7 @@ class RouteTests(SynchronousTestCase):
 
     def test_queries_with_characters_of_no_url_are_refused(self) -> None:
         """
-        What could break out of a header or a log line is no query.
+        What could break out of a header or a log line is rejected.
         """
         queries = (
             "n=%",
@@ -303,7 +303,7 @@ class RouteTests(SynchronousTestCase):
 
     def test_queries_stay_as_they_came(self) -> None:
         """
-        An opaque continuation is handed on escaped as it was.
+        An opaque continuation is passed on with its escapes.
         """
         for query in ("", "n=1000&last=a%2Fb%3D", "last=YQ==", "artifactType=a/b%2Bc", "a?b"):
             self.assertEqual(query, route_to(f"/v2/a/tags/list?{query}").query)
@@ -316,13 +316,13 @@ class QueryTests(SynchronousTestCase):
 
     def test_the_first_of_several_values_counts(self) -> None:
         """
-        A name given twice has its first value, and values stay escaped.
+        Of a repeated name the first value counts, and values stay escaped.
         """
         self.assertEqual({"n": "1", "last": "a%2Fb"}, query_values("n=1&last=a%2Fb&&n=2"))
 
     def test_names_are_read_through_their_escapes(self) -> None:
         """
-        An escaped name is the name; a name alone has an empty value.
+        An escaped name is decoded; a name alone has an empty value.
         """
         self.assertEqual({"last": "x", "n": ""}, query_values("l%61st=x&n"))
         self.assertEqual({}, query_values(""))
@@ -335,7 +335,7 @@ class DigestTests(SynchronousTestCase):
 
     def test_content_is_named_by_its_hash(self) -> None:
         """
-        The digest of bytes is that which everybody else computes.
+        The digest of bytes is the one that all other programs compute.
         """
         self.assertEqual(
             "sha256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", str(Digest.of(b"hello"))
@@ -344,7 +344,7 @@ class DigestTests(SynchronousTestCase):
 
     def test_the_hash_of_a_digest_is_its_own(self) -> None:
         """
-        Bytes are held against a digest by the algorithm that it names.
+        The digest's own algorithm is used for the comparison.
         """
         for algorithm in ("sha256", "sha512"):
             digest = Digest.of(b"content", algorithm)
@@ -355,7 +355,7 @@ class DigestTests(SynchronousTestCase):
 
     def test_a_digest_is_read_as_it_is_written(self) -> None:
         """
-        Text and value stand for each other, and what is no digest is an error that shows it, shortened.
+        Text and value convert into each other; the error for an invalid digest shows it, shortened.
         """
         for text in (SHA256, SHA512):
             self.assertEqual(text, str(Digest.parse(text)))
@@ -366,12 +366,12 @@ class DigestTests(SynchronousTestCase):
 
 class ErrorTests(SynchronousTestCase):
     """
-    Errors are told in the protocol's own words.
+    Errors use the protocol's own words.
     """
 
     def test_an_error_is_the_specs_json(self) -> None:
         """
-        Clients find the code and the message where the specification puts them.
+        Code and message are where the specification puts them.
         """
         error = RegistryError(404, "MANIFEST_UNKNOWN", 'no "tag"', {"Retry-After": "1"})
         self.assertEqual(
@@ -384,12 +384,12 @@ class ErrorTests(SynchronousTestCase):
 
 class AcceptTests(SynchronousTestCase):
     """
-    Accept headers are read as the set of types that a client takes.
+    Accept headers are parsed into the set of types that a client accepts.
     """
 
     def test_order_and_spelling_do_not_matter(self) -> None:
         """
-        Clients that take the same types share one answer.
+        Clients that accept the same types share one answer.
         """
         one = accepted_types([f"{OCI_INDEX}, {SCHEMA2};q=0.5", OCI_MANIFEST])
         other = accepted_types([f" {OCI_MANIFEST.upper()} ; Q=1,{OCI_INDEX},,{SCHEMA2}; q=0.9"])
@@ -398,7 +398,7 @@ class AcceptTests(SynchronousTestCase):
 
     def test_what_has_no_weight_is_not_taken(self) -> None:
         """
-        A type of weight 0 is refused, one of little weight is taken.
+        A type of weight 0 is rejected, one of low weight is accepted.
         """
         self.assertEqual(
             frozenset({SCHEMA2}),
@@ -407,14 +407,14 @@ class AcceptTests(SynchronousTestCase):
 
     def test_anything_is_taken_by_who_says_so_or_nothing(self) -> None:
         """
-        Without Accept, or with a wildcard among the types, all will do.
+        Without Accept, or with a wildcard among the types, all are accepted.
         """
         for accept in ([], [""], ["*/*"], [OCI_INDEX, "*/*;q=0.1"], [f"application/*, {SCHEMA2}"]):
             self.assertEqual(frozenset(), accepted_types(accept))
 
     def test_a_refused_wildcard_is_none(self) -> None:
         """
-        Who takes one type and nothing else gets nothing else.
+        A wildcard of weight 0 accepts nothing more.
         """
         self.assertEqual(frozenset({SCHEMA2}), accepted_types([f"{SCHEMA2}, */*;q=0"]))
 
@@ -429,19 +429,19 @@ class AcceptTests(SynchronousTestCase):
 
 def type_of(content_type: str, manifest: bytes) -> str:
     """
-    Give the media type of a manifest that came with a Content-Type.
+    Return the media type of a manifest that came with a Content-Type.
     """
     return Document.read(manifest).type_as(content_type)
 
 
 class ManifestTypeTests(SynchronousTestCase):
     """
-    A manifest is what it says, and what the registry says, or it is none.
+    The type of a manifest follows from its content and its Content-Type, or it is rejected.
     """
 
     def test_the_content_type_names_the_manifest(self) -> None:
         """
-        The type is read without its parameters, whether or not the manifest names itself.
+        Parameters are ignored, whether or not the manifest names its type.
         """
         self.assertEqual(OCI_MANIFEST, type_of(OCI_MANIFEST, b"{}"))
         self.assertEqual(SCHEMA2, type_of(f"{SCHEMA2.upper()}; charset=utf-8", b"{}"))
@@ -450,7 +450,7 @@ class ManifestTypeTests(SynchronousTestCase):
 
     def test_more_values_than_any_manifest_has_are_refused_unparsed(self) -> None:
         """
-        Parsing keeps every other thread from running: 4,200 layers with annotations pass, 100,000 empty lists do not.
+        Parsing blocks all other threads: 4,200 layers with annotations pass, 100,000 empty lists do not.
         """
         annotated = {
             "mediaType": LAYER,
@@ -469,21 +469,21 @@ class ManifestTypeTests(SynchronousTestCase):
 
     def test_what_is_no_manifests_type_is_refused(self) -> None:
         """
-        A page or a blob in a manifest's place is not passed on as one.
+        A web page or a blob in a manifest's place is not passed on.
         """
         for content_type in ("", "text/html", "application/json", "application/octet-stream", LAYER):
             self.assertRaises(ValueError, type_of, content_type, b"{}")
 
     def test_one_type_is_not_passed_off_as_another(self) -> None:
         """
-        A manifest that calls itself other than the registry does is refused.
+        A manifest that contradicts its Content-Type is rejected.
         """
         for own in (OCI_INDEX, 5, 0, False, [], [OCI_MANIFEST], " "):
             self.assertRaises(ValueError, type_of, OCI_MANIFEST, json.dumps({"mediaType": own}).encode())
 
     def test_what_is_no_json_object_is_refused(self) -> None:
         """
-        Whatever bytes come, they are a manifest or an error of one kind.
+        Any bytes are either a manifest or an error of one kind.
         """
         for data in (b"", b"<html>", b"[]", b"null", b"5", b'"{}"', b"\xff\xfe", b"{", b"[" * 100_000):
             self.assertRaises(ValueError, type_of, OCI_MANIFEST, data)
@@ -502,21 +502,21 @@ class ManifestTypeTests(SynchronousTestCase):
 
 def item(digest: str = SHA256, media_type: object = LAYER, size: object = 7, **more: object) -> dict[str, object]:
     """
-    Make a descriptor as manifests have it.
+    Return a descriptor as in manifests.
     """
     return {"mediaType": media_type, "digest": digest, "size": size, **more}
 
 
 def names_listed(document: object, media_type: str = OCI_MANIFEST) -> list[tuple[Kind, Descriptor]]:
     """
-    Give what a manifest of some type lists.
+    Return what a manifest of some type lists.
     """
     return list(listed(json.dumps(document).encode(), media_type))
 
 
 class ListedTests(SynchronousTestCase):
     """
-    What a manifest lists of its own repository needs no further question to ECR.
+    Content that a manifest lists in its own repository needs no further request to ECR.
     """
 
     def test_a_manifest_lists_its_config_and_layers(self) -> None:
@@ -534,7 +534,7 @@ class ListedTests(SynchronousTestCase):
 
     def test_an_index_lists_its_manifests(self) -> None:
         """
-        Each platform's manifest is a manifest, with what size and type it has.
+        Each platform's manifest, with its size and type.
         """
         self.assertEqual(
             [(Kind.MANIFEST, Descriptor(SCHEMA2, Digest("sha256", HEX), 400))],
@@ -552,7 +552,7 @@ class ListedTests(SynchronousTestCase):
 
     def test_what_may_live_elsewhere_is_not_listed(self) -> None:
         """
-        Foreign layers, content with addresses of its own and subjects prove nothing.
+        Foreign layers, content with URLs and subjects prove nothing.
         """
         foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
         kept_back = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
@@ -582,7 +582,7 @@ class ListedTests(SynchronousTestCase):
 
     def test_what_is_no_descriptor_is_not_listed(self) -> None:
         """
-        Odd items cost a question to ECR, never a failure, and leave the others as they are.
+        An invalid item costs a request to ECR, never a failure, and does not affect the others.
         """
         odd: tuple[object, ...] = (
             None,
@@ -603,7 +603,7 @@ class ListedTests(SynchronousTestCase):
 
     def test_only_the_fields_of_the_media_type_are_read(self) -> None:
         """
-        A registry checks no others, so that what stands there may be another repository's.
+        A registry checks no others, so other fields may name another repository's content.
         """
         document = {
             "layers": [item(size=1)],
@@ -619,13 +619,13 @@ class ListedTests(SynchronousTestCase):
 
     def test_sizes_that_no_content_has_are_not_listed(self) -> None:
         """
-        A descriptor whose size is negative, or true, is none.
+        A descriptor whose size is negative, or true, is invalid.
         """
         self.assertEqual([], names_listed({"layers": [item(size=-1), item(size=True), item(size=2**63)]}))
 
     def test_what_readers_may_read_differently_lists_nothing(self) -> None:
         """
-        Of two members of one name readers take the first or the last; Go's ignore the case of names, too.
+        Of a repeated member parsers use the first or the last; Go's ignore the case of names, too.
         """
         other = json.dumps(item(SHA512))
         one = json.dumps(item())

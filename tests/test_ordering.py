@@ -117,7 +117,7 @@ class OrderTests(SynchronousTestCase):
 
     def test_an_answer_of_a_type_that_was_not_accepted_goes_with_a_404_to_the_same_types(self) -> None:
         """
-        Registries may give what a client does not accept.
+        Registries may return a type that the client does not accept.
         """
         self.assertEqual(set(), Order().forget(ONE, 5, {ONE: "other"}))
 

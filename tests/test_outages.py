@@ -1,5 +1,5 @@
 """
-Each dependency upstream failing, slow and hung: what does not need it does not notice.
+Each upstream dependency failing, slow and hung: requests that don't need it are not affected.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MANIFEST = "/v2/team/app/manifests/"
 
 class DependencyTestCase(DaemonTestCase):
     """
-    A daemon with an image in its cache, started anew.
+    A daemon with an image in its cache, freshly started.
     """
 
     def setUp(self) -> None:
@@ -43,7 +43,7 @@ class DependencyTestCase(DaemonTestCase):
 
     def assertUnnoticed(self) -> None:
         """
-        Cached content comes at once, without time, and the daemon says that it can serve.
+        Assert that cached content is served at once, and that the daemon is ready to serve.
         """
         self.assertWhole(self.get(MANIFEST + self.image.digest), self.image.manifest, "HIT")
         self.assertWhole(self.get(self.blob), self.data, "HIT")
@@ -59,7 +59,7 @@ class DependencyTestCase(DaemonTestCase):
 class TokenServiceTests(DependencyTestCase):
     def restart(self, fetch: Callable[[], Deferred[Token]]) -> None:
         """
-        Start with that for AWS's token service.
+        Restart with this as AWS's token service.
         """
         self.start(fetch=fetch)
 
@@ -81,7 +81,7 @@ class TokenServiceTests(DependencyTestCase):
 
     def test_slow(self) -> None:
         """
-        Slower than a fetch may be: the token is used when it comes.
+        Slower than the timeout of a fetch: the token is used when it arrives.
         """
         self.restart(lambda: deferLater(self.clock, FETCH_SECONDS + 20, self.token))
         self.assertUnnoticed()
@@ -191,7 +191,7 @@ class Resolving:
 
 class NamesTests(DependencyTestCase):
     """
-    The chosen name servers alone know the registry, and each request asks for its name.
+    Only the configured name servers know the registry, and each request resolves its name.
     """
 
     def setUp(self) -> None:
@@ -203,7 +203,7 @@ class NamesTests(DependencyTestCase):
 
     def lookupAddress(self, name: str, timeout: object) -> Deferred[Any]:
         """
-        Be a name server.
+        Act as a name server.
         """
         record = dns.RRHeader(name, dns.A, payload=dns.Record_A("192.0.2.1"))
         return deferLater(self.clock, self.seconds, self.reply, ([record], [], []))
@@ -281,7 +281,7 @@ class ListTests(DependencyTestCase):
 
     def test_are_served_as_last_known(self) -> None:
         """
-        Where an admission controller finds no signature, no pod starts, even if its image is served.
+        If an admission controller finds no signature, no pod starts, even if its image is served.
         """
         before = {path: bytes(self.get(path).body) for path in (self.tags, self.referrers, f"{self.tags}?n=1")}
         outage = self.standin.fail("registry", status=503)

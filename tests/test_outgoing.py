@@ -1,5 +1,5 @@
 """
-A plain connection whose client leaves is closed at once, unless something is left to send.
+A plain connection is closed at once when its client disconnects, unless there is data left to send.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LeavingTests(SynchronousTestCase):
 
     def leave(self) -> None:
         """
-        Let the client close its side.
+        Have the client close its side.
         """
         self.transport.readConnectionLost(Failure(ConnectionDone()))
 

@@ -1,5 +1,5 @@
 """
-Who logs never waits for who reads the log.
+Logging never waits for the reader of the log.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class OutletTests(SynchronousTestCase):
 
     def test_lines_of_requests_leave_room_for_others(self) -> None:
         """
-        A client that makes many loses none but its own; those that are lost are counted by kind.
+        A client with many requests loses only its own lines; lost lines are counted by kind.
         """
         self.start()
         for _ in range(100):

@@ -122,7 +122,7 @@ class Node:
 
 class Reader(HTMLParser):
     """
-    Makes a tree of a page, and finds what is not closed.
+    Builds a tree of a page, and finds unclosed elements.
     """
 
     def __init__(self, page: str) -> None:
@@ -151,21 +151,21 @@ class Reader(HTMLParser):
 class PageTestCase(SynchronousTestCase):
     def page(self, snapshot: Snapshot) -> Node:
         """
-        Render a page, and read it.
+        Render a page, and parse it.
         """
         self.html = self.successResultOf(flattenString(None, Page(snapshot))).decode()
         return Reader(self.html).top
 
     def section(self, page: Node, name: str) -> Node:
         """
-        The section with that heading.
+        Return the section with that heading.
         """
         (found,) = [each for each in page.all("section") if each.all("h2")[0].text == name]
         return found
 
     def rows(self, section: Node) -> list[list[str]]:
         """
-        The text of a section's table, without its head.
+        Return the text of a section's table, without its head.
         """
         rows = [[cell.text for cell in row.all("th", "td")] for row in section.all("tr")]
         return rows[1:]
@@ -173,12 +173,12 @@ class PageTestCase(SynchronousTestCase):
 
 class PageTests(PageTestCase):
     """
-    What it says.
+    The page's content.
     """
 
     def test_shows_what_is_on_its_way_and_who_follows(self) -> None:
         """
-        With a bar for each, which has no length where upstream does not tell the size.
+        With a bar for each, without a length if upstream does not announce the size.
         """
         section = self.section(self.page(FULL), "On the way from ECR")
         self.assertIn("2 for 3 clients", section.text)
@@ -195,7 +195,7 @@ class PageTests(PageTestCase):
 
     def test_shows_the_cache_and_what_goes_next(self) -> None:
         """
-        How full it is, and what would be evicted.
+        How full it is, and what would be evicted next.
         """
         section = self.section(self.page(FULL), "Cache")
         self.assertEqual("Used 512 MiB Arriving 1.0 MiB Limit 1.0 GiB Files 20 Evicted 3", section.all("dl")[0].text)
@@ -211,7 +211,7 @@ class PageTests(PageTestCase):
 
     def test_shows_token_ecr_and_troubles(self) -> None:
         """
-        What an operator looks at when something is wrong.
+        What an operator needs when something is wrong.
         """
         page = self.page(FULL)
         self.assertIn("State good Expires in 2 h 46 min Next refresh in 1 h 23 min", self.section(page, "Token").text)
@@ -224,7 +224,7 @@ class PageTests(PageTestCase):
 
     def test_shows_how_each_registry_is(self) -> None:
         """
-        Where there are several.
+        If there are several.
         """
         self.assertEqual(
             [["one.test", "closed", "good", "0", "0 B"], ["*.two.test", "open", "denied", "14", "1.0 MiB"]],
@@ -235,7 +235,7 @@ class PageTests(PageTestCase):
 
     def test_shows_at_a_glance_what_went_through(self) -> None:
         """
-        Ratio, traffic and what was saved, as figures.
+        Ratio, traffic and savings, as numbers.
         """
         glance = self.section(self.page(FULL), "At a glance").text
         for words in ("83.3 % of 12 requests", "1.0 MiB/s now", "300 B 75.0 % of all bytes"):
@@ -264,7 +264,7 @@ class PageTests(PageTestCase):
 
     def test_says_how_the_daemon_is(self) -> None:
         """
-        In words, first of all and in the title; the reasons are with it.
+        In words, first of all and in the title, with the reasons.
         """
         page = self.page(FULL)
         self.assertEqual("ecrproxy: ready", page.all("title")[0].text)
@@ -278,7 +278,7 @@ class PageTests(PageTestCase):
 
     def test_says_first_that_requests_fail(self) -> None:
         """
-        Whether or not ECR is known to be away: those of the last minutes.
+        Those of the last minutes, whether or not ECR is known to be down.
         """
         lately = replace(EMPTY, lately=Point(300, 81, failed=8))
         for snapshot, words in (
@@ -303,7 +303,7 @@ class PageTests(PageTestCase):
 
     def test_of_a_daemon_that_has_done_nothing_is_whole(self) -> None:
         """
-        Where there is nothing there are words, and no empty tables.
+        Empty sections have words, and no empty tables.
         """
         page = self.page(EMPTY)
         for words in ("Nothing is on its way.", "The cache is empty.", "Nothing was saved yet", "There were none."):
@@ -312,7 +312,7 @@ class PageTests(PageTestCase):
 
     def test_does_not_grow_without_end(self) -> None:
         """
-        With as much of everything as is ever told it has a few hundred KB, most of it transfers.
+        With the maximum of everything it has a few hundred KB, most of it transfers.
         """
         name = "a" * 255
         most = replace(
@@ -328,12 +328,12 @@ class PageTests(PageTestCase):
 
 class HostileTests(PageTestCase):
     """
-    Texts that others choose.
+    Text from outside.
     """
 
     def test_are_shown_as_text(self) -> None:
         """
-        Markup, quotes, and signs that turn writing round or can't be written do nothing, wherever they come.
+        Markup, quotes, bidirectional and unprintable characters have no effect, wherever they occur.
         """
         evil = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\u202e\0\ud800"
         page = self.page(
@@ -362,12 +362,12 @@ class HostileTests(PageTestCase):
 
 class StrictTests(PageTestCase):
     """
-    What the page is made of.
+    The elements of the page.
     """
 
     def test_nothing_comes_from_elsewhere(self) -> None:
         """
-        Every address in it is one of this port's own, by a relative path.
+        Every address in it is on this port, by a relative path.
         """
         named = [
             value
@@ -381,7 +381,7 @@ class StrictTests(PageTestCase):
 
     def test_there_is_no_style_or_script_in_it(self) -> None:
         """
-        The policy that goes with it forbids them.
+        Its Content-Security-Policy forbids them.
         """
         page = self.page(FULL)
         self.assertEqual([], page.all("style"))
@@ -391,7 +391,7 @@ class StrictTests(PageTestCase):
 
     def test_without_scripts_it_is_loaded_again(self) -> None:
         """
-        And only then: with them, it would throw away what a reader does.
+        Only then: with scripts, a reload would lose the reader's state.
         """
         (noscript,) = self.page(FULL).all("noscript")
         self.assertEqual(
@@ -410,7 +410,7 @@ class SpokenTests(PageTestCase):
 
     def test_landmarks_and_headings(self) -> None:
         """
-        One of each landmark, a language, and headings none of whose levels is left out.
+        One of each landmark, a language, and headings without a missing level.
         """
         for tag in ("header", "main", "footer", "nav", "h1"):
             self.assertEqual(1, len(self.top.all(tag)), tag)
@@ -420,7 +420,7 @@ class SpokenTests(PageTestCase):
 
     def test_sections_are_named_by_their_headings(self) -> None:
         """
-        Each names a heading that is there, and no id is there twice.
+        Each refers to an existing heading, and ids are unique.
         """
         ids = [each.attributes["id"] for each in self.top.all() if "id" in each.attributes]
         self.assertEqual(len(ids), len(set(ids)))
@@ -429,7 +429,7 @@ class SpokenTests(PageTestCase):
 
     def test_tables_have_heads(self) -> None:
         """
-        Each column and each row has one that says which of both it is.
+        Each column and each row has a head with a scope.
         """
         for table in self.top.all("table"):
             head, body = table.all("thead")[0], table.all("tbody")[0]
@@ -440,7 +440,7 @@ class SpokenTests(PageTestCase):
 
     def test_what_is_drawn_is_told_in_words(self) -> None:
         """
-        Charts, bars and meters have names; what only decorates is hidden.
+        Charts, bars and meters have names; decoration is hidden.
         """
         for each in self.top.all("progress", "meter"):
             self.assertTrue(each.attributes["aria-label"])
@@ -456,7 +456,7 @@ class SpokenTests(PageTestCase):
 
     def test_little_is_announced_by_itself(self) -> None:
         """
-        How the daemon is, and that it does not answer: no figures.
+        The state of the daemon, and that it does not answer: no numbers.
         """
         live = [each for each in self.top.all() if "role" in each.attributes and each.attributes["role"] == "status"]
         self.assertEqual(["Ready", ""], [each.text for each in live])
@@ -470,7 +470,7 @@ class ServedTests(StatusTestCase):
 
     def test_shows_a_pull_under_way(self) -> None:
         """
-        How far it is, from one look to the next, and who follows.
+        Its progress, from one view to the next, and the number of followers.
         """
         self.standin.hold(self.digest)
         for _ in range(2):
@@ -485,7 +485,7 @@ class ServedTests(StatusTestCase):
 
     def test_a_page_and_its_parts_are_what_they_say(self) -> None:
         """
-        With types, and a policy that lets in nothing else.
+        With types, and a policy that allows nothing else.
         """
         for path, content_type in {"": "text/html; charset=utf-8", **PARTS}.items():
             reply = self.daemon.ask_admin(f"/{path}")
@@ -496,14 +496,14 @@ class ServedTests(StatusTestCase):
 
     def test_a_strangers_name_for_this_port_is_refused(self) -> None:
         """
-        The page and its parts are for who asks for them by a name of ours.
+        Page and parts are only served under our own names.
         """
         for path in ("", *PARTS):
             self.assertEqual(403, self.daemon.ask_admin(f"/{path}", host="evil.example").code)
 
     def test_a_pulls_name_is_escaped_wherever_it_comes_from(self) -> None:
         """
-        What a client puts into a path comes to the page as text, if at all.
+        Text from a client's path is escaped on the page, if it appears at all.
         """
         self.get("/v2/team/%3Cscript%3E/manifests/latest")
         self.standin.fail("registry", status=503)
@@ -516,7 +516,7 @@ class ServedTests(StatusTestCase):
 
 def svg(tag: Any) -> str:
     """
-    The paths of a chart's lines.
+    Return the paths of a chart's lines.
     """
     lines = [each for each in tag.children if each.attributes["class"].startswith("line")]
     return " ".join(each.attributes["d"] for each in lines)
@@ -528,14 +528,14 @@ HOUR = Scale("1h", "hour", 4, 12)
 class ChartTests(SynchronousTestCase):
     def test_the_last_point_is_at_the_right(self) -> None:
         """
-        Half an hour of points fills the right half, as high as the ratio is.
+        Half an hour of points fills the right half, as high as the ratio.
         """
         half = [Point(900, 4, 4), Point(900, 4, 1)]
         self.assertEqual(f"M360.0 0.0V0.0H540.0V{0.75 * HEIGHT}H{WIDTH}.0", svg(hit_chart(half, HOUR)))
 
     def test_where_nothing_was_asked_there_is_a_gap(self) -> None:
         """
-        No requests are no ratio, neither of none nor of all.
+        Without requests there is no ratio, neither 0 nor 1.
         """
         drawn = svg(hit_chart([Point(900, 1, 1), Point(900), Point(900, 1, 1)], HOUR))
         self.assertEqual("M180.0 0.0V0.0H360.0M540.0 0.0V0.0H720.0", drawn)
@@ -544,7 +544,7 @@ class ChartTests(SynchronousTestCase):
 
     def test_traffic_reaches_up_to_a_power_of_two(self) -> None:
         """
-        So that the scale seldom changes, and reads well.
+        So that the scale seldom changes, and is easy to read.
         """
         self.assertEqual(LEAST, ceiling([]))
         self.assertEqual(2**20, ceiling([Point(10, sent=10 * 2**20), Point(0)]))
@@ -557,7 +557,7 @@ class ChartTests(SynchronousTestCase):
 class UnitTests(SynchronousTestCase):
     def test_bytes(self) -> None:
         """
-        In the unit that leaves few digits.
+        In the unit with few digits.
         """
         told = {
             0: "0 B",
@@ -572,7 +572,7 @@ class UnitTests(SynchronousTestCase):
 
     def test_shares(self) -> None:
         """
-        What is nearly all is not all, and what is hardly anything is not nothing.
+        Nearly all is not shown as all, nor hardly anything as nothing.
         """
         told = {(0, 0): "\N{EN DASH}", (0, 5): "0 %", (5, 5): "100 %", (9999, 10000): "99.9 %", (1, 10**6): "0.1 %"}
         for (part, whole), words in told.items():
@@ -580,7 +580,7 @@ class UnitTests(SynchronousTestCase):
 
     def test_times(self) -> None:
         """
-        As long as they are, and when they were; whatever a file says of its last use.
+        Durations and times; whatever a file says of its last use.
         """
         told = {-5: "0 s", 59: "59 s", 3599: "59 min", 3661: "1 h 1 min", 90000: "1 d 1 h"}
         for seconds, words in told.items():
@@ -600,7 +600,7 @@ class UnitTests(SynchronousTestCase):
 
     def test_digests_are_cut_and_nothing_else(self) -> None:
         """
-        Wherever in a name they are.
+        Wherever they occur in a name.
         """
         self.assertEqual("team/app@sha256:0123456789…", short(f"team/app@{DIGEST}"))
         for name in ("team/app:release-2026.10.1", "sha256:0123"):
@@ -608,6 +608,6 @@ class UnitTests(SynchronousTestCase):
 
     def test_what_can_not_be_shown_is_marked(self) -> None:
         """
-        Control signs, halves of signs, and what turns writing round.
+        Control characters, lone surrogates, and bidirectional marks.
         """
         self.assertEqual("a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}é", clean("a\u202eb\0é"))

@@ -1,5 +1,5 @@
 """
-Which bytes of a file are in memory: those of a hole never are.
+Which bytes of a file are in the page cache: those of a hole never are.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class InMemoryTests(SynchronousTestCase):
 
     def test_of_a_crowd_one_asks_for_all(self) -> None:
         """
-        For a moment; what was not there is asked for each time.
+        For a moment; missing bytes are checked each time.
         """
         self.assertEqual(0, self.ask(0, SIZE))
         self.write(0, 1, 2, 3)
@@ -78,7 +78,7 @@ class InMemoryTests(SynchronousTestCase):
 
     def test_no_file_system_is_asked_which_file_it_is(self) -> None:
         """
-        It may be a program, or another machine, that answers late or never, and all clients would wait.
+        The file system may be a program, or another machine, that answers late or never, and all clients would wait.
         """
 
         def hang(_: int) -> os.stat_result:
@@ -90,7 +90,7 @@ class InMemoryTests(SynchronousTestCase):
 
     def test_where_it_is_not_told_which_file_it_is_each_asks(self) -> None:
         """
-        As where a sandbox knows no statx.
+        As in a sandbox without statx.
         """
         for statx in (None, lambda *_: -1):
             self.patch(page_cache, "_statx", statx)
@@ -102,7 +102,7 @@ class InMemoryTests(SynchronousTestCase):
 
     def test_files_are_told_from_each_other(self) -> None:
         """
-        That the bytes of one are there says nothing about another's.
+        Cached bytes of one file say nothing about another's.
         """
         self.write(0, 1, 2, 3)
         self.assertEqual(SIZE, self.ask(0, SIZE))

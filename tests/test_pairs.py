@@ -1,5 +1,5 @@
 """
-What is promised of one daemon is kept by two on one directory, of which clients ask now the one and now the other.
+The claims about one daemon hold for two on one directory that clients use in turn.
 """
 
 from __future__ import annotations

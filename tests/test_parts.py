@@ -1,5 +1,5 @@
 """
-Parts of blobs: several in one response, of blobs that are cold, on their way, not kept or left over.
+Ranges of blobs: several in one response, of blobs that are cold, in flight, not cached or left over.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FOOTER = 51
 
 def spans_of(header: str) -> list[tuple[int, int]]:
     """
-    Read a Range header of closed ranges.
+    Parse a Range header of closed ranges.
     """
     pairs = [each.partition("-") for each in header.removeprefix("bytes=").split(",")]
     return [(int(first), int(last) + 1) for first, _, last in pairs]
@@ -35,14 +35,14 @@ def spans_of(header: str) -> list[tuple[int, int]]:
 
 def ranges_of(spans: list[tuple[int, int]]) -> str:
     """
-    Write one.
+    Build a Range header.
     """
     return "bytes=" + ",".join(f"{start}-{stop - 1}" for start, stop in spans)
 
 
 def parts_of(reply: Reply) -> list[tuple[str, str, bytes]]:
     """
-    Take a multipart response apart as mail is: Content-Range, Content-Type and bytes of each part.
+    Parse a multipart response like a mail: Content-Range, Content-Type and bytes of each part.
     """
     head = f"Content-Type: {reply.header('Content-Type')}\r\n\r\n".encode()
     parts = cast(list[Message], message_from_bytes(head + bytes(reply.body)).get_payload())
@@ -53,7 +53,7 @@ def parts_of(reply: Reply) -> list[tuple[str, str, bytes]]:
 
 class SeveralRangesTests(DaemonTestCase):
     """
-    Several ranges of a blob that is not here, is on its way, is here, is in memory, or is not kept.
+    Several ranges of a blob that is cold, in flight, on disk, in memory, or not cached.
     """
 
     def setUp(self) -> None:
@@ -65,7 +65,7 @@ class SeveralRangesTests(DaemonTestCase):
 
     def assertParts(self, reply: Reply, header: str, data: bytes = b"") -> None:
         """
-        The response has these parts of the blob, in this order, and the length that it announced.
+        Assert that the response has these parts of the blob, in this order, and the announced length.
         """
         data = data or self.data
         self.assertEqual((206, "whole"), (reply.code, reply.ended))
@@ -79,7 +79,7 @@ class SeveralRangesTests(DaemonTestCase):
 
     def test_are_parts_in_the_order_of_the_request(self) -> None:
         """
-        Neither sorted nor joined where they touch or overlap: podman counts the parts and takes them in its own order.
+        Neither sorted nor merged where they touch or overlap: podman counts the parts and uses its own order.
         """
         for header in (
             "bytes=0-99,1000-1099",
@@ -115,7 +115,7 @@ class SeveralRangesTests(DaemonTestCase):
 
     def test_of_a_blob_that_is_not_kept_are_all_that_is_fetched(self) -> None:
         self.start(limit=100_000)
-        self.get(self.path, Range="bytes=0-0")  # tells the size
+        self.get(self.path, Range="bytes=0-0")  # this makes the size known
         before = self.standin.bytes_sent
         header = "bytes=250000-250099,10-19,100000-109999"
         reply = self.get(self.path, Range=header)
@@ -133,7 +133,7 @@ class SeveralRangesTests(DaemonTestCase):
 
     def test_that_go_back_often_are_the_whole_unless_it_is_cached(self) -> None:
         """
-        Each that starts before the end of the one before would cost another question to the bucket.
+        Each that starts before the end of the previous one would cost another request to the bucket.
         """
         header = ranges_of([(at, at + 10) for at in range(20_000, 0, -1000)])
         for limit in (100_000, 2**30):
@@ -165,7 +165,7 @@ class SeveralRangesTests(DaemonTestCase):
 
     def test_more_bytes_than_the_blob_has_is_the_whole(self) -> None:
         """
-        Overlapping ranges must not multiply what a request costs.
+        Overlapping ranges must not multiply the cost of a request.
         """
         self.assertWhole(self.get(self.path, Range="bytes=" + ",".join(["0-"] * 500)), self.data)
 
@@ -202,7 +202,7 @@ class ColdPartTests(PartsTestCase):
 
     def test_a_footer_is_asked_for_first_and_sent_at_once(self) -> None:
         """
-        Before anything else of the blob has come.
+        Before any other byte of the blob.
         """
         self.standin.hold(self.digest)
         reply = self.get(self.path, Range=f"bytes=-{FOOTER}")
@@ -217,7 +217,7 @@ class ColdPartTests(PartsTestCase):
 
     def test_the_first_two_bytes_are_sent_at_once(self) -> None:
         """
-        As SOCI and stargz ask to see whether they may.
+        SOCI and stargz request them to test for ranges.
         """
         self.standin.hold(self.digest)
         reply = self.part(0, 2)
@@ -249,7 +249,7 @@ class ColdPartTests(PartsTestCase):
 
     def test_many_parts_ask_no_more_of_the_bucket_than_the_whole_and_a_few(self) -> None:
         """
-        Parts that are far from each other are fetched together with what is between them: all of it is kept.
+        Distant parts are fetched together with the bytes between them: all of it is cached.
         """
         for step in (60_000, 100_000, 400_000):
             for path in self.files():
@@ -279,7 +279,7 @@ class ColdPartTests(PartsTestCase):
 
     def test_the_first_file_of_a_layer_that_is_asked_for_without_a_range(self) -> None:
         """
-        A range of a blob that comes as one stream, which the bucket could give in parts, is asked for beside it.
+        If the blob arrives as one stream, but the bucket supports ranges, the range is requested separately.
         """
         self.start(lanes=Lanes(1))
         self.standin.hold(self.digest)
@@ -303,7 +303,7 @@ class JoinedPartTests(PartsTestCase):
 
     def test_a_lane_leaves_its_part_for_what_is_wanted(self) -> None:
         """
-        With no more connections than before, and no byte twice but what was under way.
+        With no more connections than before, and no byte twice except those in flight.
         """
         reply = self.part(SIZE - FOOTER, SIZE)
         self.assertEqual(4, self.standin.held(self.digest))
@@ -324,7 +324,7 @@ class JoinedPartTests(PartsTestCase):
 
     def test_a_small_part_does_not_wait_for_large_ones(self) -> None:
         """
-        Lanes that bring what others wait for are not interrupted, and the smallest wish is next.
+        Lanes with wanted bytes are not interrupted, and the smallest wish is next.
         """
         large = self.get(self.path, Range=f"bytes={SIZE // 2}-")
         for at in range(3):
@@ -343,7 +343,7 @@ class JoinedPartTests(PartsTestCase):
 
     def deliver_each(self, size: int) -> None:
         """
-        Have each connection bring so many bytes.
+        Have each connection deliver so many bytes.
         """
         self.standin.deliver(self.digest, size)
         self.flush()
@@ -365,7 +365,7 @@ class JoinedPartTests(PartsTestCase):
 
     def test_readers_that_come_and_go_do_not_starve_a_reader_of_the_whole(self) -> None:
         """
-        As containerd reads: all from a chunk's start on, and then no more than the chunk.
+        containerd reads everything from a chunk's start on, but no more than the chunk.
         """
         chunks: list[Reply] = []
         for start in range(SIZE - MIB, 18 * MIB, -3 * MIB):
@@ -409,7 +409,7 @@ class UnkeptPartTests(PartsTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.start(limit=10 * MIB)
-        self.part(0, 1)  # tells the size
+        self.part(0, 1)  # this makes the size known
         self.standin.forget_asked()
         self.before = self.standin.bytes_sent
 
@@ -476,7 +476,7 @@ class UnkeptPartTests(PartsTestCase):
 
     def assertParts(self, spans: list[tuple[int, int]]) -> Reply:
         """
-        The response has exactly these parts.
+        Assert that the response has exactly these parts.
         """
         reply = self.get(self.path, Range=ranges_of(spans))
         self.assertEqual((206, "whole", reply.length), (reply.code, reply.ended, len(reply.body)))
@@ -487,7 +487,7 @@ class UnkeptPartTests(PartsTestCase):
 
     def test_many_parts_are_few_questions(self) -> None:
         """
-        However many ranges a client asks for at once: the smallest gaps are read, and dropped.
+        However many ranges a client requests at once: the smallest gaps are read, and dropped.
         """
         for step, size in ((SIZE // 800, 10), (400 * 1024, 40_000), (MIB, MIB // 2)):
             self.standin.forget_asked()
@@ -531,7 +531,7 @@ class UnkeptPartTests(PartsTestCase):
 
 class AnyPartsTests(DaemonTestCase):
     """
-    Any ranges, of a blob that is kept or not, from a bucket that gives ranges, shorter ones, or all.
+    Any ranges, of a blob that is cached or not, from a bucket that sends ranges, shorter ones, or everything.
     """
 
     def test_are_the_bytes_of_the_blob(self) -> None:
@@ -568,7 +568,7 @@ class AnyPartsTests(DaemonTestCase):
 
 class LeftOverPartTests(PartsTestCase):
     """
-    A transfer that was killed when it had brought the footer and the first bytes.
+    A transfer that was killed after it had received the footer and the first bytes.
     """
 
     def setUp(self) -> None:
@@ -590,7 +590,7 @@ class LeftOverPartTests(PartsTestCase):
 
     def test_waits_for_the_hash_if_the_machine_was_started_anew(self) -> None:
         """
-        What the record tells of may not have reached the disk then.
+        The data that the record lists may not have reached the disk then.
         """
         for boot in (b"another".ljust(16), UNKNOWN_BOOT):
             self.start()
@@ -608,7 +608,7 @@ class LeftOverPartTests(PartsTestCase):
 
 class UnattendedTests(RangesTestCase):
     """
-    Clients that ask for many blobs and leave.
+    Clients that request many blobs and disconnect.
     """
 
     COUNT = 50
@@ -646,7 +646,7 @@ class UnattendedTests(RangesTestCase):
 
     def test_those_that_trickle_stop(self) -> None:
         """
-        A few bytes a second are enough for a stall's limit and not for a transfer that nobody reads: its file is left.
+        A few bytes a second don't count as a stall, but are too few for a transfer without a reader: its file is left.
         """
         slow = self.digests[:MOST]
         for digest in slow:
@@ -680,7 +680,7 @@ class UnattendedTests(RangesTestCase):
 
     def test_those_that_were_asked_for_in_vain_are_bounded_too(self) -> None:
         """
-        A condition that is not met, or a range of nothing, begins a transfer that its client does not read.
+        A failed condition, or an unsatisfiable range, begins a transfer that its client does not read.
         """
         for digest in self.digests:
             self.assertEqual(304, self.get(f"/v2/team/app/blobs/{digest}", If_None_Match=f'"{digest}"').code)
@@ -716,7 +716,7 @@ class UnattendedTests(RangesTestCase):
 
     def test_a_slow_disk_holds_a_bounded_number_of_bytes(self) -> None:
         """
-        Fifty transfers to a disk that takes nothing hold what they may together, and a read of each connection.
+        Fifty transfers to a disk that accepts nothing hold their common limit, and one read for each connection.
         """
         lanes = Lanes()
         lanes.buffered.most = 8 * MIB
@@ -730,6 +730,6 @@ class UnattendedTests(RangesTestCase):
 
     def never_written(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
         """
-        Do all that is done in threads but writing, which takes for ever.
+        Run all calls for threads except writes, which never end.
         """
         return Deferred() if getattr(blocking, "__name__", "") == "write" else self.soon(blocking, *args)

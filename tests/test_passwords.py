@@ -1,5 +1,5 @@
 """
-Names and passwords are asked for, few guesses are let through, and nothing tells users apart.
+Clients need names and passwords, guesses are limited, and refusals don't reveal users.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ HERE = "192.0.2.7"
 
 def basic(name: str, password: str) -> str:
     """
-    Write an Authorization header.
+    Build an Authorization header.
     """
     return f"Basic {base64.b64encode(f'{name}:{password}'.encode()).decode()}"
 
 
 def guess(number: int) -> Guess:
     """
-    Make a wrong password.
+    Return a wrong password.
     """
     return "file", b"%d" % number
 
@@ -62,7 +62,7 @@ class BasicTests(SynchronousTestCase):
 
     def test_name_and_password_are_read(self) -> None:
         """
-        The scheme in any case; colons belong to the password, as does what is not ASCII.
+        The scheme in any case; colons belong to the password, and non-ASCII characters too.
         """
         self.assertEqual((b"ann", b"a:b"), parse_basic(basic("ann", "a:b")))
         self.assertEqual((b"ann", b""), parse_basic("bAsIc  " + basic("ann", "")[6:]))
@@ -70,7 +70,7 @@ class BasicTests(SynchronousTestCase):
 
     def test_anything_else_is_nobody(self) -> None:
         """
-        Other schemes, what is no base64, and control bytes, at which some would end a password.
+        Other schemes, invalid base64, and control bytes, at which some programs would end a password.
         """
         for header in (
             None,
@@ -89,19 +89,16 @@ class BasicTests(SynchronousTestCase):
 
 class FailuresTests(SynchronousTestCase):
     """
-    Few wrong passwords are let through from one address.
+    Wrong passwords are limited per address.
     """
 
     def setUp(self) -> None:
-        """
-        Nobody has failed yet.
-        """
         self.clock = Clock()
         self.failures = Failures(self.clock)
 
     def fail_often(self, *addresses: str) -> None:
         """
-        Fail as often as is let through, from these addresses in turn.
+        Fail as often as allowed, from these addresses in turn.
         """
         for each in range(FAILURES):
             self.failures.note(addresses[each % len(addresses)], guess(each))
@@ -117,7 +114,7 @@ class FailuresTests(SynchronousTestCase):
 
     def test_whoever_failed_waits_for_the_rest_of_the_minute(self) -> None:
         """
-        From his first failure on, and then has all his tries again.
+        From the first failure on; then all attempts are available again.
         """
         self.failures.note(HERE, guess(-1))
         self.clock.advance(20)
@@ -140,7 +137,7 @@ class FailuresTests(SynchronousTestCase):
 
     def test_a_network_of_ipv6_is_one_client(self) -> None:
         """
-        Who has 2^64 addresses has no more tries for it; one that is IPv4 after all is that.
+        A client with 2^64 addresses has no more attempts; an IPv4-mapped address is an IPv4 address.
         """
         self.fail_often("2001:db8::1", "2001:db8::2:3", "2001:db8:0:0:ffff::")
         self.assertTrue(self.failures.wait("2001:db8::4"))
@@ -150,7 +147,7 @@ class FailuresTests(SynchronousTestCase):
 
     def test_what_is_remembered_is_bounded(self) -> None:
         """
-        Whoever comes from everywhere fills no memory; the longest silent are forgotten.
+        Clients from many addresses fill no memory; those that are silent longest are forgotten.
         """
         self.fail_often(HERE)
         for number in range(KEPT):
@@ -161,12 +158,12 @@ class FailuresTests(SynchronousTestCase):
 
 class PasswordsTests(SynchronousTestCase):
     """
-    Clients give a name and a password.
+    Clients with a name and a password.
     """
 
     def setUp(self) -> None:
         """
-        Two users; what is done in threads is counted.
+        Two users; calls in threads are counted.
         """
         self.path = Path(str(scratch(self)) + ".htpasswd")
         self.path.write_bytes(line("ann", "one") + line("bob", "two"))
@@ -177,13 +174,13 @@ class PasswordsTests(SynchronousTestCase):
 
     def ask(self, name: str, password: str, address: str = HERE) -> Deferred[None]:
         """
-        Ask to be let in.
+        Try to log in.
         """
         return Deferred.fromCoroutine(self.passwords.admit(address, basic(name, password)))
 
     def refusal(self, asked: Deferred[None]) -> RegistryError:
         """
-        Tell how one was refused.
+        Return how a client was rejected.
         """
         problem: Any = self.failureResultOf(asked, RegistryError).value
         assert isinstance(problem, RegistryError)
@@ -191,7 +188,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_a_right_password_is_let_in(self) -> None:
         """
-        Each user by his own.
+        Each user with their own.
         """
         self.successResultOf(self.ask("ann", "one"))
         self.successResultOf(self.ask("bob", "two"))
@@ -199,7 +196,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_tokens_of_ecr_hold_nobody_back(self) -> None:
         """
-        Nodes behind one address show a token each, where nobody is called AWS: the right password is let in still.
+        Nodes behind one address send a token each, and no user is called AWS: the right password is still accepted.
         """
         self.hands.idle = False
         for number in range(3 * FAILURES):
@@ -209,7 +206,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_guesses_for_a_user_called_aws_count(self) -> None:
         """
-        The name is only special where it is nobody's.
+        The name is only special if no user has it.
         """
         self.path.write_bytes(line("AWS", "one"))
         self.passwords.reread()
@@ -219,7 +216,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_unknown_names_wrong_passwords_and_none_at_all_are_refused_alike(self) -> None:
         """
-        Status, words, headers: nothing tells who has an account here.
+        Status, words, headers: nothing reveals who has an account.
         """
         nothing: Deferred[None] = Deferred.fromCoroutine(self.passwords.admit(HERE, None))
         found = [self.refusal(each) for each in (nothing, self.ask("mallory", "one"), self.ask("ann", "other"))]
@@ -229,7 +226,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_an_unknown_name_costs_what_a_known_one_does(self) -> None:
         """
-        It is compared to a user's hash, the same one each time it comes.
+        It is compared with a user's hash, the same one each time.
         """
         compared: list[bytes] = []
         checkpw = bcrypt.checkpw
@@ -250,7 +247,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_a_right_password_is_checked_once_in_a_while(self) -> None:
         """
-        A pull of many blobs pays for one check, whatever the address; after some minutes it is made again.
+        A pull of many blobs costs one check, whatever the address; after some minutes it is repeated.
         """
         self.successResultOf(self.ask("ann", "one"))
         self.hands.idle = False
@@ -265,7 +262,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_no_password_is_kept(self) -> None:
         """
-        What is remembered is a hash by a key that only this process has.
+        Only a hash with a key of this process is kept.
         """
         self.successResultOf(self.ask("ann", "one"))
         (kept,) = self.passwords._right  # noqa: SLF001
@@ -275,7 +272,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_those_who_ask_together_pay_for_one_check(self) -> None:
         """
-        A client's connections share it; one that leaves takes nothing from the others.
+        A client's connections share it; one that disconnects does not affect the others.
         """
         self.hands.idle = False
         asked = [self.ask("ann", "one") for _ in range(5)]
@@ -328,7 +325,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_a_guess_learns_nothing_from_another_address(self) -> None:
         """
-        A right password that waits for its turn together with too many guesses looks like one of them.
+        A right password that is queued with too many guesses looks like one of them.
         """
         self.hands.idle = False
         guesses = [self.ask("ann", f"guess{number}") for number in range(FAILURES + AT_ONCE)]
@@ -341,7 +338,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_a_wrong_password_that_is_repeated_locks_nobody_out(self) -> None:
         """
-        A node with an old password tries each second, behind the address that all nodes share.
+        A node with an old password retries each second, behind the address that all nodes share.
         """
         self.successResultOf(self.ask("ann", "one"))
         for _ in range(10 * FAILURES):
@@ -377,7 +374,8 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_guesses_from_one_address_are_limited(self) -> None:
         """
-        After ten in a minute not even a right password is looked at, and a line in the log tells; others are let in.
+        After ten in a minute not even a right password is checked, and a line in the log says so; other addresses are
+        not affected.
         """
         self.successResultOf(self.ask("ann", "one"))
         with capturedLogs() as events:
@@ -394,7 +392,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_each_of_several_processes_allows_its_part_of_the_guesses(self) -> None:
         """
-        And a quarter of it more, but no fewer than three: who mistypes is not locked out.
+        And a quarter more, but no fewer than three: a typo locks nobody out.
         """
         for processes, most in ((2, 7), (4, 4), (64, FEWEST_FAILURES)):
             self.passwords = Passwords(str(self.path), self.hands, self.clock, b"key", processes)
@@ -403,7 +401,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_guesses_that_come_together_are_limited_too(self) -> None:
         """
-        Those that wait for their turn are not looked at once enough were wrong.
+        Queued guesses are not checked once enough were wrong.
         """
         self.hands.idle = False
         asked = [self.ask("ann", f"guess{number}") for number in range(1000)]
@@ -418,7 +416,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_who_shows_nothing_is_not_counted(self) -> None:
         """
-        Docker asks without a password first, each time.
+        Docker sends a request without a password first, each time.
         """
         for _ in range(FAILURES + 5):
             asked: Deferred[None] = Deferred.fromCoroutine(self.passwords.admit(HERE, None))
@@ -427,7 +425,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_a_file_that_has_changed_is_read_again(self) -> None:
         """
-        Within seconds; what was remembered of the former one is forgotten.
+        Within seconds; cached checks of the previous file are dropped.
         """
         self.successResultOf(self.ask("ann", "one"))
         self.path.write_bytes(line("ann", "new") + b"# longer than before\n")
@@ -438,13 +436,13 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_a_check_of_the_former_file_is_not_remembered(self) -> None:
         """
-        A user who is removed while his password is being checked is out with the next request.
+        A user who is removed while their password is being checked is rejected with the next request.
         """
         self.hands.idle = False
         asked = self.ask("bob", "two")
         self.path.write_bytes(line("ann", "one"))
         self.passwords.reread()
-        for _ in range(2):  # the file is looked at, and read, before the check is made
+        for _ in range(2):  # the file is checked, and read, before the password
             self.hands.waiting.rotate(-1)
             self.hands.work()
         self.assertEqual(1, len(self.hands.waiting))
@@ -455,7 +453,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_a_file_that_is_replaced_while_it_is_read_is_read_again(self) -> None:
         """
-        The users of the file that stays are let in seconds later, and no others.
+        The users of the final file are accepted seconds later, and no others.
         """
         for moment in (signature, read_users):
             replacements = [line("ann", f"after {moment.__name__}")]
@@ -481,7 +479,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_a_file_whose_disk_hangs_keeps_nobody_out(self) -> None:
         """
-        However often it is to be read again: what hangs has a thread of its own, and the former users stay.
+        However often it is to be read again: the hanging read has a thread of its own, and the previous users stay.
         """
         hanging = Hands()
         hanging.idle = False
@@ -495,7 +493,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def replace(self, users: bytes) -> None:
         """
-        Put another file in the place of the users', of the same size and time.
+        Replace the users' file by another of the same size and time.
         """
         draft = self.path.with_suffix(".draft")
         draft.write_bytes(users)
@@ -504,7 +502,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_a_file_is_known_by_what_was_read_of_it(self) -> None:
         """
-        Not by what is in its place by then.
+        Not by the file that has replaced it since.
         """
         fstat = os.fstat
 
@@ -521,7 +519,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_a_broken_file_changes_nothing_and_is_told_once(self) -> None:
         """
-        Half-written or gone, the former users stay until it is whole again.
+        Half-written or gone, the previous users stay until it is whole again.
         """
         for broken in (b"ann:one\n", b"", None):
             if broken is None:
@@ -539,7 +537,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_a_file_that_could_not_be_read_is_read_once_it_can_be(self) -> None:
         """
-        The daemon had no descriptor left, or the file not yet its mode: nothing of the file changes after that.
+        The daemon had no descriptor left, or the file not yet its mode: later the file itself does not change.
         """
 
         def refuse(*_: object, **__: object) -> None:
@@ -556,7 +554,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_a_file_that_stays_is_not_read(self) -> None:
         """
-        Looking costs one call to the system.
+        Checking costs one system call.
         """
         with capturedLogs() as events:
             self.clock.pump([REREAD_SECONDS] * 3)

@@ -1,5 +1,5 @@
 """
-What is done again and again goes on after a failure.
+Periodic tasks go on after a failure.
 """
 
 from __future__ import annotations
@@ -119,12 +119,12 @@ class PeriodicTests(SynchronousTestCase):
 
 class PartsTests(SynchronousTestCase):
     """
-    Each part that does something periodically does it again after a failure.
+    Each part with a periodic task repeats it after a failure.
     """
 
     def assert_goes_on(self, part: Service, dependency: FailingOnce, clock: Clock) -> None:
         """
-        Hold that C{part} calls what failed once more.
+        Assert that C{part} repeats the call that failed.
         """
         part.startService()
         clock.pump([1.0] * 130)
@@ -193,7 +193,7 @@ class PartsTests(SynchronousTestCase):
 
     def test_a_due_token_is_looked_for(self) -> None:
         clock, now = Clock(), FailingOnce(START)
-        now.calls = -1  # the first tells how long the token is good
+        now.calls = -1  # the first one sets the token's lifetime
         service = TokenService(lambda: succeed(Token("token", START + 3600)), clock, now)
         self.assert_goes_on(service, now, clock)
 
@@ -201,7 +201,7 @@ class PartsTests(SynchronousTestCase):
 class PurgesTests(SynchronousTestCase):
     def test_all_is_forgotten_once_the_disk_answers_again(self) -> None:
         """
-        Somebody may have purged meanwhile: what is there then proves nothing.
+        Content may have been purged meanwhile: its state proves nothing.
         """
         clock, hung, forgotten = Clock(), list[bool](), list[News]()
         index = Index(scratch(self), lambda: START, memory=True)

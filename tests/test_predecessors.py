@@ -1,5 +1,5 @@
 """
-What those are told who come from another proxy.
+Messages for operators who migrate from another proxy.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-The command C{ecr-proxy prefetch}: which images, through which daemon, and what is told of it.
+The command C{ecr-proxy prefetch}: its images, its daemon, and its output.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         """
-        Have a daemon with an image, and a caller.
+        Create a daemon with an image, and a caller.
         """
         self.proxy, self.caller = Proxy(), Caller()
         self.doors: list[Door] = []
@@ -41,7 +41,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def prefetch(self, *arguments: str) -> str:
         """
-        Call it.
+        Run the command.
         """
 
         def ask_of(door: Door) -> Ask:
@@ -52,16 +52,13 @@ class PrefetchTests(SynchronousTestCase):
         return self.caller.call("prefetch", *arguments, subcommands=subcommands)
 
     def file(self, text: str) -> str:
-        """
-        Write a file.
-        """
         path = self.folder / "file"
         path.write_text(text)
         return str(path)
 
     def test_images_are_brought_in(self) -> None:
         """
-        What came of it is told in a line, and the second run moves nothing.
+        The result is one line, and the second run transfers nothing.
         """
         self.assertEqual("1 image, 0 failed; 5.0 MiB downloaded, 0 B cached; 0 s\n", self.prefetch("team/app:1"))
         self.assertEqual(0, self.caller.status)
@@ -70,7 +67,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def test_one_that_can_not_be_had_keeps_back_none_of_the_others(self) -> None:
         """
-        It is told at the end, with why, and by the exit status.
+        It is reported at the end, with the reason, and by the exit status.
         """
         said = self.prefetch("team/none:1", f"{ECR}/team/app:1")
         self.assertEqual(1, self.caller.status)
@@ -90,7 +87,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def test_programs_read_json(self) -> None:
         """
-        One document, with each image and what came of it.
+        One document, with each image and its result.
         """
         told = json.loads(self.prefetch("--json", "team/app:1", "team/none"))
         self.assertEqual(1, told["failed"])
@@ -100,7 +97,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def test_a_blob_that_two_images_have_is_moved_once(self) -> None:
         """
-        It counts for both of them, and once in all.
+        It counts for both of them, and once in total.
         """
         self.proxy.tag("team/app", "same", MANIFEST, self.body)
         said = self.prefetch("team/app:1", "team/app:same", "team/app:1")
@@ -108,7 +105,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def test_a_list_and_stdin_are_read(self) -> None:
         """
-        Comments and blank lines are left out.
+        Comments and blank lines are skipped.
         """
         self.prefetch("--file", self.file("# what we run\nteam/app:1\n\n"))
         self.assertEqual(0, self.caller.status)
@@ -117,7 +114,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def test_of_a_manifest_the_registrys_own_images_are_taken(self) -> None:
         """
-        Those of other registries are left out, which is told, and is no failure.
+        Those of other registries are skipped with a message, and are no failure.
         """
         text = f"spec: {{containers: [{{image: {ECR}/team/app:1}}, {{image: nginx}}, {{image: quay.io/x/y}}]}}"
         said = self.prefetch("--manifest", self.file(text))
@@ -131,7 +128,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def test_the_daemon_beside_is_known_as_this_machine(self) -> None:
         """
-        By its port, as docker here would name it; another port is another registry's.
+        By its port, as docker would name it here; another port is another registry's.
         """
         said = self.prefetch("localhost:5000/team/app:1", "127.0.0.1:5000/team/app:1")
         self.assertIn("1 image, 0 failed", said)
@@ -140,7 +137,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def test_the_platform_can_be_chosen(self) -> None:
         """
-        One, several, or all; both ways at once are refused.
+        One, several, or all; both flags at once are rejected.
         """
         bodies = {each: self.proxy.manifest("team/app", each.encode()) for each in ("amd64", "arm64")}
         listed = [
@@ -156,7 +153,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def test_what_is_wrong_with_the_call_is_told_before_anything_is_moved(self) -> None:
         """
-        In one line, with the exit status for such calls.
+        In one line, with the exit status for usage errors.
         """
         broken = self.file("a: [")
         for arguments in (
@@ -180,7 +177,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def test_the_daemon_beside_is_found_by_its_settings(self) -> None:
         """
-        Its port, its endpoints, or whatever else the caller says.
+        Its port, its endpoints, or what the caller says.
         """
         self.prefetch("team/app:1")
         self.caller.variables["PROXY_PORT"] = "5007"
@@ -192,7 +189,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def test_the_password_is_no_flag_and_is_not_shown(self) -> None:
         """
-        It comes from a variable, or from where docker login has left it.
+        It comes from a variable, or from docker login's file.
         """
         self.caller.variables["ECR_PROXY_PASSWORD"] = "secret"
         self.prefetch("team/app:1", "--user", "ann")
@@ -209,7 +206,7 @@ class PrefetchTests(SynchronousTestCase):
 
     def test_a_password_that_docker_keeps_elsewhere_is_told(self) -> None:
         """
-        It can't be had from here, and that is said instead of a refusal later.
+        It can't be read from here, and the error says so before ECR rejects anything.
         """
         (self.folder / "config.json").write_text('{"auths": {"proxy.example": {}}, "credsStore": "desktop"}')
         self.caller.variables["DOCKER_CONFIG"] = str(self.folder)

@@ -1,5 +1,5 @@
 """
-What an image is called, which of its platforms is meant, and where names are found.
+Names of images, the choice of platforms, and where names are found.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DIGEST = str(Digest.of(b"x"))
 
 def path(text: str) -> str:
     """
-    Give the path that a name leads to.
+    Return the path for a name.
     """
     return parse_image(text, HOSTS).route.path
 
@@ -48,7 +48,7 @@ class ImageTests(SynchronousTestCase):
 
     def test_another_registrys_image_is_told_from_ours(self) -> None:
         """
-        What names another host is not asked for here; where names come from a manifest, none is Docker Hub.
+        A name with another host is skipped here; in a manifest, a name without a host is Docker Hub's.
         """
         for text in ("docker.io/library/nginx", "localhost/x", "proxy.example/app", "registry:5000/x", f"{TWO}/x"):
             with self.assertRaises(ForeignImageError):
@@ -58,7 +58,7 @@ class ImageTests(SynchronousTestCase):
 
     def test_of_a_manifest_with_six_registries_those_that_are_ours_are_known(self) -> None:
         """
-        And what of each the daemon is asked for.
+        With the requests to the daemon for each.
         """
         registries = Registries(parsed(COMPANY)[0])
         dual = TWO.replace(".dkr.ecr.", ".dkr-ecr.").replace("amazonaws.com", "on.aws")
@@ -97,7 +97,7 @@ class ImageTests(SynchronousTestCase):
 
     def test_what_is_no_name_is_refused(self) -> None:
         """
-        Names that the registry would refuse are refused before it is asked.
+        Names that the registry would reject are rejected before a request.
         """
         for text in ("", "App", "app:", "app@latest", "app@sha256:12", "a//b", "app:a b", "../x"):
             with self.assertRaises(ValueError, msg=text):
@@ -105,14 +105,14 @@ class ImageTests(SynchronousTestCase):
 
     def test_a_list_has_a_name_a_line(self) -> None:
         """
-        Blank lines and comments say nothing.
+        Blank lines and comments are ignored.
         """
         self.assertEqual(["a:1", "b"], list(listed_images("# all\n\n a:1  # one\nb\n#c\n")))
 
 
 def index(*platforms: dict[str, str] | None) -> bytes:
     """
-    Make an index; the digest of each of its manifests is that of its number.
+    Return an index; the digest of each of its manifests is made of its number.
     """
     entries: list[dict[str, Any]] = [
         {
@@ -128,14 +128,14 @@ def index(*platforms: dict[str, str] | None) -> bytes:
 
 def system(architecture: str, variant: str = "", name: str = "linux") -> dict[str, str]:
     """
-    Make a platform as an index has it.
+    Return a platform as in an index.
     """
     return {"os": name, "architecture": architecture, **({"variant": variant} if variant else {})}
 
 
 def chosen(document: bytes, *platforms: str) -> list[int]:
     """
-    Tell the numbers of the manifests that are chosen.
+    Return the numbers of the chosen manifests.
     """
     numbers = {Digest.of(str(number).encode()): number for number in range(10)}
     wanted = [Platform.parse(text) for text in platforms]
@@ -149,7 +149,7 @@ class PlatformTests(SynchronousTestCase):
 
     def test_the_default_is_linux_on_this_machine(self) -> None:
         """
-        The kernel's names of machines are those of images.
+        The kernel's machine names are mapped to those of images.
         """
         machines = ["x86_64", "aarch64", "armv7l", "ppc64le", "riscv64"]
         wanted = ["linux/amd64", "linux/arm64", "linux/arm/v7", "linux/ppc64le", "linux/riscv64"]
@@ -157,7 +157,7 @@ class PlatformTests(SynchronousTestCase):
 
     def test_what_is_no_platform_is_refused(self) -> None:
         """
-        An operating system and an architecture are named at the least.
+        At least an operating system and an architecture are required.
         """
         for text in ("linux", "", "linux/", "linux/arm/v7/x", "linux arm"):
             with self.assertRaises(ValueError, msg=text):
@@ -165,7 +165,7 @@ class PlatformTests(SynchronousTestCase):
 
     def test_the_platform_is_taken_and_no_other(self) -> None:
         """
-        Other systems, and what has no platform, as attestations, are left out.
+        Other systems, and entries without a platform, such as attestations, are skipped.
         """
         document = index(system("amd64", name="windows"), system("unknown", name="unknown"), None, system("amd64"))
         self.assertEqual([3], chosen(document, "linux/amd64"))
@@ -173,7 +173,7 @@ class PlatformTests(SynchronousTestCase):
 
     def test_the_highest_variant_that_runs_is_taken(self) -> None:
         """
-        A machine runs lower variants too, and none that is above it; none named is the usual one.
+        A machine runs lower variants too, but none that is higher; no variant means the usual one.
         """
         arms = index(system("arm", "v5"), system("arm", "v7"), system("arm", "v6"), system("arm64", "v8"))
         self.assertEqual([1], chosen(arms, "linux/arm/v7"))
@@ -184,7 +184,7 @@ class PlatformTests(SynchronousTestCase):
 
     def test_what_is_missing_is_told_with_what_there_is(self) -> None:
         """
-        Whoever asked sees what could be asked for.
+        The error lists what could be requested.
         """
         with self.assertRaises(ValueError) as raised:
             chosen(index(system("amd64"), system("arm", "v7")), "linux/arm64")
@@ -192,7 +192,7 @@ class PlatformTests(SynchronousTestCase):
 
     def test_all_platforms_are_all_manifests(self) -> None:
         """
-        Without a platform all that the index lists is taken, attestations too, each once.
+        Without a platform everything that the index lists is fetched, attestations too, each once.
         """
         self.assertEqual([0, 1, 2], chosen(index(system("amd64"), system("unknown", name="unknown"), None)))
 
@@ -204,7 +204,7 @@ class DocumentTests(SynchronousTestCase):
 
     def test_all_containers_of_all_documents_are_found(self) -> None:
         """
-        Init containers, jobs within cron jobs, lists, and volumes made of images, each image once.
+        Init containers, jobs within cron jobs, lists, and image volumes, each image once.
         """
         text = """
         kind: List
@@ -223,7 +223,7 @@ class DocumentTests(SynchronousTestCase):
 
     def test_a_compose_file_is_read_with_its_variables(self) -> None:
         """
-        Variables, their defaults, anchors and tags of compose's own.
+        Variables, their defaults, anchors and compose's own tags.
         """
         text = """
         x-base: &base {image: "${HOST:-r.test}/base:${TAG}"}
@@ -272,7 +272,7 @@ class DocumentTests(SynchronousTestCase):
 
     def test_what_is_no_yaml_is_one_line(self) -> None:
         """
-        A mistake is told in a line, and nothing that a file holds is run or grows without bounds.
+        The error is one line, and nothing in a file is executed or grows without bounds.
         """
         with self.assertRaises(ValueError) as raised:
             list(images_in("a: [1\nb: }", {}))

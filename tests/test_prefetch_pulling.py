@@ -1,5 +1,5 @@
 """
-Images pulled through the daemon for the cache's sake: what is moved, tried again, and verified.
+Images pulled through the daemon to fill the cache: what is transferred, retried, and verified.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAYER = random.Random(1).randbytes(5 * 2**20)
 
 def descriptor(kind: str, data: bytes, **more: Any) -> dict[str, Any]:
     """
-    Describe content.
+    Return a descriptor for content.
     """
     return {"mediaType": kind, "digest": str(Digest.of(data)), "size": len(data), **more}
 
@@ -51,14 +51,14 @@ class Proxy:
 
     def blob(self, repository: str, data: bytes) -> dict[str, Any]:
         """
-        Have a blob.
+        Add a blob.
         """
         self.content[f"/v2/{repository}/blobs/{Digest.of(data)}"] = ("application/octet-stream", data)
         return descriptor("application/vnd.oci.image.layer.v1.tar", data)
 
     def manifest(self, repository: str, *layers: bytes) -> bytes:
         """
-        Have a manifest, and what it lists.
+        Add a manifest and what it lists.
         """
         config, *rest = [self.blob(repository, each) for each in (b"{}", *layers)]
         body = json.dumps({"mediaType": MANIFEST, "config": config, "layers": rest}).encode()
@@ -67,14 +67,14 @@ class Proxy:
 
     def tag(self, repository: str, tag: str, kind: str, body: bytes) -> Image:
         """
-        Have a tag.
+        Add a tag.
         """
         self.content[f"/v2/{repository}/manifests/{tag}"] = (kind, body)
         return parse_image(f"{repository}:{tag}", ())
 
     def ask(self, method: str, path: str, headers: Mapping[str, str]) -> Reply:
         """
-        Answer.
+        Answer a request.
         """
         self.asked.append((method, path, headers.get("Range", "")))
         reply = self._reply(method, path, headers.get("Range", ""))
@@ -99,7 +99,7 @@ class Proxy:
 
 def refusal(status: int, code: str, message: str, **headers: str) -> Reply:
     """
-    Refuse as registries do.
+    Reject a request as registries do.
     """
     body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
     return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, BytesIO(body).read)
@@ -107,7 +107,7 @@ def refusal(status: int, code: str, message: str, **headers: str) -> Reply:
 
 def broken_after(size: int) -> Callable[[Reply], Reply]:
     """
-    Let so many bytes of an answer come.
+    Send only so many bytes of an answer.
     """
 
     def fault(reply: Reply) -> Reply:
@@ -118,14 +118,14 @@ def broken_after(size: int) -> Callable[[Reply], Reply]:
 
 def instead(reply: Reply, _: Reply) -> Reply:
     """
-    Let another answer come.
+    Send another answer.
     """
     return reply
 
 
 def away(_: Reply) -> Reply:
     """
-    Let no answer come.
+    Send no answer.
     """
     raise ConnectionRefusedError(111, "Connection refused")
 
@@ -137,7 +137,7 @@ class PullerTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         """
-        Have a daemon, and a clock that nobody waits for.
+        Create a daemon, and a clock without real waiting.
         """
         self.proxy = Proxy()
         self.slept: list[float] = []
@@ -148,13 +148,13 @@ class PullerTests(SynchronousTestCase):
 
     def pull(self, image: Image) -> list[bool]:
         """
-        Pull it, and tell of each blob whether it was moved.
+        Pull the image, and return for each blob whether it was transferred.
         """
         return [self.puller.bring(route, size) for route, size in self.puller.plan(image).blobs.items()]
 
     def refused(self, image: Image) -> str:
         """
-        Tell why an image can't be had.
+        Return why an image can't be pulled.
         """
         with self.assertRaises(PullError) as raised:
             self.pull(image)
@@ -162,19 +162,19 @@ class PullerTests(SynchronousTestCase):
 
     def image(self, *layers: bytes) -> Image:
         """
-        Have an image.
+        Add an image.
         """
         return self.proxy.tag("app", "1", MANIFEST, self.proxy.manifest("app", *layers))
 
     def layer_path(self) -> str:
         """
-        Tell where the layer is asked for.
+        Return the path of the layer.
         """
         return f"/v2/app/blobs/{Digest.of(LAYER)}"
 
     def test_manifest_config_and_layers_are_pulled(self) -> None:
         """
-        All that a client would ask for has been asked for once.
+        Everything that a client would request has been requested once.
         """
         self.assertEqual([True, True], self.pull(self.image(LAYER)))
         self.assertEqual(len(LAYER) + 2, sum(self.moved))
@@ -183,7 +183,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_what_is_in_the_cache_is_not_moved(self) -> None:
         """
-        The second run asks and moves nothing.
+        The second run transfers nothing.
         """
         image = self.image(LAYER)
         self.pull(image)
@@ -193,7 +193,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_of_an_index_the_platforms_manifest_is_pulled(self) -> None:
         """
-        No other platform's manifests or layers are asked for.
+        No other platform's manifests or layers are requested.
         """
         ours, other = (self.proxy.manifest("app", each) for each in (b"ours", b"other"))
         kinds = [(other, "arm64"), (ours, "amd64")]
@@ -208,7 +208,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_an_index_that_lists_itself_ends(self) -> None:
         """
-        Each manifest is looked at once, whatever lists it.
+        Each manifest is visited once, whatever lists it.
         """
         inner = json.dumps({"mediaType": INDEX, "manifests": []}).encode()
         self.proxy.content[f"/v2/app/manifests/{Digest.of(inner)}"] = (INDEX, inner)
@@ -220,7 +220,7 @@ class PullerTests(SynchronousTestCase):
 
     def index(self, *listed: dict[str, Any]) -> dict[str, Any]:
         """
-        Have an index, and describe it.
+        Add an index, and return its descriptor.
         """
         body = json.dumps({"mediaType": INDEX, "manifests": listed}).encode()
         self.proxy.content[f"/v2/app/manifests/{Digest.of(body)}"] = (INDEX, body)
@@ -274,7 +274,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_what_is_listed_without_a_platform_is_pulled_where_nothing_is_for_the_platform(self) -> None:
         """
-        It need not be told. Docker, containerd and podman take such an image; C{unknown} is what an attestation tells.
+        An index may omit it. Docker, containerd and podman use such an image; C{unknown} marks an attestation.
         """
         plain, other, noted = (descriptor(MANIFEST, self.proxy.manifest("app", each)) for each in (b"1", b"2", b"3"))
         arm = {**other, "platform": {"os": "linux", "architecture": "arm64"}}
@@ -306,7 +306,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_an_image_that_lists_more_than_anybody_pulls_is_refused(self) -> None:
         """
-        Of each thing there is a most: indexes, manifests, blobs.
+        There are maximum numbers of indexes, manifests and blobs.
         """
         many = [{**self.index(), "digest": str(Digest.of(b"%d" % number))} for number in range(BLOBS + 1)]
         self.assertEqual("lists more than 100 indexes", self.refused(self.nested(*many[: INDEXES + 1])))
@@ -325,7 +325,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_what_is_no_manifest_is_not_asked_for_again(self) -> None:
         """
-        Its digest names these bytes: the next try brings the same.
+        Its digest names these bytes: a retry returns the same.
         """
         image = self.image()
         odd = refusal(502, "UNAVAILABLE", "what ECR gave is no manifest", x_cache_reason="no-manifest")
@@ -347,7 +347,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_a_broken_download_goes_on_where_it_was(self) -> None:
         """
-        Nothing is moved twice, and the whole is verified.
+        Nothing is transferred twice, and the whole is verified.
         """
         image = self.image(LAYER)
         self.proxy.faults["GET", self.layer_path()] = [broken_after(3 * 2**20), away]
@@ -358,7 +358,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_tries_count_anew_when_bytes_have_come(self) -> None:
         """
-        A line that breaks often is no line that is dead.
+        A connection that breaks often is not dead.
         """
         image = self.image(LAYER)
         self.proxy.faults["GET", self.layer_path()] = [broken_after(2**18) for _ in range(15)]
@@ -377,7 +377,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_waits_are_as_long_as_the_proxy_says(self) -> None:
         """
-        Retry-After is honoured, and whoever waits is told why.
+        Retry-After is honoured, and the reason is shown.
         """
         image = self.image()
         busy = refusal(429, "TOOMANYREQUESTS", "ECR throttles the proxy", retry_after="7")
@@ -388,7 +388,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_tries_have_an_end(self) -> None:
         """
-        A proxy that is away for good ends the image, after waits that grow.
+        A proxy that stays down fails the image, after growing waits.
         """
         image = self.image()
         self.proxy.faults["GET", "/v2/app/manifests/1"] = [away] * 10
@@ -397,7 +397,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_a_daemon_that_is_restarted_has_a_minute(self) -> None:
         """
-        However the dice fall.
+        Whatever the jitter.
         """
         image = self.image()
         self.proxy.faults["GET", "/v2/app/manifests/1"] = [away] * 10
@@ -408,7 +408,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_what_the_proxy_refuses_is_told_at_once(self) -> None:
         """
-        In the proxy's own words, without another try.
+        In the proxy's own words, without a retry.
         """
         self.assertEqual("MANIFEST_UNKNOWN: no such image", self.refused(parse_image("app:none", ())))
         self.assertEqual([], self.slept)
@@ -429,7 +429,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_another_part_than_was_asked_for_is_refused(self) -> None:
         """
-        Bytes from elsewhere would not add up.
+        Other bytes would not fit together.
         """
         image = self.image(LAYER)
         odd = Reply(206, {"content-range": "bytes 0-9/10"}, BytesIO(b"0123456789").read)
@@ -438,7 +438,7 @@ class PullerTests(SynchronousTestCase):
 
     def test_a_manifest_that_breaks_off_is_asked_for_again(self) -> None:
         """
-        Half a manifest is none.
+        An incomplete manifest is useless.
         """
         image = self.image()
         self.proxy.faults["GET", "/v2/app/manifests/1"] = [broken_after(10)]
@@ -452,7 +452,7 @@ class CrewTests(SynchronousTestCase):
 
     def test_each_is_done_once_and_failures_are_results(self) -> None:
         """
-        One that fails takes none of the others with it.
+        A failure does not affect the others.
         """
 
         def do(number: int) -> int:
@@ -466,7 +466,7 @@ class CrewTests(SynchronousTestCase):
 
     def test_news_are_told_in_the_callers_thread_before_the_result(self) -> None:
         """
-        What is told of a thing at work is told before it is done, in order.
+        Progress of a task is reported before its result, in order.
         """
         crew, told = Crew(1), list[int]()
 

@@ -1,5 +1,5 @@
 """
-A file of the cache is trusted for as long as it is the one that was proved.
+A file of the cache is trusted as long as it is the one that was verified.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ProofsTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         """
-        A file that was found right, and whose use was noted.
+        Create a verified file whose use was recorded.
         """
         self.proofs = Proofs()
         self.path = scratch(self)
@@ -33,20 +33,20 @@ class ProofsTests(SynchronousTestCase):
 
     def mark(self, now: float) -> None:
         """
-        Note a use.
+        Record a use.
         """
         with self.path.open("rb") as file:
             mark(file.fileno(), now)
 
     def verdict(self) -> bool | None:
         """
-        Tell what is known of the file as it is now.
+        Return what is known of the file as it is now.
         """
         return self.proofs.verdict(DIGEST, self.path.stat())
 
     def test_a_use_changes_nothing(self) -> None:
         """
-        What was proved stays so however often it is used, at whatever fraction of a second.
+        A verified file stays so however often it is used, at whatever fraction of a second.
         """
         for moment in (START, START + 0.1, START + 1 / 3, START + 12345.6789):
             self.mark(moment)
@@ -55,7 +55,7 @@ class ProofsTests(SynchronousTestCase):
 
     def test_what_is_written_to_it_ends_the_proof(self) -> None:
         """
-        Bytes written in place show in the file's own time; so does a file whose time nobody has marked.
+        Bytes written in place change the file's own time; so does a file whose time was never marked.
         """
         with self.path.open("r+b") as file:
             file.write(b"9")
@@ -75,7 +75,7 @@ class ProofsTests(SynchronousTestCase):
 
     def test_another_size_has_no_proof(self) -> None:
         """
-        Whatever its time says.
+        Whatever its time.
         """
         os.truncate(self.path, 4)
         self.mark(START)
@@ -83,7 +83,7 @@ class ProofsTests(SynchronousTestCase):
 
     def test_a_file_that_can_not_be_marked_is_proved_once(self) -> None:
         """
-        On a disk that can't be written the time of the last change does for a mark.
+        On a read-only disk the time of the last change replaces the mark.
         """
         os.utime(self.path, ns=(0, 1_234_567))
         self.proofs.note(DIGEST, self.path.stat(), good=True)
@@ -93,7 +93,7 @@ class ProofsTests(SynchronousTestCase):
 
     def test_a_bad_file_is_known_as_one(self) -> None:
         """
-        Until another is in its place.
+        Until it is replaced.
         """
         self.proofs.note(DIGEST, self.path.stat(), good=False)
         self.assertIs(False, self.verdict())

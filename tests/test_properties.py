@@ -1,5 +1,5 @@
 """
-What holds for any request, setting and entry whatever: held against models that are simple enough to be seen right.
+Claims for any request, setting and entry, checked against models that are simple enough to be obviously right.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from ecrproxy.settings.values import (
 )
 from tests.routes import route_to
 
-# The grammar once more, letter for letter as the distribution spec has it.
+# The grammar again, letter for letter as in the distribution spec.
 NAME: Final = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(\/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"
 TAG: Final = r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}"
 DIGEST: Final = r"sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}"
@@ -57,7 +57,7 @@ PATH: Final = re.compile(
     rf"/v2/(?P<name>{NAME})/(manifests/({TAG}|{DIGEST})|blobs/({DIGEST})|referrers/({DIGEST})|tags/list)"
 )
 
-# Of the same shape, but short: longer ones show nothing more, and take long to make up.
+# Of the same shape, but short: longer ones show nothing more, and are slow to generate.
 _PART: Final = r"[a-z0-9]{1,3}((\.|_|__|-{1,3})[a-z0-9]{1,2}){0,2}"
 names = st.from_regex(rf"{_PART}(/{_PART}){{0,2}}", fullmatch=True)
 tags = st.from_regex(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,9}", fullmatch=True)
@@ -84,7 +84,7 @@ games = st.sampled_from([*_ENCODED, *_DOTS, *_OTHERS])
 @st.composite
 def spoiled(draw: st.DrawFn) -> str:
     """
-    A good path in which something was put in, taken out or replaced.
+    A valid path in which something was inserted, removed or replaced.
     """
     path = draw(paths)
     for _ in range(draw(st.integers(1, 3))):
@@ -95,7 +95,7 @@ def spoiled(draw: st.DrawFn) -> str:
 
 def route_of(target: str) -> Route | None:
     """
-    Parse a target; none if it is refused.
+    Parse a target; return None if it is rejected.
     """
     try:
         return route_to(target)
@@ -107,7 +107,7 @@ class RouteTests(SynchronousTestCase):
     @given(paths)
     def test_a_route_has_one_path(self, path: str) -> None:
         """
-        Every path of the grammar is understood, and what was understood is spelt as it was asked for.
+        Every path of the grammar is parsed, and the result is spelled as it was requested.
         """
         route = route_to(path)
         self.assertEqual(path, route.path)
@@ -120,7 +120,7 @@ class RouteTests(SynchronousTestCase):
     @example("/v2/a/manifests/%6c")
     def test_nothing_else_gets_through(self, target: str) -> None:
         """
-        What is outside of the grammar is refused; spellings of one place differ in escapes of name and reference alone.
+        Paths outside the grammar are rejected; spellings of one place differ only in escapes of name and reference.
         """
         route = route_of(target)
         path, _, query = target.partition("?")
@@ -140,7 +140,7 @@ class RouteTests(SynchronousTestCase):
     @given(st.text(alphabet=st.characters(codec="latin-1")))
     def test_a_query_is_split_whatever_it_is(self, query: str) -> None:
         """
-        Each value of a query is a piece of it as it came.
+        Each value of a query is a piece of it, unchanged.
         """
         for value in query_values(query).values():
             self.assertIn(value, query)
@@ -159,7 +159,7 @@ class AcceptTests(SynchronousTestCase):
     )
     def test_order_and_lines_say_nothing(self, types: list[str], chance: random.Random, lines: bool) -> None:
         """
-        Clients who accept the same types share one answer, in whatever order and on however many lines they say so.
+        Clients that accept the same types share one answer, in whatever order and on however many lines.
         """
         other = chance.sample(types, len(types))
         given_so = other if lines else [",".join(other)]
@@ -168,7 +168,7 @@ class AcceptTests(SynchronousTestCase):
     @given(st.lists(st.text(alphabet=st.characters(codec="latin-1"))))
     def test_any_header_is_read(self, accept: list[str]) -> None:
         """
-        Whatever an Accept header says, it is a set of manifest types or any.
+        Any Accept header becomes a set of manifest types, or any.
         """
         for media_type in accepted_types(accept):
             self.assertIn(media_type, MANIFEST_TYPES)
@@ -182,7 +182,7 @@ class CacheKeyTests(SynchronousTestCase):
     @given(texts, st.lists(st.tuples(st.sampled_from(VARIABLES), texts), min_size=1, max_size=5), routes)
     def test_a_template_is_filled_in(self, start: str, rest: list[tuple[str, str]], route: Route) -> None:
         """
-        A key is the template with each variable replaced by its value, and nothing else of it touched.
+        A key is the template with each variable replaced by its value, and nothing else changed.
         """
         asker = Asker("GET", "/target", "https", "host.example", "192.0.2.1")
         values = {"uri": route.path, "request_uri": "/target", "args": "", "host": "host.example", "scheme": "https"}
@@ -194,7 +194,7 @@ class CacheKeyTests(SynchronousTestCase):
     @given(st.text(alphabet=st.sampled_from("${}_ab:/" + "é")) | st.text())
     def test_a_template_is_understood_or_refused(self, template: str) -> None:
         """
-        A template is refused with ValueError, or its parts are all of it.
+        A template is rejected with ValueError, or its parts are all of it.
         """
         try:
             key = CacheKey.parse(template)
@@ -218,7 +218,7 @@ class RangeTests(SynchronousTestCase):
     @given(st.none() | st.integers(0, 12), st.none() | st.integers(0, 12), st.integers(0, 10))
     def test_a_range_is_the_bytes_that_it_names(self, first: int | None, last: int | None, size: int) -> None:
         """
-        A range is those of the blob's bytes that it names, one by one; none of them is no range.
+        A range is exactly the blob's bytes that it names; without any it is no range.
         """
         header = f"bytes={'' if first is None else first}-{'' if last is None else last}"
         data = range(size)
@@ -239,7 +239,7 @@ class RangeTests(SynchronousTestCase):
     @given(st.lists(st.tuples(st.integers(0, 30 * SMALL_GAP), st.integers(1, SMALL_GAP))), st.integers(1, 8))
     def test_joined_ranges_have_all_the_bytes_in_their_order(self, spans: list[tuple[int, int]], most: int) -> None:
         """
-        No more than may be, each before the next, and each range is read with what comes of one of them, forwards.
+        No more than allowed, in order, and each range is read forwards from one of them.
         """
         ranges = [(start, start + size) for start, size in spans]
         asked = deque(joined(ranges, most))
@@ -284,7 +284,7 @@ class SettingTests(SynchronousTestCase):
     @example(next(each for each in SETTINGS if each.parse is parse_pattern), "(?\n")
     def test_any_text_is_taken_or_refused_in_a_line(self, setting: Setting, text: str) -> None:
         """
-        Whatever a setting is set to, it is read or refused with one line that can be printed.
+        Any value of a setting is accepted or rejected with one printable line.
         """
         try:
             setting.read(text, "PROXY_X")
@@ -294,7 +294,7 @@ class SettingTests(SynchronousTestCase):
     @given(st.integers(1, 10**12), st.sampled_from("kmgt"), st.sampled_from(["", "b", "ib"]), st.booleans())
     def test_a_size_is_its_number_times_its_unit(self, number: int, unit: str, end: str, upper: bool) -> None:
         """
-        Sizes are powers of 1024, whatever the spelling.
+        Units are powers of 1024, whatever the spelling.
         """
         text = f"{number} {unit}{end}"
         self.assertEqual(number * 1024 ** ("kmgt".index(unit) + 1), parse_size(text.upper() if upper else text))
@@ -317,7 +317,7 @@ class SettingTests(SynchronousTestCase):
     @given(st.lists(names, min_size=1, max_size=4), names, names)
     def test_a_pattern_matches_whole_names(self, allowed: list[str], name: str, more: str) -> None:
         """
-        A pattern of several names lets in these, and none that only begins or ends with one.
+        A pattern of several names matches these, and none that only begins or ends with one.
         """
         assume(name not in allowed)
         pattern = parse_pattern("|".join(map(re.escape, allowed)))
@@ -343,7 +343,7 @@ class EntryTests(SynchronousTestCase):
         self, name: str, tag: str, given_so: dict[frozenset[str], Confirmed]
     ) -> None:
         """
-        What the index says of a tag is what it was told.
+        The index returns a tag as it was saved.
         """
         rows, key = Rows(), EntryKey.of(route_to(f"/v2/{name}/manifests/{tag}"))
         rows.save([(key, Entry(given_so))], 0)
@@ -363,7 +363,7 @@ class ManifestTests(SynchronousTestCase):
     @given(st.text(max_size=20) | media_types, st.binary() | json_values.map(json.dumps).map(str.encode))
     def test_any_bytes_are_a_manifest_or_refused(self, content_type: str, body: bytes) -> None:
         """
-        Whatever is sent in a manifest's place is understood, or refused with ValueError.
+        Any bytes are a manifest, or rejected with ValueError.
         """
         with contextlib.suppress(ValueError):
             Document.read(body).type_as(content_type)

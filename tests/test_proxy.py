@@ -1,5 +1,5 @@
 """
-What comes from the cache, what through it, and who may have it.
+What comes from the cache, what through it, and which clients may have it.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class BlobTestCase(DaemonTestCase):
 
     def also_in(self, repository: str) -> str:
         """
-        Push the same blob into another repository, and say its path there.
+        Push the same blob into another repository, and return its path there.
         """
         self.standin.push_blob(repository, self.data)
         return f"/v2/{repository}/blobs/{self.digest}"
 
     def transfers(self) -> int:
         """
-        How many transfers of the blob were begun.
+        Return how many transfers of the blob were begun.
         """
         spans = [
             asked.headers.get("range", "bytes=0-") for asked in self.standin.requests("bucket", "GET", self.digest)
@@ -67,7 +67,7 @@ class BlobTestCase(DaemonTestCase):
 class BlobTests(BlobTestCase):
     def test_is_fetched_once_for_one_repository(self) -> None:
         """
-        The second pull of a blob asks ECR nothing, not even whether it still has it.
+        The second pull of a blob sends ECR no request, not even to check that it still has it.
         """
         self.assertWhole(self.get(self.path), self.data, "MISS")
         self.standin.forget_asked()
@@ -86,7 +86,7 @@ class BlobTests(BlobTestCase):
 
     def test_has_either_algorithm(self) -> None:
         """
-        A blob named by sha512 is verified and cached like any other.
+        A blob with a sha512 digest is verified and cached like any other.
         """
         digest = self.standin.push_blob("team/app", self.data, "sha512")
         path = f"/v2/team/app/blobs/{digest}"
@@ -96,7 +96,7 @@ class BlobTests(BlobTestCase):
 
     def test_of_no_bytes(self) -> None:
         """
-        The empty blob is a blob: fetched, cached and served.
+        The empty blob is fetched, cached and served.
         """
         digest = self.standin.push_blob("team/app", b"")
         path = f"/v2/team/app/blobs/{digest}"
@@ -105,7 +105,7 @@ class BlobTests(BlobTestCase):
 
     def test_unknown(self) -> None:
         """
-        What the repository doesn't hold is BLOB_UNKNOWN, and the next request asks again.
+        A blob that the repository doesn't have is BLOB_UNKNOWN, and the next request asks again.
         """
         missing = digest_of(b"missing")
         path = f"/v2/team/app/blobs/{missing}"
@@ -123,7 +123,7 @@ class BlobTests(BlobTestCase):
 
     def test_evicted_is_fetched_again(self) -> None:
         """
-        A blob whose file is gone is fetched again; that the repository holds it need not be asked.
+        A blob whose file is gone is fetched again, without a request about the repository.
         """
         self.get(self.path)
         self.file_of(self.digest).unlink()
@@ -132,7 +132,7 @@ class BlobTests(BlobTestCase):
 
     def test_cut_behind_our_back_is_fetched_again(self) -> None:
         """
-        A cached file that lost bytes while nobody looked is not served, but fetched anew.
+        A cached file that was truncated by another program is not served, but fetched again.
         """
         self.get(self.path)
         os.truncate(self.file_of(self.digest), 1000)
@@ -143,7 +143,7 @@ class BlobTests(BlobTestCase):
 class HeadTests(BlobTestCase):
     def test_never_downloads(self) -> None:
         """
-        HEAD of a cold blob costs a question, no transfer, and leaves nothing in the cache.
+        HEAD of a cold blob costs a request, no transfer, and leaves nothing in the cache.
         """
         reply = self.head(self.path)
         self.assertEqual((200, "MISS", len(self.data), b""), (reply.code, reply.cache, reply.length, reply.body))
@@ -152,7 +152,7 @@ class HeadTests(BlobTestCase):
 
     def test_where_ecr_redirects_head(self) -> None:
         """
-        Where ECR answers HEAD with a redirect, one byte of the bucket tells the size.
+        If ECR answers HEAD with a redirect, one byte of the bucket gives the size.
         """
         self.standin.quirks.blob_head = 307
         reply = self.head(self.path)
@@ -161,7 +161,7 @@ class HeadTests(BlobTestCase):
 
     def test_of_a_cached_blob(self) -> None:
         """
-        HEAD of a cached blob asks nobody.
+        HEAD of a cached blob sends no request.
         """
         self.get(self.path)
         self.standin.forget_asked()
@@ -171,7 +171,7 @@ class HeadTests(BlobTestCase):
 
     def test_in_another_repository(self) -> None:
         """
-        HEAD of a blob that another repository brought in has ECR confirm it, once.
+        For HEAD of a blob that another repository fetched, ECR has to confirm it, once.
         """
         other = self.also_in("team/other")
         self.get(self.path)
@@ -181,7 +181,7 @@ class HeadTests(BlobTestCase):
 
     def test_of_what_is_here_has_the_size_of_its_get(self) -> None:
         """
-        However large a bucket says that a blob is which another repository brought in.
+        Whatever size a bucket reports for a blob that another repository fetched.
         """
         other = self.also_in("team/other")
         self.get(self.path)
@@ -192,7 +192,7 @@ class HeadTests(BlobTestCase):
 
     def test_lets_a_later_get_follow_without_asking(self) -> None:
         """
-        After HEAD, GET knows that the repository holds the blob: another's content serves it at once.
+        After HEAD, GET knows that the repository has the blob: another's content is served at once.
         """
         other = self.also_in("team/other")
         self.head(other)
@@ -203,7 +203,7 @@ class HeadTests(BlobTestCase):
 
     def test_of_a_blob_that_is_not_there(self) -> None:
         """
-        HEAD of a blob that the repository doesn't hold is 404, whoever else holds it.
+        HEAD of a blob that the repository doesn't have is 404, whichever other repository has it.
         """
         self.get(self.path)
         self.standin.push_blob("team/other", b"something else")
@@ -221,7 +221,7 @@ class TogetherTests(BlobTestCase):
 
     def many(self, count: int) -> list[Reply]:
         """
-        Let so many clients ask, and all of them wait.
+        Let so many clients send a request, and all of them wait.
         """
         replies = [self.daemon.send("GET", self.path) for _ in range(count)]
         self.flush()
@@ -236,7 +236,7 @@ class TogetherTests(BlobTestCase):
 
     def test_one_transfer_for_all(self) -> None:
         """
-        Twenty clients that ask at once for a cold blob cost one transfer, and all stream from its first byte on.
+        Twenty clients that request a cold blob at once cost one transfer, and all stream from its first byte on.
         """
         replies = self.many(20)
         self.deliver(100_000)
@@ -251,7 +251,7 @@ class TogetherTests(BlobTestCase):
 
     def test_who_comes_late_gets_all(self) -> None:
         """
-        A client that comes in the middle of a transfer gets what has arrived at once, from byte 0 on.
+        A client that joins in the middle of a transfer gets what has arrived at once, from byte 0 on.
         """
         (first,) = self.many(1)
         self.deliver(200_000)
@@ -264,7 +264,7 @@ class TogetherTests(BlobTestCase):
 
     def test_who_leaves_cancels_nobody(self) -> None:
         """
-        A client that leaves, the first one too, stops nobody's transfer.
+        A client that disconnects, the first one too, cancels no transfer.
         """
         first, second, third = self.many(3)
         self.deliver(100_000)
@@ -279,7 +279,7 @@ class TogetherTests(BlobTestCase):
 
     def test_who_leaves_before_ecr_answers_cancels_nobody(self) -> None:
         """
-        The first client may leave before anything came at all; who joined it is served.
+        The first client may disconnect before the first byte; those that joined it are served.
         """
         self.standin.quirks.latency = 1
         first, second = self.many(2)
@@ -292,7 +292,7 @@ class TogetherTests(BlobTestCase):
 
     def test_goes_on_when_all_have_left(self) -> None:
         """
-        A transfer to the cache goes on for those who will ask next.
+        A transfer to the cache goes on for later clients.
         """
         for reply in self.many(2):
             reply.leave()
@@ -303,7 +303,7 @@ class TogetherTests(BlobTestCase):
 
     def test_a_slow_reader_slows_nobody(self) -> None:
         """
-        A client that stops reading gets the rest when it reads on; meanwhile the others are done and so is the cache.
+        A client that stops reading gets the rest when it reads on; meanwhile the others and the cache are done.
         """
         slow, quick = self.many(2)
         slow.stop_reading()
@@ -334,7 +334,7 @@ class TogetherTests(BlobTestCase):
 
     def test_errors_are_shared(self) -> None:
         """
-        All who wait for the same blob of a repository get the one answer that ECR gave.
+        All clients that wait for the same blob of a repository get ECR's one answer.
         """
         self.standin.quirks.latency = 1
         path = f"/v2/team/app/blobs/{digest_of(b'missing')}"
@@ -346,7 +346,7 @@ class TogetherTests(BlobTestCase):
 
     def test_what_breaks_off_is_gone_on_with(self) -> None:
         """
-        When the bucket breaks off it is asked for the rest, from the last good byte on; no client notices.
+        When the bucket breaks off, the rest is requested from the last good byte on; no client notices.
         """
         replies = self.many(3)
         self.deliver(100_000)
@@ -362,7 +362,7 @@ class TogetherTests(BlobTestCase):
 
     def test_what_goes_on_breaking_off_breaks_for_all_and_not_for_the_next(self) -> None:
         """
-        When the bucket gives nothing more, no client takes its part for the whole; the next request succeeds.
+        If the bucket sends nothing more, no client takes its part for the whole; the next request succeeds.
         """
         replies = self.many(3)
         self.deliver(100_000)
@@ -378,7 +378,7 @@ class TogetherTests(BlobTestCase):
 
     def test_a_stall_is_gone_on_with(self) -> None:
         """
-        A bucket that sends nothing for 30 seconds is asked anew for the rest.
+        After 30 seconds without a byte the rest is requested again.
         """
         (reply,) = self.many(1)
         self.deliver(100_000)
@@ -391,7 +391,7 @@ class TogetherTests(BlobTestCase):
 
     def test_stalls_end_the_answers(self) -> None:
         """
-        A bucket that sends nothing four times 30 seconds is given up: clients are cut, and the next request asks anew.
+        After four times 30 seconds without a byte the clients are cut off, and the next request starts again.
         """
         replies = self.many(2)
         self.deliver(100_000)
@@ -412,7 +412,7 @@ class PermissionTests(BlobTestCase):
 
     def test_another_repository_is_confirmed_first(self) -> None:
         """
-        A repository gets what another brought in once ECR has confirmed that it holds it too; never asked twice.
+        A repository gets what another fetched once ECR has confirmed that it has it too; that is asked only once.
         """
         other = self.also_in("team/other")
         self.get(self.path)
@@ -424,7 +424,7 @@ class PermissionTests(BlobTestCase):
 
     def test_a_repository_without_the_blob_is_told_nothing(self) -> None:
         """
-        Cached content is no way into it for repositories that don't hold it.
+        Cached content is not available to repositories that don't have it.
         """
         self.get(self.path)
         self.standin.push_blob("team/other", b"something else")
@@ -433,7 +433,7 @@ class PermissionTests(BlobTestCase):
 
     def test_unconfirmed_content_is_withheld(self) -> None:
         """
-        While ECR can't be asked, a repository does not get what only another was confirmed to hold.
+        While ECR can't be asked, a repository does not get what only another was confirmed to have.
         """
         other = self.also_in("team/other")
         self.get(self.path)
@@ -442,7 +442,7 @@ class PermissionTests(BlobTestCase):
 
     def test_a_transfer_is_followed_after_a_confirmation(self) -> None:
         """
-        Another repository follows a transfer under way once ECR confirmed that it holds the blob.
+        Another repository follows a transfer in flight once ECR confirmed that it has the blob.
         """
         other = self.also_in("team/other")
         self.standin.hold(self.digest)
@@ -458,7 +458,7 @@ class PermissionTests(BlobTestCase):
 
     def test_a_transfer_is_not_followed_by_who_lacks_the_blob(self) -> None:
         """
-        A transfer under way gives nothing to a repository that doesn't hold the blob.
+        A transfer in flight gives nothing to a repository that doesn't have the blob.
         """
         self.standin.push_blob("team/other", b"something else")
         self.standin.hold(self.digest)
@@ -467,7 +467,7 @@ class PermissionTests(BlobTestCase):
 
     def test_what_ecr_says_to_one_repository_is_not_the_others_answer(self) -> None:
         """
-        The one who asked first gets 404; another repository, which holds the blob, gets it.
+        The first repository gets 404; another one, which has the blob, gets it.
         """
         self.standin.push_blob("third", b"something else")
         self.standin.quirks.latency = 1
@@ -480,7 +480,7 @@ class PermissionTests(BlobTestCase):
 
     def test_a_known_holder_outlives_the_failure_of_another(self) -> None:
         """
-        A repository known to hold the blob, waiting with one that is refused, fetches it itself.
+        A repository known to have the blob, waiting with one that is rejected, fetches it itself.
         """
         self.standin.push_blob("third", b"something else")
         self.head(self.path)
@@ -494,7 +494,7 @@ class PermissionTests(BlobTestCase):
 
     def test_a_cached_manifest_vouches_for_what_it_lists(self) -> None:
         """
-        Layers that a cached manifest of this repository lists are served from another's content without asking.
+        Layers in a cached manifest of this repository are served from another's content without a request.
         """
         layers = [layer("hello", b"shared"), layer("more", b"too")]
         here = self.standin.push_image("team/app", "latest", layers=layers)
@@ -509,7 +509,7 @@ class PermissionTests(BlobTestCase):
 
     def test_a_manifest_that_another_brought_vouches_too(self) -> None:
         """
-        When ECR says that a tag leads to a manifest that another repository brought in, what it lists may be had.
+        If ECR says that a tag leads to a manifest that another repository fetched, what it lists is available.
         """
         shared = self.standin.push_image("team/app", "latest")
         for path in (f"manifests/{shared.digest}", *(f"blobs/{digest}" for digest in shared.layers)):
@@ -525,7 +525,7 @@ class PermissionTests(BlobTestCase):
 
     def test_a_manifest_does_not_vouch_for_foreign_layers(self) -> None:
         """
-        Layers that a registry need not hold, foreign ones and those with URLs, are asked for all the same.
+        Layers that a registry need not have, foreign ones and those with URLs, still need a request.
         """
         foreign, linked = noise("foreign", 100), noise("linked", 100)
         for data in (foreign, linked):
@@ -547,7 +547,7 @@ class PermissionTests(BlobTestCase):
 
     def test_a_manifest_is_confirmed_for_another_repository(self) -> None:
         """
-        A manifest that another repository brought in is given out by its digest after ECR confirmed it, once.
+        A manifest that another repository fetched is served by its digest after ECR confirmed it, once.
         """
         image = self.standin.push_image("team/app", "latest")
         self.standin.push_image("team/other", "latest")
@@ -562,7 +562,7 @@ class PermissionTests(BlobTestCase):
 
     def test_a_manifest_vouches_for_the_fields_of_its_media_type_alone(self) -> None:
         """
-        ECR checks no other field of a manifest that is pushed: what stands there may be another repository's.
+        ECR checks no other field of a pushed manifest: what is listed there may be another repository's.
         """
         self.get(self.path)
         victim = {"mediaType": "application/octet-stream", "digest": self.digest, "size": len(self.data)}
@@ -583,7 +583,7 @@ class PermissionTests(BlobTestCase):
 
     def test_a_manifest_that_readers_may_read_differently_vouches_for_nothing(self) -> None:
         """
-        It is passed on all the same: ECR took it, by whichever of its members.
+        It is still passed on: ECR accepted it, by whichever of its members.
         """
         self.get(self.path)
         victim = json.dumps({"mediaType": "application/octet-stream", "digest": self.digest, "size": len(self.data)})
@@ -595,7 +595,7 @@ class PermissionTests(BlobTestCase):
 
     def test_a_manifest_does_not_vouch_for_what_may_live_elsewhere(self) -> None:
         """
-        Nor where it says so in another case than usual: ECR may have taken it without having that layer.
+        Nor if it says so in another case than usual: ECR may have accepted it without having that layer.
         """
         self.get(self.path)
         foreign = "application/vnd.docker.image.rootfs.Foreign.diff.tar.gzip"
@@ -609,7 +609,7 @@ class PermissionTests(BlobTestCase):
 
     def test_what_a_manifest_vouches_for_is_written_once(self) -> None:
         """
-        However many tags lead to it, and whatever else who asks for them takes.
+        However many tags lead to it, and whatever else their clients accept.
         """
         image = self.standin.push_image("team/other", "latest", media_type=OCI_MANIFEST)
         self.get("/v2/team/other/manifests/latest")
@@ -626,7 +626,7 @@ class PermissionTests(BlobTestCase):
 
     def test_an_index_vouches_for_no_media_type(self) -> None:
         """
-        What an index calls its manifests is not passed on where it is no manifest's type, or not their own.
+        What an index says is not passed on if it is no manifest's type, or not the manifest's own.
         """
         image = self.standin.push_image("team/app", "latest", media_type=OCI_MANIFEST)
         self.standin.push_image("team/other", "latest", media_type=OCI_MANIFEST)
@@ -645,7 +645,7 @@ class PermissionTests(BlobTestCase):
 
     def test_what_a_stored_entry_calls_a_manifest_is_not_passed_on(self) -> None:
         """
-        Only a manifest's media type is, whoever wrote the row.
+        Only a manifest's media type is, whatever wrote the row.
         """
         image = self.standin.push_image("team/app", "latest", media_type=OCI_MANIFEST)
         path = f"/v2/team/app/manifests/{image.digest}"
@@ -669,12 +669,12 @@ class PermissionTests(BlobTestCase):
 
 class WrongKindTests(BlobTestCase):
     """
-    One digest may be asked for as a blob and as a manifest.
+    One digest may be requested as a blob and as a manifest.
     """
 
     def test_a_layer_is_not_read_for_who_asks_for_a_manifest(self) -> None:
         """
-        Neither before ECR has said that the repository holds it, nor when it is too large for a manifest.
+        Neither before ECR has confirmed it for the repository, nor if it is too large for a manifest.
         """
         large = noise("large", 5 * MIB)
         digest = self.standin.push_blob("team/app", large)
@@ -713,7 +713,7 @@ class WrongKindTests(BlobTestCase):
 
     def test_a_short_read_drops_no_content(self) -> None:
         """
-        A read may give fewer bytes than were asked for, as it does beyond 2 GiB: that says nothing about the file.
+        A read may return fewer bytes than requested, as it does beyond 2 GiB: that says nothing about the file.
         """
         image = self.standin.push_image("team/app", "latest")
         path = f"/v2/team/app/manifests/{image.digest}"
@@ -731,7 +731,7 @@ class WrongKindTests(BlobTestCase):
 
 class OtherRegistryTests(DaemonTestCase):
     """
-    A cache directory is not one registry's.
+    A cache directory with content of several registries.
     """
 
     def setUp(self) -> None:
@@ -747,7 +747,7 @@ class OtherRegistryTests(DaemonTestCase):
 
     def ask(self, registry: str) -> list[tuple[int, str | None]]:
         """
-        Ask a daemon on the same directory whose registry has nothing, and is called by this name.
+        Send a request to a daemon on the same directory whose registry has nothing, and has this name.
         """
         self.standin = StandIn(self.clock, registry=f"https://{registry}")
         self.standin.push_blob("team/app", b"something else")
@@ -758,7 +758,7 @@ class OtherRegistryTests(DaemonTestCase):
 
     def test_is_not_answered_for(self) -> None:
         """
-        Another account's or region's repository of the same name is asked for, for tags too when it can't be.
+        Another account's or region's repository of the same name needs its own requests, for stale tags too.
         """
         for other in ("123456789012.dkr.ecr.eu-west-2.amazonaws.com", "210987654321.dkr.ecr.eu-west-1.amazonaws.com"):
             self.assertEqual([404, 404, 502], [code for code, _ in self.ask(other)])
@@ -779,7 +779,7 @@ class SharedKeyTests(DaemonTestCase):
 
     def test_blobs_keep_apart(self) -> None:
         """
-        Blobs that share a key are each given out under their own digest, and to their own repository.
+        Blobs that share a key are each served under their own digest, and to their own repository.
         """
         blobs = [noise(f"blob{n}", 1000) for n in range(3)]
         digests = [self.standin.push_blob("team/app", data) for data in blobs]
@@ -806,7 +806,7 @@ class SharedKeyTests(DaemonTestCase):
 
     def test_kinds_keep_apart(self) -> None:
         """
-        A manifest's digest asked for as a blob is asked of ECR as a blob.
+        A manifest's digest requested as a blob is requested from ECR as a blob.
         """
         image = self.standin.push_image("team/app", "v1")
         self.get(f"/v2/team/app/manifests/{image.digest}")
@@ -828,12 +828,12 @@ class KeyTests(DaemonTestCase):
 
 class BypassTests(BlobTestCase):
     """
-    What the cache can't have streams through.
+    What can't be cached streams through.
     """
 
     def bypass(self, cache: str = "BYPASS") -> None:
         """
-        Ask twice: the blob comes whole both times, and is not kept.
+        Request the blob twice, and assert that it comes whole both times, and is not cached.
         """
         for _ in range(2):
             self.assertWhole(self.get(self.path), self.data, cache)
@@ -842,7 +842,7 @@ class BypassTests(BlobTestCase):
 
     def test_a_blob_larger_than_the_limit(self) -> None:
         """
-        A blob that no eviction could make room for streams through, and costs the cache nothing.
+        A blob for which no eviction could make room streams through, and costs the cache nothing.
         """
         self.start(limit=200_000)
         small = self.standin.push_blob("team/app", b"small")
@@ -867,7 +867,7 @@ class BypassTests(BlobTestCase):
 
     def fill(self) -> list[str]:
         """
-        Fill a small cache; return what is in it.
+        Fill a small cache; return its content.
         """
         self.start(limit=400_000)
         digests = [self.standin.push_blob("team/app", noise(f"small {number}", 30_000)) for number in range(10)]
@@ -878,7 +878,7 @@ class BypassTests(BlobTestCase):
 
     def test_a_blob_that_does_not_begin_to_come_evicts_nothing(self) -> None:
         """
-        Whether its client waits or leaves; what comes later is served all the same.
+        Whether its client waits or disconnects; later requests are still served.
         """
         kept = self.fill()
         self.daemon.send("GET", self.path).leave()
@@ -924,7 +924,7 @@ class BypassTests(BlobTestCase):
 
     def test_a_full_disk(self) -> None:
         """
-        When the disk has no room for a blob it streams through.
+        If the disk has no space for a blob it streams through.
         """
 
         def full(fd: int, size: int) -> None:
@@ -949,8 +949,8 @@ class BypassTests(BlobTestCase):
 
     def test_a_disk_that_fails_midway(self) -> None:
         """
-        When the disk fails in the middle of a transfer, its clients get all of it, those who came late and those
-        who read slowly too; and nothing is kept.
+        If the disk fails in the middle of a transfer, its clients get all of it, also late and slow ones; and nothing
+        is cached.
         """
         write, budget = os.pwrite, [150_000]
 
@@ -980,7 +980,7 @@ class BypassTests(BlobTestCase):
 
     def test_a_file_that_can_not_be_committed(self) -> None:
         """
-        When the disk fails as the file is made content, the client has its answer all the same.
+        If the disk fails as the file becomes content, the client still has its answer.
         """
 
         def failing(fd: int) -> None:
@@ -991,7 +991,7 @@ class BypassTests(BlobTestCase):
 
     def test_of_an_unknown_length(self) -> None:
         """
-        A blob whose length upstream does not say streams through, ended well if its digest is right.
+        A blob of unannounced length streams through, and ends well if its digest is right.
         """
         body = b"5\r\nhello\r\n0\r\n\r\n"
         digest = digest_of(b"hello")
@@ -1016,7 +1016,7 @@ class BypassTests(BlobTestCase):
 
     def test_of_an_unknown_length_with_other_bytes(self) -> None:
         """
-        Of a blob of unknown length that turns out to be another, no client sees a good end.
+        If a blob of unknown length has another digest, no client sees a good end.
         """
         reply = self.daemon.send("GET", f"/v2/team/app/blobs/{digest_of(b'hello')}")
         self.answer_with(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\njello\r\n0\r\n\r\n")
@@ -1024,7 +1024,7 @@ class BypassTests(BlobTestCase):
 
     def test_joined_from_its_start(self) -> None:
         """
-        Who asks while an uncached transfer still holds its first bytes follows it.
+        A request while an uncached transfer still holds its first bytes follows it.
         """
         self.start(limit=200_000)
         self.standin.hold(self.digest)
@@ -1037,7 +1037,7 @@ class BypassTests(BlobTestCase):
 
     def test_past_its_start_others_get_their_own(self) -> None:
         """
-        Who asks when an uncached transfer has let go of its first bytes gets a transfer of its own.
+        A request when an uncached transfer has dropped its first bytes gets a transfer of its own.
         """
         self.start(limit=200_000)
         self.standin.hold(self.digest)
@@ -1052,7 +1052,7 @@ class BypassTests(BlobTestCase):
 
     def test_ranges_elsewhere_do_not_wait_for_the_shared_transfer(self) -> None:
         """
-        A range that an uncached transfer has not reached, or has passed, is asked for by itself: no other bytes come.
+        A range that an uncached transfer has not reached, or has passed, is requested separately: no other bytes come.
         """
         self.start(limit=200_000)
         self.standin.hold(self.digest)
@@ -1069,7 +1069,7 @@ class BypassTests(BlobTestCase):
 
     def test_past_its_start_a_range_that_does_not_count_gets_all(self) -> None:
         """
-        A client whose If-Range names something else gets the whole blob, however far an uncached transfer is.
+        A client whose If-Range does not match gets the whole blob, however far an uncached transfer is.
         """
         self.start(limit=200_000)
         self.standin.hold(self.digest)
@@ -1083,7 +1083,7 @@ class BypassTests(BlobTestCase):
 
     def test_past_its_start_a_range_that_makes_no_sense_gets_all(self) -> None:
         """
-        A client with a Range that makes no sense gets the whole blob, however far an uncached transfer is.
+        A client with an invalid Range gets the whole blob, however far an uncached transfer is.
         """
         self.start(limit=200_000)
         self.standin.hold(self.digest)
@@ -1097,7 +1097,7 @@ class BypassTests(BlobTestCase):
 
     def test_a_client_that_rests_is_waited_for(self) -> None:
         """
-        An uncached transfer waits for its client, minutes if need be: that upstream may send nothing is no stall.
+        An uncached transfer waits for its client, minutes if need be: a paused upstream is no stall.
         """
         data = noise("large", 12 * MIB)
         digest = self.standin.push_blob("team/app", data)
@@ -1113,7 +1113,7 @@ class BypassTests(BlobTestCase):
 
     def test_ends_with_its_last_client(self) -> None:
         """
-        An uncached transfer that nobody follows any more is ended: nobody would have its bytes.
+        An uncached transfer without followers ends: there is no use for its bytes.
         """
         self.start(limit=200_000)
         self.standin.hold(self.digest)
@@ -1128,7 +1128,7 @@ class BypassTests(BlobTestCase):
 
     def test_ends_when_its_client_left_before_it_began(self) -> None:
         """
-        An uncached transfer whose client left before the first byte is ended as soon as its window is full.
+        An uncached transfer whose client left before the first byte ends as soon as its window is full.
         """
         data = noise("large", 12 * MIB)
         digest = self.standin.push_blob("team/app", data)
@@ -1150,7 +1150,7 @@ class BrokenCacheTests(BlobTestCase):
 
     def test_an_index_that_is_lost(self) -> None:
         """
-        What is cached is served after ECR's confirmation, and fetched by nobody again.
+        Cached content is served after ECR's confirmation, and not fetched again.
         """
         image = self.standin.push_image("team/app", "latest")
         self.get(self.path)
@@ -1164,7 +1164,7 @@ class BrokenCacheTests(BlobTestCase):
 
     def test_an_index_that_can_not_be_used(self) -> None:
         """
-        Pulls work, and nothing is kept of which nobody knows whether there is room for it.
+        Pulls work, and nothing is cached, as the free space is unknown.
         """
         image = self.standin.push_image("team/app", "latest")
         self.index._rows.close()  # noqa: SLF001
@@ -1201,7 +1201,7 @@ class BrokenCacheTests(BlobTestCase):
 
     def test_a_directory_in_a_files_place(self) -> None:
         """
-        A directory where a cached file should be is no reason to fail: the blob comes from ECR.
+        A directory in the place of a cached file is no reason to fail: the blob comes from ECR.
         """
         path = self.file_of(self.digest)
         path.mkdir(parents=True)
@@ -1209,7 +1209,7 @@ class BrokenCacheTests(BlobTestCase):
 
     def test_no_more_file_descriptors(self) -> None:
         """
-        When no more files can be opened, blobs stream through.
+        Without descriptors for files, blobs stream through.
         """
         self.get(self.path)
         really = os.open
@@ -1224,7 +1224,7 @@ class BrokenCacheTests(BlobTestCase):
 
     def test_a_manifest_that_rotted(self) -> None:
         """
-        A cached manifest whose bytes have changed is not served but fetched anew.
+        A cached manifest whose bytes have changed is not served but fetched again.
         """
         image = self.standin.push_image("team/app", "latest")
         path = f"/v2/team/app/manifests/{image.digest}"
@@ -1266,7 +1266,7 @@ class BrokenCacheTests(BlobTestCase):
 
     def test_a_manifest_that_can_not_be_read(self) -> None:
         """
-        A manifest that the disk doesn't give is fetched.
+        A manifest that can't be read from disk is fetched.
         """
         image = self.standin.push_image("team/app", "latest")
         path = f"/v2/team/app/manifests/{image.digest}"
@@ -1281,7 +1281,7 @@ class BrokenCacheTests(BlobTestCase):
 
     def test_a_manifest_for_which_there_is_no_room(self) -> None:
         """
-        Manifests are handed on where the cache can't have them: it is too small, or its disk fails.
+        Manifests are passed on even if they can't be cached: the cache is too small, or its disk fails.
         """
         image = self.standin.push_image("team/app", "latest")
 
@@ -1299,7 +1299,7 @@ class BrokenCacheTests(BlobTestCase):
 class LimitTests(DaemonTestCase):
     def test_holds_at_every_step(self) -> None:
         """
-        Whatever is pulled in whatever order, the files of the cache never have more bytes than the limit.
+        Whatever is pulled in whatever order, the files of the cache never exceed the limit.
         """
         chance = random.Random(7)
         limit = 300_000
@@ -1332,7 +1332,7 @@ class LimitTests(DaemonTestCase):
 
     def test_what_was_used_last_stays(self) -> None:
         """
-        The least recently used goes first; a hit counts as use, and is remembered across a restart.
+        The least recently used is evicted first; a hit counts as use, also after a restart.
         """
         self.start(limit=110_000)
         old, used, new = (self.standin.push_blob("team/app", noise(name, 40_000)) for name in ("old", "used", "new"))
@@ -1346,7 +1346,7 @@ class LimitTests(DaemonTestCase):
 
     def test_what_is_being_sent_stays(self) -> None:
         """
-        Content that a client is being sent is not evicted: another blob goes uncached instead.
+        Content that is being sent to a client is not evicted: another blob goes uncached instead.
         """
         self.start(limit=500_000)
         sent = noise("sent", 300_000)
@@ -1367,7 +1367,7 @@ class LimitTests(DaemonTestCase):
 
     def test_what_is_still_being_sent_after_its_arrival_stays(self) -> None:
         """
-        A blob that has arrived, and that a slow client still reads, is not evicted either.
+        A complete blob that a slow client still reads is not evicted either.
         """
         self.start(limit=500_000)
         sent = noise("sent", 300_000)
@@ -1398,7 +1398,7 @@ class LimitTests(DaemonTestCase):
 class LandedTests(BlobTestCase):
     def test_who_leaves_while_a_thread_looks(self) -> None:
         """
-        A file that a thread opens for a client who has left meanwhile is closed, and may be evicted.
+        A file that a thread opens for a client that has disconnected meanwhile is closed, and may be evicted.
         """
         self.get(self.path)
         hands = Hands()
@@ -1414,7 +1414,7 @@ class LandedTests(BlobTestCase):
 
     def test_what_lands_while_one_looks_is_served(self) -> None:
         """
-        A blob that another process brings in just after we looked is served from the cache.
+        A blob that another process adds just after the lookup is served from the cache.
         """
         hands = Hands()
         daemon = self.start(in_thread=hands)
@@ -1444,7 +1444,7 @@ class ManifestTests(DaemonTestCase):
 
     def test_by_digest_is_asked_once(self) -> None:
         """
-        The second pull by digest asks ECR nothing.
+        The second pull by digest sends ECR no request.
         """
         self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
         self.standin.refuse("registry")
@@ -1462,7 +1462,7 @@ class ManifestTests(DaemonTestCase):
 
     def test_by_digest_of_either_algorithm(self) -> None:
         """
-        A manifest named by sha512 is verified by sha512.
+        A manifest with a sha512 digest is verified by sha512.
         """
         digest = digest_of(self.image.manifest, "sha512")
         repository = self.standin.repositories["team/app"]
@@ -1475,7 +1475,7 @@ class ManifestTests(DaemonTestCase):
 
     def test_by_digest_is_asked_once_for_all_who_wait(self) -> None:
         """
-        Clients that ask at once for a manifest by digest cost one request.
+        Simultaneous requests for a manifest by digest cost one request.
         """
         self.standin.quirks.latency = 1
         replies = [self.daemon.send("GET", self.path) for _ in range(5)]
@@ -1487,7 +1487,7 @@ class ManifestTests(DaemonTestCase):
 
     def test_head_by_digest(self) -> None:
         """
-        HEAD by digest fetches nothing; for what is cached it asks nobody.
+        HEAD by digest fetches nothing; for cached manifests it sends no request.
         """
         for word in ("MISS", "HIT"):
             reply = self.head(self.path)
@@ -1500,7 +1500,7 @@ class ManifestTests(DaemonTestCase):
 
     def test_head_by_digest_of_another_repository(self) -> None:
         """
-        HEAD of a manifest that another repository brought in has ECR confirm it.
+        For HEAD of a manifest that another repository fetched, ECR has to confirm it.
         """
         self.get(self.path)
         self.standin.push_image("team/other")
@@ -1511,7 +1511,7 @@ class ManifestTests(DaemonTestCase):
 
     def test_head_that_speaks_of_another_digest(self) -> None:
         """
-        When ECR answers HEAD by digest with another digest, the client is not told that one.
+        If ECR answers HEAD by digest with another digest, the client does not get that one.
         """
         self.standin.fail(
             "registry",
@@ -1524,7 +1524,7 @@ class ManifestTests(DaemonTestCase):
 
     def test_other_bytes_are_refused(self) -> None:
         """
-        A manifest by digest that is another is refused with 502, not kept, and the next request succeeds.
+        A manifest with another digest is rejected with 502, not cached, and the next request succeeds.
         """
         self.standin.corrupt(self.image.digest, self.image.manifest.replace(b"2", b"3"))
         self.assertRefused(self.get(self.path), 502, "UNAVAILABLE", "something else")
@@ -1534,7 +1534,8 @@ class ManifestTests(DaemonTestCase):
 
     def test_what_is_no_manifest_is_refused(self) -> None:
         """
-        A page in a manifest's place, bytes that contradict their type, and what is no JSON are refused and not kept.
+        A web page in a manifest's place, bytes that contradict their type, and invalid JSON are rejected and not
+        cached.
         """
         cases = {
             "text/html": b"<html>Log in</html>",
@@ -1552,7 +1553,7 @@ class ManifestTests(DaemonTestCase):
 
     def test_of_more_than_4_mib_is_refused(self) -> None:
         """
-        A manifest of 4 MiB passes, one byte more is refused, whether its length was told or not.
+        A manifest of 4 MiB passes, one byte more is rejected, whether or not its length was announced.
         """
         for size, status in ((4 * MIB, 200), (4 * MIB + 1, 502)):
             start = b'{"mediaType": "%s", "x": "' % OCI_MANIFEST.encode()
@@ -1574,7 +1575,7 @@ class ManifestTests(DaemonTestCase):
 
     def test_an_index_fetches_only_what_is_asked(self) -> None:
         """
-        An index is cached as it is; of its platforms only the one that is asked for is fetched, without asking twice.
+        An index is cached unchanged; of its platforms only the requested one is fetched, without a second request.
         """
         images = [
             self.standin.push_image("multi", layers=[layer("arch", p.encode())], platform=p)
@@ -1600,13 +1601,13 @@ class TagTests(DaemonTestCase):
 
     def moved(self) -> bytes:
         """
-        Move the tag, and say the manifest that it leads to.
+        Move the tag, and return its new manifest.
         """
         return self.standin.push_image("team/app", "latest", layers=[layer("new", b"moved")]).manifest
 
     def test_is_asked_for_each_time(self) -> None:
         """
-        By default a tag is asked of ECR each time, with HEAD; unchanged, its bytes come from the cache.
+        By default each request for a tag sends HEAD to ECR; if it is unchanged, its bytes come from the cache.
         """
         self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
         self.standin.forget_asked()
@@ -1625,7 +1626,7 @@ class TagTests(DaemonTestCase):
 
     def test_brings_its_digest_in(self) -> None:
         """
-        What was pulled by tag is there by digest, without asking.
+        What was pulled by tag is cached by digest, without a request.
         """
         self.get(self.path)
         self.standin.refuse("registry")
@@ -1633,7 +1634,7 @@ class TagTests(DaemonTestCase):
 
     def test_one_question_for_all_who_ask_at_once(self) -> None:
         """
-        Clients that ask for a tag at once cost one question, whether it is in the cache or not.
+        Simultaneous requests for a tag cost one request, whether or not it is cached.
         """
         self.standin.quirks.latency = 1
         for words in (["JOINED"] * 4 + ["MISS"], ["REVALIDATED"] * 5):
@@ -1647,7 +1648,7 @@ class TagTests(DaemonTestCase):
 
     def test_who_leaves_does_not_end_the_question(self) -> None:
         """
-        The client whose question it was may leave; the others get the answer.
+        The client that caused the request may disconnect; the others get the answer.
         """
         self.get(self.path)
         self.standin.quirks.latency = 1
@@ -1659,7 +1660,7 @@ class TagTests(DaemonTestCase):
 
     def test_is_trusted_for_its_time(self) -> None:
         """
-        Within the time to live a tag is answered without asking; after it ECR is asked, and the time begins anew.
+        Within the TTL a tag is answered without a request; after it ECR is asked, and the TTL starts again.
         """
         self.start(tag_ttl=60)
         self.get(self.path)
@@ -1675,7 +1676,7 @@ class TagTests(DaemonTestCase):
 
     def test_confirmed_anew_is_trusted_anew(self) -> None:
         """
-        A tag that ECR confirmed unchanged is trusted for another time to live.
+        A tag that ECR confirmed unchanged has another TTL.
         """
         self.start(tag_ttl=10)
         self.get(self.path)
@@ -1686,7 +1687,7 @@ class TagTests(DaemonTestCase):
 
     def test_whose_manifest_is_gone_is_fetched_within_its_time(self) -> None:
         """
-        A trusted tag whose manifest was evicted is asked for.
+        A tag within its TTL whose manifest was evicted is requested.
         """
         self.start(tag_ttl=60)
         self.get(self.path)
@@ -1696,7 +1697,7 @@ class TagTests(DaemonTestCase):
 
     def test_of_the_future_is_not_trusted(self) -> None:
         """
-        A clock that went back does not make a tag trusted for longer.
+        A clock that was set back does not extend a TTL.
         """
         self.start(tag_ttl=60)
         self.get(self.path)
@@ -1706,7 +1707,7 @@ class TagTests(DaemonTestCase):
 
     def test_after_a_clock_was_set_is_trusted_for_its_time(self) -> None:
         """
-        Whichever way the clock was set, ECR is asked once, and the tag is trusted from then on as before.
+        Whichever way the clock was set, ECR is asked once, and the TTL applies from then on.
         """
         for jump in (10 * 365 * 86400, -10 * 365 * 86400):
             self.start(tag_ttl=60)
@@ -1722,7 +1723,7 @@ class TagTests(DaemonTestCase):
 
     def test_head(self) -> None:
         """
-        HEAD of a tag tells what it leads to without fetching it.
+        HEAD of a tag returns what it leads to without fetching it.
         """
         reply = self.head(self.path)
         self.assertEqual((200, "MISS", len(self.image.manifest)), (reply.code, reply.cache, reply.length))
@@ -1735,7 +1736,7 @@ class TagTests(DaemonTestCase):
 
     def test_whose_head_says_no_digest_is_fetched(self) -> None:
         """
-        A registry whose HEAD does not say the digest is asked with GET.
+        A registry whose HEAD has no digest is asked with GET.
         """
         self.get(self.path)
         headers = {"Content-Type": OCI_MANIFEST}
@@ -1745,7 +1746,7 @@ class TagTests(DaemonTestCase):
 
     def test_whose_head_says_another_type_keeps_its_own(self) -> None:
         """
-        A type that ECR's HEAD gives and the manifest contradicts is not what the client is told.
+        If ECR's HEAD has a type that the manifest contradicts, the client gets the manifest's.
         """
         self.get(self.path)
         for wrong in ("text/html", SCHEMA2):
@@ -1757,7 +1758,7 @@ class TagTests(DaemonTestCase):
 
     def test_that_ecr_has_no_more_is_forgotten(self) -> None:
         """
-        A tag that ECR doesn't have any more is 404, and is not served later when ECR can't be asked.
+        A tag that ECR no longer has is 404, and is not served stale later.
         """
         self.get(self.path)
         self.standin.delete_tag("team/app", "latest")
@@ -1767,7 +1768,7 @@ class TagTests(DaemonTestCase):
 
     def test_that_ecr_has_no_more_is_forgotten_though_the_client_has_left(self) -> None:
         """
-        Whatever it waited for when it left.
+        Whatever it waited for when it disconnected.
         """
         hands, told = Hands(), 0
         self.start(in_thread=hands)
@@ -1797,7 +1798,7 @@ class TagTests(DaemonTestCase):
 
     def test_that_ecr_has_no_more_is_forgotten_though_nobody_waits_for_the_answer(self) -> None:
         """
-        The client has left before ECR says so.
+        The client has disconnected before ECR answers.
         """
         self.start()
         for which in ("tag", "other"):
@@ -1841,7 +1842,7 @@ class TagTests(DaemonTestCase):
 
     def test_that_ecr_denies_once_is_served(self) -> None:
         """
-        A 404 to HEAD is asked again as GET: one that passes reaches nobody.
+        A 404 to HEAD is checked with GET: a temporary one reaches no client.
         """
         self.get(self.path)
         self.deny_once()
@@ -1853,7 +1854,7 @@ class TagTests(DaemonTestCase):
 
     def test_that_was_denied_is_not_served(self) -> None:
         """
-        IAM's refusal is the answer: what is cached is not served past it, nor forgotten.
+        IAM's refusal is the answer: cached content is neither served in spite of it, nor dropped.
         """
         self.get(self.path)
         denial = self.standin.deny()
@@ -1876,7 +1877,7 @@ class StaleTests(DaemonTestCase):
 
     def test_when_connections_break(self) -> None:
         """
-        ECR unreachable: the last answer holds, as STALE, for GET and HEAD.
+        With ECR unreachable the last answer is served, as STALE, for GET and HEAD.
         """
         self.standin.refuse("registry")
         self.assertWhole(self.get(self.path), self.image.manifest, "STALE")
@@ -1894,7 +1895,7 @@ class StaleTests(DaemonTestCase):
 
     def test_who_waits_while_the_last_answer_is_forgotten_waits_for_ecr(self) -> None:
         """
-        As when another process is told that there is no such tag, or somebody purges it.
+        As when another process learns that there is no such tag, or it is purged.
         """
         self.standin.quirks.latency = 8
         reply = self.daemon.send("GET", self.path)
@@ -1919,7 +1920,7 @@ class StaleTests(DaemonTestCase):
 
     def test_when_ecr_fails_or_throttles(self) -> None:
         """
-        5xx and 429 of ECR: the last answer is served.
+        On 5xx and 429 from ECR the last answer is served.
         """
         for status in (500, 502, 503, 504):
             fault = self.standin.fail("registry", status=status)
@@ -1935,7 +1936,7 @@ class StaleTests(DaemonTestCase):
                 self.assertWhole(self.get(self.path), self.image.manifest, "STALE")
                 self.assertEqual(200, self.head(self.path).code)
                 fault.remove()
-        # The tag was not forgotten: it is served, still, when ECR is silent.
+        # The tag is kept: it is still served when ECR is silent.
         self.standin.hang("registry")
         reply = self.daemon.send("GET", self.path)
         self.pass_time(31)
@@ -1943,7 +1944,7 @@ class StaleTests(DaemonTestCase):
 
     def test_when_there_is_no_token(self) -> None:
         """
-        A daemon that started without AWS serves what it has, after its patience.
+        A daemon that started without AWS serves what it has, after the wait for a token.
         """
         never: Deferred[Token] = Deferred()
         self.start(fetch=lambda: never)
@@ -1969,7 +1970,7 @@ class StaleTests(DaemonTestCase):
 
     def test_is_served_where_something_refused_names_no_other_manifest(self) -> None:
         """
-        A gateway's page, or bytes that broke on the way, are not ECR's word.
+        A gateway's page, or bytes damaged on the way, are not ECR's answer.
         """
         for headers in ({"Content-Type": "text/html"}, {"Docker-Content-Digest": self.image.digest}):
             fault = self.standin.fail("registry", status=200, headers=headers, body=b"<html>Sign in</html>")
@@ -1996,7 +1997,7 @@ class StaleTests(DaemonTestCase):
 
     def test_chooses_what_the_client_takes(self) -> None:
         """
-        A client is served the last answer of a type that it takes, and no other.
+        A client is served the last answer of a type that it accepts, and no other.
         """
         self.get(self.path, Accept=SCHEMA2)
         self.standin.refuse("registry")
@@ -2013,7 +2014,7 @@ class StaleTests(DaemonTestCase):
 
 class NegotiationTests(DaemonTestCase):
     """
-    ECR converts what a tag leads to for clients that don't take the stored type.
+    ECR converts a tag's manifest for clients that don't accept the stored type.
     """
 
     def setUp(self) -> None:
@@ -2023,7 +2024,7 @@ class NegotiationTests(DaemonTestCase):
 
     def test_each_type_has_its_own_answer(self) -> None:
         """
-        One tag has an answer for each set of types that clients take, each under its own digest.
+        One tag has an answer for each set of types that clients accept, each under its own digest.
         """
         for word in ("MISS", "REVALIDATED"):
             stored = self.get(self.path, Accept=EVERY_TYPE)
@@ -2036,7 +2037,7 @@ class NegotiationTests(DaemonTestCase):
 
     def test_clients_of_different_types_at_once(self) -> None:
         """
-        Clients that ask for a tag at the same time and take different types get each their own.
+        Simultaneous requests for a tag by clients that accept different types each get their own.
         """
         self.standin.quirks.latency = 1
         for _ in range(2):
@@ -2048,7 +2049,7 @@ class NegotiationTests(DaemonTestCase):
 
     def test_a_converted_manifest_is_there_by_its_own_digest(self) -> None:
         """
-        A converted manifest is served by its own digest from the cache, though ECR has none of that digest.
+        A converted manifest is cached by its own digest, though ECR has none of that digest.
         """
         converted = self.get(self.path, Accept=SCHEMA2)
         digest = converted.header("Docker-Content-Digest")
@@ -2056,7 +2057,7 @@ class NegotiationTests(DaemonTestCase):
 
     def test_types_in_another_order_are_the_same(self) -> None:
         """
-        Order and preference values don't count: whoever takes the same types shares one answer.
+        Order and weights don't count: clients that accept the same types share one answer.
         """
         self.start(tag_ttl=60)
         self.get(self.path, Accept=f"{SCHEMA2}, {OCI_MANIFEST}")
@@ -2065,7 +2066,7 @@ class NegotiationTests(DaemonTestCase):
 
     def test_no_header_takes_any(self) -> None:
         """
-        A client that sends no Accept gets the stored type, as it would from ECR.
+        A client without an Accept header gets the stored type, as it would from ECR.
         """
         self.assertWhole(self.get(self.path), self.image.manifest)
 
@@ -2118,7 +2119,7 @@ class TokenTests(DaemonTestCase):
 
     def test_refused_is_renewed_once_for_all(self) -> None:
         """
-        Ten requests that are refused at once cost one refresh, and all are served.
+        Ten requests that are rejected at once cost one refresh, and all are served.
         """
         blobs = [noise(f"blob{n}", 100) for n in range(10)]
         paths = [f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}" for data in blobs]
@@ -2132,7 +2133,7 @@ class TokenTests(DaemonTestCase):
 
     def test_refused_again_is_given_up(self) -> None:
         """
-        A fresh token that is refused too is the proxy's trouble: 502 after one refresh, without ECR's challenge.
+        If a fresh token is rejected too, the client gets 502 after one refresh, without ECR's challenge.
         """
         challenge = {"WWW-Authenticate": 'Basic realm="https://ecr/",service="ecr.amazonaws.com"'}
         self.standin.fail("registry", status=401, headers=challenge)
@@ -2144,7 +2145,7 @@ class TokenTests(DaemonTestCase):
 
     def test_iam_refuses_without_a_refresh(self) -> None:
         """
-        A 403 about IAM permission costs no refresh; who may not is for the log, not for the client.
+        A 403 about IAM permission causes no refresh; the log names the identity, the answer does not.
         """
         self.standin.deny()
         reply = self.get(self.path)
@@ -2155,7 +2156,7 @@ class TokenTests(DaemonTestCase):
 
     def test_requests_wait_for_the_first(self) -> None:
         """
-        A request that comes before the first token is served when it comes.
+        A request before the first token is served when the token arrives.
         """
         coming: Deferred[Token] = Deferred()
         self.start(fetch=lambda: coming)
@@ -2183,7 +2184,7 @@ class TokenTests(DaemonTestCase):
 
 class LargeManifestTests(DaemonTestCase):
     """
-    A manifest of nearly 4 MiB, with more layers than anybody has.
+    A manifest of nearly 4 MiB, with more layers than any real one.
     """
 
     def setUp(self) -> None:
@@ -2202,7 +2203,7 @@ class LargeManifestTests(DaemonTestCase):
 
     def test_is_parsed_in_a_thread_and_once(self) -> None:
         """
-        Seconds of the processor: the event loop has others to serve, and the tag may be asked for each second.
+        It takes seconds of CPU: the event loop has others to serve, and the tag may be requested each second.
         """
         parsed: list[bool] = []
         inside: list[bool] = []
@@ -2236,7 +2237,7 @@ class LargeManifestTests(DaemonTestCase):
 
     def test_is_not_parsed_again_when_it_is_read_again(self) -> None:
         """
-        More manifests than memory holds, asked for in turn, cost reading: parsing would stop the event loop.
+        More manifests than memory holds, requested in turn, cost only reads: parsing would block the event loop.
         """
         start, many = b'{"mediaType": "%s", "x": "' % OCI_MANIFEST.encode(), 9  # of nearly 4 MiB: memory has room for 8
         manifests = [start + b"%d" % number + b"x" * (4 * MIB - 100) + b'"}' for number in range(many)]
@@ -2259,7 +2260,7 @@ class LargeManifestTests(DaemonTestCase):
 
 class OrderTests(DaemonTestCase):
     """
-    What ECR says of one tag takes effect in the order of the questions.
+    ECR's answers about one tag take effect in the order of the requests.
     """
 
     def setUp(self) -> None:
@@ -2309,7 +2310,7 @@ class OrderTests(DaemonTestCase):
 
     def test_outdated_answers_change_nothing(self) -> None:
         """
-        Of a question that was asked before the one that was answered last.
+        Answers to a request before the one that was answered last.
         """
         asked = [
             Asked(parse_route(self.path, self.daemon.registry), self.path, frozenset({each}))
@@ -2347,7 +2348,7 @@ class OrderTests(DaemonTestCase):
 class ForgettingTests(BlobTestCase):
     def test_an_entry_is_written_seldom(self) -> None:
         """
-        A tag that is asked for often and does not change is not written to the disk each time.
+        A tag that is requested often and does not change is not written to the disk each time.
         """
         self.standin.push_image("team/app", "latest")
         self.get("/v2/team/app/manifests/latest")
@@ -2362,7 +2363,7 @@ class ForgettingTests(BlobTestCase):
 
     def test_confirmed_twice_after_the_content_is_deleted(self) -> None:
         """
-        Any file of the directory may be deleted: what is missing is fetched or confirmed anew.
+        Any file of the directory may be deleted: what is missing is fetched or confirmed again.
         """
         self.get(self.path)
         self.lose_index()

@@ -1,5 +1,5 @@
 """
-What was purged is forgotten in memory, too.
+A purge also drops what is in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TTL = 1000
 
 class KeyedTests(DaemonTestCase):
     """
-    With a PROXY_CACHE_KEY that tells clients apart.
+    With a PROXY_CACHE_KEY that distinguishes clients.
     """
 
     index_in_memory = False
@@ -32,7 +32,7 @@ class KeyedTests(DaemonTestCase):
 
     def words(self, path: str) -> list[str | None]:
         """
-        Tell how each team's request is answered.
+        Return how each team's request is answered.
         """
         return [self.get(path, X_Team=team).cache for team in TEAMS]
 
@@ -54,7 +54,7 @@ class KeyedTests(DaemonTestCase):
 
     def test_what_the_index_keeps_no_more_is_forgotten_with_what_it_keeps(self) -> None:
         """
-        It keeps a number of keys for each digest, and who purges knows of those alone.
+        It keeps a number of keys for each digest, and a purge knows only those.
         """
         path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', noise('blob', 1000))}"
         for _ in TEAMS:
@@ -67,7 +67,7 @@ class KeyedTests(DaemonTestCase):
 
 class SlowDiskTests(DaemonTestCase):
     """
-    What was read or written before a purge, and is told after it, is not held in memory.
+    What was read or written before a purge, and is delivered after it, is not kept in memory.
     """
 
     index_in_memory = False
@@ -92,7 +92,7 @@ class SlowDiskTests(DaemonTestCase):
 
     def purge(self, *content: str) -> None:
         """
-        Purge all that is known of repositories, and some content; it is heard of.
+        Purge everything known of repositories, and some content, and let the daemon notice.
         """
         Inventory(self.daemon.store).remove(list(self.entries()), map(Digest.parse, content))
         self.pass_time(3)
@@ -104,7 +104,7 @@ class SlowDiskTests(DaemonTestCase):
 
     def get_slowly(self, path: str) -> Reply:
         """
-        Ask, and have the disk do the next call, of which nobody hears yet.
+        Send a request, and run the next disk call without delivering its result yet.
         """
         self.hands.idle = False
         reply = self.daemon.send("GET", path)
@@ -171,7 +171,7 @@ class SlowDiskTests(DaemonTestCase):
 
     def test_what_a_tag_led_to_does_not_come_back(self) -> None:
         """
-        It has moved, and what ECR says to a client of other types is noted beside what was read of it.
+        It has moved, and ECR's answer for a client of other types is saved beside what was read of it.
         """
         types = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
         moved = self.standin.push_image("team/app", "latest", layers=[b"another"])
@@ -189,7 +189,7 @@ class SlowDiskTests(DaemonTestCase):
 
     def assert_not_noted(self, kind: str, path: str, *, done: int = 0) -> None:
         """
-        Ask, and purge before a thread has come to write what ECR said.
+        Send a request, and purge before a thread writes ECR's answer.
 
         @param done: how many calls are done before.
         """
@@ -289,7 +289,7 @@ class SlowDiskTests(DaemonTestCase):
 
 class TransferTests(DaemonTestCase):
     """
-    What is on its way while something is purged goes on for its clients. Who comes later is asked about anew.
+    A transfer during a purge goes on for its clients. Later requests are confirmed again.
     """
 
     index_in_memory = False
@@ -303,7 +303,7 @@ class TransferTests(DaemonTestCase):
 
     def purge(self) -> None:
         """
-        Purge all that is known of repositories; it is heard of.
+        Purge everything known of repositories, and let the daemon notice.
         """
         Inventory(self.daemon.store).remove(list(self.entries()), [])
         self.pass_time(1)
@@ -326,7 +326,7 @@ class TransferTests(DaemonTestCase):
 
     def test_who_lacks_it_by_now_does_not_follow(self) -> None:
         """
-        Nor does what ECR said before come back with the request.
+        Nor does ECR's earlier answer come back with the request.
         """
         first = self.get(self.path)
         self.arrive(self.digest, 100_000)
@@ -340,7 +340,7 @@ class TransferTests(DaemonTestCase):
 
     def test_what_ecr_was_asked_before_it_is_not_noted_after_it(self) -> None:
         """
-        Whoever comes after a purge, of whatever, does not wait for that answer, either.
+        Requests after a purge, of whatever, do not wait for that answer, either.
         """
         self.release()
         self.get(self.path)
@@ -374,7 +374,7 @@ class TransferTests(DaemonTestCase):
 
 class ManifestTests(DaemonTestCase):
     """
-    A manifest for which ECR is asked while something is purged.
+    A manifest that ECR is asked for during a purge.
     """
 
     index_in_memory = False
@@ -386,7 +386,7 @@ class ManifestTests(DaemonTestCase):
 
     def assert_asked_anew(self, path: str) -> None:
         """
-        Ask, and purge something: whoever asks then has a question of his own, and what was said before is not noted.
+        Send a request, and purge: the next request asks ECR again, and the earlier answer is not saved.
         """
         first = self.daemon.send("GET", path)
         self.pass_time(1)

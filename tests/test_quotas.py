@@ -1,5 +1,5 @@
 """
-How often ECR may be asked: the quotas, and the rate that keeps to one.
+How often ECR may be asked: the quotas, and the rate limit for each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ecrproxy.registry.quotas import LONGEST_REST, Call, Quotas, TokenBucket, ca
 
 class CallTests(SynchronousTestCase):
     """
-    Which kind of call ECR makes of a question.
+    Which API call ECR counts a request as.
     """
 
     def test_each_question_is_one(self) -> None:
@@ -32,7 +32,7 @@ class CallTests(SynchronousTestCase):
 
 class QuotasTests(SynchronousTestCase):
     """
-    What an operator writes.
+    The operator's setting.
     """
 
     def test_processes_that_share_them_keep_within_them_together(self) -> None:
@@ -45,7 +45,7 @@ class QuotasTests(SynchronousTestCase):
             for call in Call:
                 buckets = [TokenBucket(part.of(call), 0) for _ in range(processes)]
                 first, second = (sum(self.calls(each, now) for each in buckets) for now in (0, 1))
-                spare = processes if part.of(call) < 10 else 0  # a bucket holds one call at the least
+                spare = processes if part.of(call) < 10 else 0  # a bucket holds at least one call
                 self.assertLessEqual(first, whole.of(call) + spare)
                 self.assertLessEqual(second, whole.of(call) + spare)
                 self.assertGreater(second + processes, 0.85 * whole.of(call))
@@ -54,7 +54,7 @@ class QuotasTests(SynchronousTestCase):
     @staticmethod
     def calls(bucket: TokenBucket, now: float) -> int:
         """
-        Let go whatever may go within a second.
+        Send as many calls as allowed within a second.
         """
         end, count = now + 1, 0
         while now < end:
@@ -80,7 +80,7 @@ class QuotasTests(SynchronousTestCase):
 
     def test_what_is_none_is_named(self) -> None:
         """
-        The word that is wrong is in the error.
+        The invalid word is in the error.
         """
         for word in (
             "2000",
@@ -101,12 +101,12 @@ class QuotasTests(SynchronousTestCase):
 
 class TokenBucketTests(SynchronousTestCase):
     """
-    A rate that is kept to.
+    A rate limit.
     """
 
     def went(self, quota: int, seconds: float) -> list[float]:
         """
-        Let go what may for some time, as fast as may be; say when.
+        Send calls for some time, as fast as allowed; return when.
         """
         now, when = 100.0, list[float]()
         bucket = TokenBucket(quota, now)
@@ -120,7 +120,7 @@ class TokenBucketTests(SynchronousTestCase):
 
     def test_no_second_has_more_than_the_quota(self) -> None:
         """
-        Wherever a second begins, at most the quota goes in it, and nearly as much as may.
+        Wherever a second begins, it has at most the quota, and nearly as much.
         """
         for quota in (10, 100, 3000):
             when = self.went(quota, 5)
@@ -148,7 +148,7 @@ class TokenBucketTests(SynchronousTestCase):
 
     def test_a_rest_is_kept(self) -> None:
         """
-        While ECR wants no calls none goes, for as long as it says, but a minute at most.
+        While ECR wants no calls none is sent, for as long as it says, but at most a minute.
         """
         bucket = TokenBucket(100, 0.0)
         bucket.rest(0.0, 7.0)

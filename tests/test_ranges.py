@@ -1,5 +1,5 @@
 """
-Blobs that come over several connections, and what is answered from memory, seen from the front.
+Blobs over several connections, and answers from memory, seen from the client.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DATA = noise("ranges", SIZE)
 
 def span(header: str) -> tuple[int, int]:
     """
-    Read a Range header: first byte, and the one behind the last.
+    Parse a Range header: first byte, and the one behind the last.
     """
     first, _, last = header.removeprefix("bytes=").partition("-")
     return int(first), int(last) + 1
@@ -41,26 +41,26 @@ class RangesTestCase(DaemonTestCase):
 
     def start(self, **options: Any) -> Daemon:
         """
-        Start a daemon whose disk is done with a piece a moment later, as threads are.
+        Start a daemon whose disk finishes a piece a moment later, as threads do.
         """
         return super().start(in_thread=self.soon, **options)
 
     def soon(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
         """
-        Do what the daemon does in threads after what comes from the network now.
+        Run the calls for threads after what comes from the network now.
         """
         return deferLater(self.clock, 0, blocking, *args)
 
     def spans(self) -> list[tuple[int, int]]:
         """
-        What the bucket was asked for, in the order of the bytes.
+        Return the ranges that the bucket was asked for, in the order of the bytes.
         """
         asked = self.standin.requests("bucket", "GET", self.digest)
         return sorted(span(each.headers["range"]) for each in asked)
 
     def free_lanes(self) -> int:
         """
-        How many connections to buckets could be taken.
+        Return how many connections to buckets are free.
         """
         lanes = self.daemon.lanes
         taken = 0
@@ -73,7 +73,7 @@ class RangesTestCase(DaemonTestCase):
 class LanesTests(RangesTestCase):
     def test_bring_each_byte_once(self) -> None:
         """
-        A large blob comes over four connections, in the parts that are announced, end to end: each byte once.
+        A large blob comes over four connections, in the announced parts, end to end: each byte once.
         """
         self.standin.hold(self.digest)
         reply = self.get(self.path)
@@ -96,7 +96,7 @@ class LanesTests(RangesTestCase):
 
     def test_ask_ecr_once(self) -> None:
         """
-        All parts come from the one URL that ECR gave.
+        All parts come from the one URL that ECR returned.
         """
         self.get(self.path)
         self.assertEqual(1, self.standin.count("registry", "GET"))
@@ -104,7 +104,7 @@ class LanesTests(RangesTestCase):
 
     def test_are_not_for_small_blobs(self) -> None:
         """
-        A blob under 16 MiB comes as one part, or, while its size is not known, in its first part and one more.
+        A blob under 16 MiB comes as one part, or, while its size is unknown, in its first part and one more.
         """
         for size, parts in ((1000, 1), (SMALLEST_PART, 1), (SMALLEST_PART + 1, 2), (SPLIT - 1, 2)):
             self.standin.forget_asked()
@@ -115,7 +115,7 @@ class LanesTests(RangesTestCase):
 
     def test_are_not_asked_for_in_parts_where_the_size_is_known(self) -> None:
         """
-        A layer that the manifest tells to be small comes as one, without a range.
+        A layer that is small according to the manifest comes as one, without a range.
         """
         image = self.standin.push_image("team/app", "small", layers=[DATA[: 5 * MIB]])
         self.get("/v2/team/app/manifests/small")
@@ -134,7 +134,7 @@ class LanesTests(RangesTestCase):
 
     def test_are_given_back(self) -> None:
         """
-        Lanes are free again after a transfer, whether it came to a good end or not.
+        Lanes are free again after a transfer, whether or not it succeeded.
         """
         free = self.free_lanes()
         self.standin.hold(self.digest)
@@ -159,8 +159,8 @@ class LanesTests(RangesTestCase):
 
     def test_that_others_have_are_done_without(self) -> None:
         """
-        When all connections are taken a blob comes over one; never more are open than PROXY_BUCKET_CONNECTIONS says, or
-        one for each blob.
+        If all connections are in use a blob comes over one; there are never more than PROXY_BUCKET_CONNECTIONS, or one
+        for each blob.
         """
         self.start(lanes=Lanes(4, 6))
         others = [self.standin.push_blob("team/app", DATA[number:]) for number in (1, 2)]
@@ -179,7 +179,7 @@ class LanesTests(RangesTestCase):
 class BrokenLaneTests(RangesTestCase):
     def test_goes_on_from_its_last_byte(self) -> None:
         """
-        A lane whose connection breaks asks for the rest of its part, the others go on, and no client notices.
+        A lane whose connection breaks requests the rest of its part, the others go on, and no client notices.
         """
         self.standin.hold(self.digest)
         reply = self.get(self.path)
@@ -198,7 +198,7 @@ class BrokenLaneTests(RangesTestCase):
 
     def test_has_a_new_url_where_the_old_one_has_expired(self) -> None:
         """
-        A URL that expires in the middle of a blob costs one question to ECR for each part that met it, no byte twice.
+        A URL that expires in the middle of a blob costs one request to ECR for each affected part, no byte twice.
         """
         self.standin.hold(self.digest)
         reply = self.get(self.path)
@@ -211,7 +211,7 @@ class BrokenLaneTests(RangesTestCase):
 
     def test_without_a_file_goes_on_too(self) -> None:
         """
-        A blob that is not kept is asked for from its last byte on, whether its connection broke or its URL expired.
+        A blob that is not cached is requested from its last byte on, whether its connection broke or its URL expired.
         """
         self.start(limit=10 * MIB)
         self.standin.hold(self.digest)
@@ -228,8 +228,8 @@ class BrokenLaneTests(RangesTestCase):
 
     def test_that_stays_broken_ends_all(self) -> None:
         """
-        When a part can't be had, the client's connection is aborted and the other lanes are stopped; the next request
-        goes on from what came.
+        If a part can't be fetched, the client's connection is aborted and the other lanes are stopped; the next request
+        resumes from what has arrived.
         """
         self.standin.hold(self.digest)
         reply = self.get(self.path)
@@ -248,7 +248,7 @@ class BrokenLaneTests(RangesTestCase):
 
     def test_that_brings_nothing_is_not_asked_for_at_once(self) -> None:
         """
-        A connection that breaks without a byte is made again after a second, and then two, at most; one that brought
+        A connection that breaks without a byte is retried after a second, and then two, at most; one that delivered
         something at once.
         """
         self.start(lanes=Lanes(1), chance=1)
@@ -271,7 +271,7 @@ class BrokenLaneTests(RangesTestCase):
 
     def test_that_brings_next_to_nothing_is_not_asked_for_at_once_either(self) -> None:
         """
-        As where something between cuts off each connection after some bytes; what comes is gone on with.
+        A device on the path may cut off each connection after some bytes; each one is resumed from there.
         """
         self.start(lanes=Lanes(1), chance=1)
         fault = self.standin.break_off(10, times=None)
@@ -285,7 +285,7 @@ class BrokenLaneTests(RangesTestCase):
 
     def test_that_is_silent_is_replaced(self) -> None:
         """
-        A lane that brings nothing for 30 seconds is closed and its part asked for again.
+        A lane without a byte for 30 seconds is closed and its part requested again.
         """
         self.standin.hold(self.digest)
         reply = self.get(self.path)
@@ -314,7 +314,7 @@ class NoRangesTests(RangesTestCase):
 
     def test_of_a_bucket_that_stops_giving_parts(self) -> None:
         """
-        A bucket that gives the first part and then the whole to each who asks is still put together right.
+        A bucket that sends the first part and then the whole for each request is still assembled correctly.
         """
         self.standin.hold(self.digest)
         reply = self.get(self.path)
@@ -325,7 +325,7 @@ class NoRangesTests(RangesTestCase):
 
     def test_of_nothing(self) -> None:
         """
-        The empty blob, of which there is no part, is had as well.
+        The empty blob, which has no part, can be fetched too.
         """
         digest = self.standin.push_blob("team/app", b"")
         self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), b"", "MISS")
@@ -342,7 +342,7 @@ class ReaderTests(RangesTestCase):
 
     def test_far_ahead_has_what_is_there(self) -> None:
         """
-        Who asks for a range that a later lane has brought gets it before what lies between has come.
+        A request for a range that a later lane has fetched gets it before the bytes in between.
         """
         whole = self.begin()
         start, stop = self.spans()[2]
@@ -360,7 +360,7 @@ class ReaderTests(RangesTestCase):
 
     def test_of_a_gap_waits(self) -> None:
         """
-        A range that reaches from one lane's bytes into what has not come stops where they end, and goes on when it has.
+        A range from one lane's bytes into missing ones stops where they end, and goes on when the rest arrives.
         """
         self.begin()
         start, _ = self.spans()[2]
@@ -373,7 +373,8 @@ class ReaderTests(RangesTestCase):
 
     def test_of_the_whole_by_a_range_never_has_the_last_of_wrong_bytes(self) -> None:
         """
-        When the whole turns out to be something else, who asked for all of it by a range is aborted; a part was sent.
+        If the digest turns out to be wrong, a client that requested everything by a range is aborted; a real part was
+        sent.
         """
         self.standin.corrupt(self.digest, DATA[:-1] + b"x")
         whole = self.begin()
@@ -391,7 +392,7 @@ class ReaderTests(RangesTestCase):
 
 class CountingThreads:
     """
-    C{in_thread} that counts what is done on the disk.
+    C{in_thread} that counts the disk operations.
     """
 
     def __init__(self) -> None:
@@ -404,7 +405,7 @@ class CountingThreads:
 
 class MemoryTests(DaemonTestCase):
     """
-    What is answered without the disk.
+    Answers without the disk.
     """
 
     def setUp(self) -> None:
@@ -417,7 +418,7 @@ class MemoryTests(DaemonTestCase):
 
     def read(self, path: str) -> None:
         """
-        Have something brought in, and read once.
+        Have something fetched, and read once.
         """
         self.get(path)
         self.get(path)
@@ -438,7 +439,7 @@ class MemoryTests(DaemonTestCase):
 
     def test_a_use_is_in_the_index_a_second_later(self) -> None:
         """
-        What is used from memory, too; without a thread of the request's own.
+        A use from memory, too; without a thread of the request's own.
         """
         for path, digest in ((self.by_digest, self.image.digest), (self.config, self.image.config)):
             self.read(path)
@@ -454,7 +455,7 @@ class MemoryTests(DaemonTestCase):
 
     def test_a_use_is_seen_by_who_makes_room(self) -> None:
         """
-        What is used from memory alone is not the first to be evicted, though others were read later.
+        Content that is used only from memory is not evicted first, though others were read later.
         """
         self.read(self.config)
         others = [self.standin.push_blob("team/app", noise(f"other{number}", 100_000)) for number in range(3)]
@@ -481,7 +482,7 @@ class MemoryTests(DaemonTestCase):
 
     def test_those_who_wait_for_a_blob_write_nothing_more_of_what_ecr_says(self) -> None:
         """
-        Whoever brings the file in notes that the repository has it.
+        The request that fetches the file records that the repository has it.
         """
         data = noise("larger", 2**16 + 1)
         digest = self.standin.push_blob("team/app", data)
@@ -495,7 +496,7 @@ class MemoryTests(DaemonTestCase):
 
     def test_another_repository_is_asked_about(self) -> None:
         """
-        Content in memory is a repository's only when ECR said so, as content on the disk is.
+        Content in memory is a repository's only if ECR said so, like content on the disk.
         """
         self.read(self.config)
         self.read(self.by_digest)
@@ -505,7 +506,7 @@ class MemoryTests(DaemonTestCase):
 
     def test_a_tag_needs_ecr_and_no_disk(self) -> None:
         """
-        A tag that still leads where it did costs one HEAD, and no thread.
+        An unchanged tag costs one HEAD, and no thread.
         """
         path = "/v2/team/app/manifests/latest"
         self.read(path)

@@ -1,5 +1,5 @@
 """
-Who the cache saved the most bytes for, in a bounded table.
+The repositories for which the cache saved the most bytes, in a bounded table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ecrproxy.ranking import LIMIT, Ranking
 class RankingTests(SynchronousTestCase):
     def test_the_largest_come_first(self) -> None:
         """
-        By bytes, with how many answers they were.
+        By bytes, with the number of answers.
         """
         ranking = Ranking()
         for name, size in (("small", 5), ("large", 10), ("small", 1)):
@@ -26,7 +26,7 @@ class RankingTests(SynchronousTestCase):
 
     def test_does_not_grow_with_the_names_that_clients_ask_for(self) -> None:
         """
-        A hundred thousand names leave as many rows as a few, and do not drive out who has the most.
+        A hundred thousand names leave as many rows as a few, and do not displace those with the most bytes.
         """
         ranking = Ranking()
         for number in range(100_000):
@@ -40,7 +40,7 @@ class RankingTests(SynchronousTestCase):
     @given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 100)), max_size=60))
     def test_who_has_enough_is_in_the_table(self, noted: list[tuple[str, int]]) -> None:
         """
-        Who has more than the total divided by the rows is there, and no count is too low.
+        A name with more than the total divided by the rows is there, and no count is too low.
         """
         ranking, truth = Ranking(limit=3), Counter[str]()
         for name, size in noted:
@@ -55,7 +55,7 @@ class RankingTests(SynchronousTestCase):
 
     def test_what_was_taken_can_be_added_elsewhere(self) -> None:
         """
-        A worker's rows become its parent's, and are told once.
+        A worker's rows become its parent's, and are counted once.
         """
         worker, parent = Ranking(), Ranking()
         parent.note("team/app", 5)

@@ -1,5 +1,5 @@
 """
-What the daemon says that it can do, and what it has looked at to say so.
+What the daemon reports about its readiness, and what that is based on.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class JudgeTests(SynchronousTestCase):
 
     def test_one_of_several_registries_is_enough(self) -> None:
         """
-        Another that fails is named, and makes the daemon no less ready.
+        Another that fails is named, and does not make the daemon less ready.
         """
         ill, well = Source("one.test", "denied", "it answers 500"), Source("two.test")
         found = judge(**{**WELL, "sources": [ill, well]})
@@ -90,7 +90,7 @@ class JudgeAllTests(SynchronousTestCase):
 
     def test_one_that_drains_keeps_no_client_from_the_others(self) -> None:
         """
-        It accepts nobody any more: whoever comes is served.
+        It accepts no connections: all clients are served.
         """
         found = judge_all([self.well, judge(**{**WELL, "draining": True})], 2)
         self.assertEqual((True, True), (found.can_serve, found.can_fetch))
@@ -178,7 +178,7 @@ class ReadyTestCase(DaemonTestCase):
 
     def ready(self) -> tuple[int, bool, bool, str]:
         """
-        Ask anew: the status, whether it can serve, whether it can fetch, and why not.
+        Ask again: the status, whether it can serve, whether it can fetch, and why not.
         """
         self.pass_time(FRESH_SECONDS)
         reply = self.get("/readyz")
@@ -188,7 +188,7 @@ class ReadyTestCase(DaemonTestCase):
 
 class ReadyTests(ReadyTestCase):
     """
-    /readyz while AWS gives no token, with content in the cache and without.
+    /readyz while AWS issues no token, with content in the cache and without.
     """
 
     def test_without_token_and_content_it_can_do_nothing(self) -> None:
@@ -270,17 +270,17 @@ class ReadyTests(ReadyTestCase):
 
 class HangingTests(ReadyTestCase):
     """
-    An ECR that takes questions for two minutes and answers none, while clients ask for known tags.
+    An ECR that accepts requests for two minutes and answers none, while clients request known tags.
     """
 
     HUNG = 120
 
     def hang(self, repositories: int, every: int) -> tuple[int, int, int]:
         """
-        Let it hang, and then be well.
+        Let it hang, and then recover.
 
-        @param every: seconds after which each repository's tag is asked for again.
-        @return: seconds until it was seen, until it was over, and what clients waited at the most.
+        @param every: seconds between requests for each repository's tag.
+        @return: seconds until it was noticed, until recovery was noticed, and the longest wait of a client.
         """
         images = [self.standin.push_image(f"team/app{number}", "latest") for number in range(repositories)]
         paths = [f"/v2/team/app{number}/manifests/latest" for number in range(repositories)]

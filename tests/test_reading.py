@@ -1,5 +1,5 @@
 """
-How much is read at once of what a registry or bucket sends.
+How much is read at once from a registry or bucket.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ecrproxy.registry.reading import READ, Records
 
 class Said:
     """
-    An OpenSSL connection that says what it was told to say: records, and what there is in place of one.
+    An OpenSSL connection with a script: records, and the errors in place of one.
     """
 
     def __init__(self, *said: bytes | Error) -> None:
@@ -47,7 +47,7 @@ class RecordsTests(SynchronousTestCase):
 
     def test_are_not_read_without_end(self) -> None:
         """
-        No piece is longer than what is read at once from a socket, and a record.
+        No piece is longer than one read from a socket, and a record.
         """
         records = self.records(*[bytes(2**14)] * 100)
         sizes = [len(records.recv(2**15)) for _ in range(3)]
@@ -55,7 +55,7 @@ class RecordsTests(SynchronousTestCase):
 
     def test_come_before_what_ends_them(self) -> None:
         """
-        A connection that has ended, or has failed, gives what came before, and then says so.
+        A connection that has ended, or failed, returns what came before, and then the end.
         """
         for problem in (ZeroReturnError(), Error([("", "", "bad record mac")])):
             records = self.records(b"a", b"b", problem)

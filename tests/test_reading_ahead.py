@@ -1,5 +1,5 @@
 """
-The layers behind those that clients fetch, seen from the front.
+Read-ahead of the layers after those that clients fetch, seen from the client.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class AheadTestCase(DaemonTestCase):
 
     def begin(self) -> None:
         """
-        Let the time go by that clients' own questions have.
+        Advance the clock past the time reserved for clients' own requests.
         """
         self.clock.advance(2 * BEGIN_SECONDS)
         self.flush()
@@ -95,7 +95,7 @@ class AheadTestCase(DaemonTestCase):
 
     def fetched(self) -> list[int]:
         """
-        Tell how often each layer was asked of the bucket.
+        Return how often each layer was requested from the bucket.
         """
         return [self.standin.count("bucket", "GET", digest) for digest in self.image.layers]
 
@@ -113,7 +113,7 @@ class ClientTests(AheadTestCase):
 
     def pull_as_docker(self, reference: str = "latest") -> list[Reply]:
         """
-        Ask for the tag, the manifest, the config, and then for three layers at a time, in order.
+        Request the tag, the manifest, the config, and then three layers at a time, in order.
         """
         digest = self.head(f"/v2/team/app/manifests/{reference}").header("Docker-Content-Digest")
         self.assertEqual(self.image.manifest, bytes(self.get(f"/v2/team/app/manifests/{digest}").body))
@@ -198,7 +198,7 @@ class ClientTests(AheadTestCase):
 
     def test_a_manifest_from_memory_counts(self) -> None:
         """
-        Layers went meanwhile; the manifest is answered by the hot path, by its digest or by the tag.
+        Layers were evicted meanwhile; the hot path answers the manifest, by its digest or by the tag.
         """
         for path in (f"/v2/team/app/manifests/{self.image.digest}", "/v2/team/app/manifests/latest"):
             for _ in range(3):
@@ -214,7 +214,7 @@ class ClientTests(AheadTestCase):
 
     def test_after_a_restart_the_index_tells_which_manifest_it_is(self) -> None:
         """
-        As where another process has answered the client's request for the manifest.
+        As when another process has answered the client's request for the manifest.
         """
         self.manifest()
         self.start()
@@ -291,7 +291,7 @@ class ClientTests(AheadTestCase):
 
 class PurgeTests(AheadTestCase):
     """
-    What was purged while it was being asked for.
+    Purges during the request.
     """
 
     index_in_memory = False
@@ -313,7 +313,7 @@ class PurgeTests(AheadTestCase):
 
 class ClientsFirstTests(AheadTestCase):
     """
-    What is read ahead costs clients nothing.
+    Read-ahead costs clients nothing.
     """
 
     def fetch_first(self) -> Reply:
@@ -324,7 +324,7 @@ class ClientsFirstTests(AheadTestCase):
 
     def hang(self) -> list[Fault]:
         """
-        Have ECR say nothing of any layer but the first.
+        Have ECR answer nothing about any layer but the first.
         """
         return [self.standin.hang("registry", path_contains=digest) for digest in self.image.layers[1:]]
 
@@ -375,7 +375,7 @@ class ClientsFirstTests(AheadTestCase):
 
     def test_clients_of_what_fails_ask_by_themselves(self) -> None:
         """
-        Also those who came while it was being asked for, and those who leave.
+        Also those that joined the request, and those that disconnect.
         """
         faults = self.hang()
         self.fetch_first()
@@ -512,7 +512,7 @@ class ClientsFirstTests(AheadTestCase):
 
 class BoundsTests(AheadTestCase):
     """
-    How much is read ahead, and what becomes of what nobody asks for.
+    How much is read ahead, and what happens to content that is not requested.
     """
 
     def test_it_stops_when_nobody_asks_for_more(self) -> None:
@@ -601,7 +601,7 @@ class BoundsTests(AheadTestCase):
 
     def test_a_head_asks_for_it_too(self) -> None:
         """
-        As prefetch does before it moves a layer.
+        As prefetch does before it transfers a layer.
         """
         self.hold()
         self.manifest()
@@ -616,7 +616,7 @@ class BoundsTests(AheadTestCase):
 
     def test_what_a_client_of_another_process_follows_is_used(self) -> None:
         """
-        As one that had the manifest from this process, and asks for a layer on another connection.
+        As one that had the manifest from this process, and requests a layer on another connection.
         """
         one, two = self.daemon, self.start(read_ahead=False)
         self.daemon = one
@@ -658,12 +658,12 @@ def descriptor(name: str, size: int = 1000) -> Descriptor:
 
 class TurnsTests(SynchronousTestCase):
     """
-    Many images that wait for what clients leave.
+    Many images that wait for spare capacity.
     """
 
     def test_layers_that_are_left_out_cost_the_other_images_no_look(self) -> None:
         """
-        An image may list a thousand of no size: that took the event loop a second.
+        An image may list a thousand without a size: that blocked the event loop for a second.
         """
         clock, looks = Clock(), list[Route]()
 
@@ -693,7 +693,7 @@ class TurnsTests(SynchronousTestCase):
 
 class ImagesTests(SynchronousTestCase):
     """
-    Which image a client means.
+    Which image a client pulls.
     """
 
     def setUp(self) -> None:

@@ -1,5 +1,5 @@
 """
-Each answer says why it is what it is, in a word that docs/reference/http.rst explains.
+Each answer has a reason word that docs/reference/http.rst explains.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class ReasonTestCase(DaemonTestCase):
 
     def assertWhy(self, reply: Reply, cache: str | None, reason: str) -> None:
         """
-        The answer says so.
+        Assert that the answer has this reason.
         """
         self.assertEqual((cache, reason), (reply.cache, reply.header("X-Cache-Reason")))
 
 
 class ContentTests(ReasonTestCase):
     """
-    Why it came from where it came.
+    Reasons for the source of content.
     """
 
     def test_what_is_asked_for_the_first_time(self) -> None:
         """
-        Also what a manifest lists: that it is there was known, but nobody asked.
+        Also what a manifest lists: it was known, but not requested yet.
         """
         for path in (self.by_tag, f"/v2/team/app/blobs/{self.image.layers[0]}", self.blob):
             self.assertWhy(self.get(path), "MISS", "first-use")
@@ -70,7 +70,7 @@ class ContentTests(ReasonTestCase):
 
     def test_what_only_heads_have_asked_for(self) -> None:
         """
-        A HEAD fetches nothing: what it asked for is not missing from the cache, but new.
+        A HEAD fetches nothing: its content is not missing from the cache, but new.
         """
         for path in (self.blob, self.by_tag):
             for _ in range(2):
@@ -112,7 +112,7 @@ class ContentTests(ReasonTestCase):
 
     def test_a_tag(self) -> None:
         """
-        It is confirmed, taken on trust, or leads elsewhere by now.
+        It is confirmed, within its TTL, or leads elsewhere by now.
         """
         self.assertWhy(self.get(self.by_tag), "MISS", "first-use")
         self.assertWhy(self.get(self.by_tag), "REVALIDATED", "tag-confirmed")
@@ -124,7 +124,7 @@ class ContentTests(ReasonTestCase):
 
     def test_what_another_repository_brought(self) -> None:
         """
-        ECR has confirmed that this one holds it, too.
+        ECR has confirmed that this one has it, too.
         """
         for path in (self.by_tag, self.blob):
             self.get(path)
@@ -160,7 +160,7 @@ class ContentTests(ReasonTestCase):
 
     def test_what_there_is_no_room_for(self) -> None:
         """
-        All that could go for it is being sent.
+        Everything that could be evicted for it is being sent.
         """
         self.start(limit=500_000)
         self.get(self.blob)
@@ -185,7 +185,7 @@ class ContentTests(ReasonTestCase):
 
     def test_what_has_no_size(self) -> None:
         """
-        Upstream does not say how much it sends.
+        Upstream does not announce its length.
         """
         reply = self.daemon.send("GET", f"/v2/team/app/blobs/{digest_of(b'hello')}")
         self.answer_with(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
@@ -199,7 +199,7 @@ class ContentTests(ReasonTestCase):
 
     def test_what_has_not_changed(self) -> None:
         """
-        A 304 says why as well.
+        A 304 has a reason too.
         """
         self.get(self.blob)
         reply = self.get(self.blob, If_None_Match=f'"{self.digest}"')
@@ -209,12 +209,12 @@ class ContentTests(ReasonTestCase):
 
 class TroubleTests(ReasonTestCase):
     """
-    Why ECR was of no help: the same words with something old and with nothing.
+    Why ECR was of no help: the same words with stale content and without.
     """
 
     def check(self, word: str, trouble: Callable[[], object], wait: float = 0) -> None:
         """
-        Hold that C{trouble} is told by C{word}: of a tag that is known, and of one that is not.
+        Assert that C{trouble} is reported as C{word}: for a known tag, and for an unknown one.
         """
         self.get(self.by_tag)
         trouble()
@@ -234,7 +234,7 @@ class TroubleTests(ReasonTestCase):
 
     def test_that_fails(self) -> None:
         """
-        Its answers are no answers.
+        Its answers are invalid.
         """
         self.check("failing", lambda: self.standin.fail("registry", status=500))
 
@@ -246,7 +246,7 @@ class TroubleTests(ReasonTestCase):
 
     def test_that_is_left_alone(self) -> None:
         """
-        It kept failing, and is not asked.
+        It kept failing: the circuit is open.
         """
 
         def open_circuit() -> None:
@@ -259,7 +259,7 @@ class TroubleTests(ReasonTestCase):
 
     def test_that_is_asked_too_much(self) -> None:
         """
-        The queue is as long as it may be.
+        The queue is full.
         """
 
         def fill_queue() -> None:
@@ -273,7 +273,7 @@ class TroubleTests(ReasonTestCase):
 
     def test_that_there_is_no_token_for(self) -> None:
         """
-        There was none, or ECR takes none.
+        There was none, or ECR accepts none.
         """
         self.check("no-token", lambda: self.standin.fail("registry", status=401))
         self.start(fetch=lambda: fail(TokenUnavailableError("no")))
@@ -303,7 +303,7 @@ class DenialTests(ReasonTestCase):
 
     def test_what_ecr_refuses(self) -> None:
         """
-        It does not have it, or does not let the proxy have it.
+        It does not have it, or does not allow the proxy to have it.
         """
         self.assertWhy(self.get("/v2/team/app/manifests/missing"), None, "not-found")
         self.assertWhy(self.get("/v2/nobody/tags/list"), None, "not-found")
@@ -324,7 +324,7 @@ class DenialTests(ReasonTestCase):
 
     def test_what_no_registry_has(self) -> None:
         """
-        Paths, names, methods and ranges that are none.
+        Invalid paths, names, methods and ranges.
         """
         for path in (
             "/v2/_catalog?n=x",
@@ -341,7 +341,7 @@ class DenialTests(ReasonTestCase):
 
     def test_what_is_too_much_for_the_proxy(self) -> None:
         """
-        As many blobs are being sent as may be.
+        The limit of concurrent blobs is reached.
         """
         self.start(limits=Limits(transfers=1))
         slow = self.daemon.send("GET", self.blob)
@@ -366,12 +366,12 @@ class DenialTests(ReasonTestCase):
 
 class AskerTests(ReasonTestCase):
     """
-    Why somebody may not ask.
+    Why a client is not allowed.
     """
 
     def test_the_asker(self) -> None:
         """
-        By address, certificate or password, or because a web page has asked.
+        By address, certificate or password, or because a web page has sent the request.
         """
         path = Path(self.root.parent, f"{self.root.name}.htpasswd")
         path.write_bytes(line("ann", "client canary"))
@@ -393,7 +393,7 @@ class WordsTests(SynchronousTestCase):
 
     def test_the_page_has_them_all(self) -> None:
         """
-        docs/reference/http.rst explains each word that there is, and no other, once.
+        docs/reference/http.rst explains each existing word, and no other, once.
         """
         section = (CHECKOUT / "docs" / "reference" / "http.rst").read_text("utf-8").partition("X-Cache-Reason\n~~~")[2]
         words = ROW.findall(section.partition("\n~~~")[0])
@@ -401,7 +401,7 @@ class WordsTests(SynchronousTestCase):
 
     def test_each_is_shown_by_a_test(self) -> None:
         """
-        Each stands above.
+        Each occurs above.
         """
         shown = set(re.findall(r'"([a-z-]+)"', Path(__file__).read_text("utf-8")))
         self.assertEqual(set(), {reason.value for reason in Reason} - shown)

@@ -1,5 +1,5 @@
 """
-What a record says is read as it was written, and believed as far as it makes sense; what follows from it is tested too.
+A record is read as it was written, and believed as far as it makes sense; what follows from it is tested too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RecordTests(SynchronousTestCase):
 
     def test_of_any_kind_is_none(self) -> None:
         """
-        Bytes of no record, of a torn one, or of one that makes no sense, say nothing.
+        Bytes of another kind, of a torn record, or of an implausible one are ignored.
         """
         good = GOOD.pack()
         torn = [good[:length] for length in range(len(good))]
@@ -54,7 +54,7 @@ class RecordTests(SynchronousTestCase):
 
     def test_torn_between_two_is_none(self) -> None:
         """
-        A reader may meet the first bytes of one record and the last of another.
+        A reader may see the first bytes of one record and the last of another.
         """
         one, other = GOOD.pack(), replace(GOOD, progress=71, hashed=6, shown=((0, 6),)).pack()
         for at in range(1, len(one)):
@@ -67,7 +67,7 @@ class RecordTests(SynchronousTestCase):
 
     def test_fits_its_place(self) -> None:
         """
-        However many gaps there are, it takes no more than was kept for it; what it can't tell comes again.
+        However many gaps there are, it fits into its reserved space; ranges that do not fit are fetched again.
         """
         spans = tuple((2 * at, 2 * at + 1) for at in range(1000))
         packed = replace(GOOD, there=spans, shown=spans).pack()
@@ -91,7 +91,7 @@ class RecordTests(SynchronousTestCase):
 
     def test_leaves_something_to_ask_ecr_for(self) -> None:
         """
-        Who goes on with a file that has all its bytes needs ECR's permission as well.
+        Resuming a file that has all its bytes needs ECR's permission as well.
         """
         whole = replace(GOOD, there=((0, SIZE),))
         self.assertEqual([(SIZE - 1, SIZE)], whole.resumable.gaps(SIZE))
@@ -127,7 +127,7 @@ class NextStepTests(SynchronousTestCase):
 
     def test_goes_alone_if_the_writer_gets_no_further(self) -> None:
         """
-        A process that was stopped keeps its lock: it is not broken, and not waited for.
+        A process that was stopped keeps its lock: it is neither broken nor waited for.
         """
         self.assertEqual(Step.GO_ALONE, next_step(Look(self.LIVE), STALLED_SECONDS))
 
@@ -137,14 +137,14 @@ class NextStepTests(SynchronousTestCase):
 
     def test_goes_alone_when_the_file_is_another_one(self) -> None:
         """
-        Whoever has begun anew has other bytes at the same place.
+        A process that started again has other bytes at the same place.
         """
         for free in (False, True):
             self.assertEqual(Step.GO_ALONE, next_step(Look(self.LIVE, in_place=False, free=free), 0))
 
     def test_finishes_once_the_bytes_are_verified(self) -> None:
         """
-        Whatever becomes of the writer and of the file's name then.
+        Whatever happens to the writer and to the file's name then.
         """
         for state in (State.VERIFIED, State.CONTENT):
             for in_place, free in itertools.product((False, True), repeat=2):
@@ -159,7 +159,7 @@ class NextStepTests(SynchronousTestCase):
 
 class GapTests(SynchronousTestCase):
     """
-    What is missing is what is not there.
+    Gaps are the missing ranges.
     """
 
     def test_are_between_the_stretches(self) -> None:
@@ -181,7 +181,7 @@ class StretchesTests(SynchronousTestCase):
     @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), max_size=15))
     def test_they_are_a_set_of_bytes(self, parts: list[tuple[int, int]]) -> None:
         """
-        From any byte on, they tell the first that is missing.
+        From any byte on, they give the first that is missing.
         """
         stretches, there = Stretches(), set[int]()
         for start, length in parts:

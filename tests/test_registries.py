@@ -205,7 +205,7 @@ class ChooseTests(SynchronousTestCase):
 
     def test_what_a_client_says_most_clearly_counts(self) -> None:
         """
-        ns, then the name of this proxy, then the first component, then the default.
+        ns, then this proxy's name for it, then the first component, then the default.
         """
         for name, ns, host, registry, repository in (
             ("team/app", None, "", ONE, "team/app"),
@@ -238,7 +238,7 @@ class ChooseTests(SynchronousTestCase):
 
     def test_what_leads_through_an_account_of_a_wildcard_is_asked_as_that(self) -> None:
         """
-        With the wildcard's credentials, and counted there; whoever means the account itself, too.
+        With the wildcard's credentials, and counted there; also if the client names the account itself.
         """
         wildcard = "*.dkr.ecr.eu-central-1.amazonaws.com"
         text = f"""
@@ -262,7 +262,7 @@ class ChooseTests(SynchronousTestCase):
 
     def test_what_is_not_named_is_not_there(self) -> None:
         """
-        Whatever it resembles; and no name that is none leads to the default.
+        Whatever it resembles; and no invalid name leads to the default.
         """
         for ns in (
             "gcr.io",
@@ -283,7 +283,7 @@ class ChooseTests(SynchronousTestCase):
     )
     def test_no_two_are_confused(self, name: str, first: str, ns: str | None, host: str) -> None:
         """
-        Who says by ns what was found otherwise means the same; and what is asked for goes to that registry alone.
+        ns and another way to name a registry have the same meaning; and the request goes only to that registry.
         """
         found = self.chosen(first + name, ns, host)
         self.assertEqual(found, self.chosen(found.name, found.registry.table.name))
@@ -322,7 +322,7 @@ STRANGERS = (
 
 class NeverConfusedTests(SynchronousTestCase):
     """
-    Whatever ns, Host and path say, and however it is written, a request means one registry, or none.
+    Whatever ns, Host and path say, and however they are written, a request means one registry, or none.
     """
 
     def setUp(self) -> None:
@@ -333,7 +333,7 @@ class NeverConfusedTests(SynchronousTestCase):
 
     def meant(self, target: str, host: str) -> tuple[str, Repository] | int:
         """
-        Tell which table a request means and what is asked of which registry, or as what it is refused.
+        Return which table a request means and what is requested from which registry, or how it is rejected.
         """
         try:
             chosen, _ = self.ask(target, host)
@@ -351,7 +351,7 @@ class NeverConfusedTests(SynchronousTestCase):
     @staticmethod
     def escaped(draw: Any, text: str) -> str:
         """
-        Write a parameter with some of it, or all, percent-encoded, as it need not be.
+        Percent-encode a parameter, or some of it, needlessly.
         """
         plain = draw(st.sets(st.sampled_from(sorted(set(text)))) if text else st.just(set()))
         keep = {each for each in plain if each.isascii() and (each.isalnum() or each in ".-:/@*")}
@@ -485,7 +485,7 @@ class OneMeaningTests(SynchronousTestCase):
     @given(tables, st.lists(words, max_size=2), st.randoms(use_true_random=False))
     def test_whichever_way_it_is_said(self, tables: dict[str, Any], aliases: list[str], order: Random) -> None:
         """
-        And in whatever order the tables stand.
+        And in whatever order the tables are.
         """
         config = self.loaded(tables, aliases)
         assume(config is not None)
@@ -524,7 +524,7 @@ class RememberedTests(SynchronousTestCase):
 
     def test_long_targets_are_not_remembered(self) -> None:
         """
-        Clients could fill the memory with them: what is remembered has 6 MiB at most.
+        Clients could fill the memory with them: the limit is 6 MiB.
         """
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)

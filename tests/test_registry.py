@@ -42,12 +42,12 @@ BLOB = bytes(range(256)) * 400
 
 class StandInTests(SynchronousTestCase):
     """
-    Someone to ask, and someone who answers, without a socket between them.
+    A client and a server without a socket between them.
     """
 
     def setUp(self) -> None:
         """
-        A stand-in, an agent that reaches it, and a token it accepts.
+        Create a stand-in, an agent that reaches it, and a token that it accepts.
         """
         self.clock = Clock()
         self.clock.advance(START)
@@ -72,20 +72,20 @@ class StandInTests(SynchronousTestCase):
 
     def registry(self, path: str, method: str = "GET", **headers: str) -> IResponse:
         """
-        Ask the registry with a good token.
+        Send a request to the registry with a valid token.
         """
         headers.setdefault("authorization", f"Basic {self.token}")
         return self.answer(f"{self.standin.registry}{path}", method, **headers)
 
     def body(self, response: IResponse) -> bytes:
         """
-        The whole body of a response that is already there.
+        Return the whole body of a response that has already arrived.
         """
         return self.successResultOf(Body(response).done)
 
     def signed_url(self, digest: str, repository: str = "app") -> str:
         """
-        The URL the registry redirects to for a blob.
+        Return the URL to which the registry redirects for a blob.
         """
         response = self.registry(f"/v2/{repository}/blobs/{digest}")
         self.assertEqual(307, response.code)
@@ -93,7 +93,7 @@ class StandInTests(SynchronousTestCase):
 
     def refused(self, response: IResponse) -> tuple[int, str, str]:
         """
-        Status, code and message of the registry's refusal.
+        Return status, code and message of the registry's refusal.
         """
         (error,) = json.loads(self.body(response))["errors"]
         return response.code, error["code"], error["message"]
@@ -110,26 +110,17 @@ class Whole:
         self._data = data
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
-        """
-        Send everything.
-        """
         consumer.write(self._data)
         return succeed(None)
 
     def pauseProducing(self) -> None:
-        """
-        Too late.
-        """
+        pass
 
     def resumeProducing(self) -> None:
-        """
-        Nothing is left.
-        """
+        pass
 
     def stopProducing(self) -> None:
-        """
-        It has stopped.
-        """
+        pass
 
 
 class Body(Protocol):
@@ -144,13 +135,13 @@ class Body(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         """
-        Keep what came.
+        Keep the received bytes.
         """
         self.data += data
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """
-        Say whether it came whole.
+        Record whether it was complete.
         """
         if reason.check(ResponseDone):
             self.done.callback(self.data)
@@ -166,7 +157,7 @@ class Body(Protocol):
 
 def header(response: IResponse, name: str) -> str | None:
     """
-    The one value of a response header.
+    Return the only value of a response header.
     """
     values = response.headers.getRawHeaders(name.encode())
     return values[0].decode() if values else None
@@ -174,7 +165,7 @@ def header(response: IResponse, name: str) -> str | None:
 
 class TokenTests(StandInTests):
     """
-    Who may ask the registry, and how it turns others away.
+    Authorization at the registry, and its refusals.
     """
 
     def test_challenges_who_shows_nothing(self) -> None:
@@ -191,14 +182,14 @@ class TokenTests(StandInTests):
 
     def test_a_strange_token_is_a_bad_request(self) -> None:
         """
-        A token that was never issued gets 400, and no challenge that says what to do.
+        A token that was never issued gets 400, without a challenge.
         """
         response = self.registry("/v2/", authorization="Basic bm90OmlzdWVk")
         self.assertEqual((400, None), (response.code, header(response, "www-authenticate")))
 
     def test_a_token_lasts_twelve_hours(self) -> None:
         """
-        After twelve hours by the clock a token is refused as expired.
+        After twelve hours by the clock a token is rejected as expired.
         """
         self.clock.advance(12 * 3600 - 1)
         self.assertEqual(200, self.registry("/v2/").code)
@@ -209,7 +200,7 @@ class TokenTests(StandInTests):
 
     def test_tokens_end_on_demand(self) -> None:
         """
-        Expired tokens get 403, forgotten ones 400, and a new one is good.
+        Expired tokens get 403, forgotten ones 400, and a new one is valid.
         """
         self.standin.expire_tokens()
         self.assertEqual(403, self.registry("/v2/").code)
@@ -239,7 +230,7 @@ class ApiTests(StandInTests):
 
     def test_gives_tokens_the_registry_takes(self) -> None:
         """
-        GetAuthorizationToken answers with a usable token, its end, and where to use it.
+        GetAuthorizationToken returns a usable token, its expiry, and where to use it.
         """
         target = "AmazonEC2ContainerRegistry_V20150921.GetAuthorizationToken"
         signed = "AWS4-HMAC-SHA256 Credential=x"
@@ -253,14 +244,14 @@ class ApiTests(StandInTests):
 
     def test_wants_calls_signed(self) -> None:
         """
-        A call without a signature is refused.
+        A call without a signature is rejected.
         """
         target = "AmazonEC2ContainerRegistry_V20150921.GetAuthorizationToken"
         self.assertEqual(400, self.call(b"{}", x_amz_target=target).code)
 
     def test_says_who_one_is(self) -> None:
         """
-        STS tells the caller's identity in XML.
+        STS returns the caller's identity in XML.
         """
         signed = "AWS4-HMAC-SHA256 Credential=x"
         body = b"Action=GetCallerIdentity&Version=2011-06-15"
@@ -268,7 +259,7 @@ class ApiTests(StandInTests):
 
     def test_shows_what_was_asked(self) -> None:
         """
-        The list of requests can be read over HTTP, and reading it is not on it.
+        The list of requests can be read over HTTP, and reading it is not recorded.
         """
         self.registry("/v2/")
         shown = json.loads(self.body(self.answer("http://localhost:1/_asked")))
@@ -277,10 +268,6 @@ class ApiTests(StandInTests):
 
 
 class ManifestTests(StandInTests):
-    """
-    Manifests by tag and by digest.
-    """
-
     def test_get_says_no_digest_and_head_does(self) -> None:
         """
         ECR leaves Docker-Content-Digest out of a GET, of all methods.
@@ -322,7 +309,7 @@ class ManifestTests(StandInTests):
 
     def test_an_index_leads_to_its_images(self) -> None:
         """
-        An index names each image with its platform, and no conversion touches it.
+        An index names each image with its platform, and is never converted.
         """
         images = [self.standin.push_image("m", platform=f"linux/{cpu}") for cpu in ("amd64", "arm64")]
         self.standin.push_index("m", "latest", images)
@@ -333,7 +320,7 @@ class ManifestTests(StandInTests):
 
     def test_unknown_names_and_images(self) -> None:
         """
-        ECR says in its own words which of the two it does not know.
+        ECR says in its own words which of the two is unknown.
         """
         self.standin.push_image("app", "v1")
         name = self.refused(self.registry("/v2/nope/manifests/v1"))
@@ -344,7 +331,7 @@ class ManifestTests(StandInTests):
 
     def test_deleting(self) -> None:
         """
-        A deleted tag leaves the manifest; a deleted manifest takes its tags along.
+        A deleted tag leaves the manifest; a deleted manifest removes its tags.
         """
         image = self.standin.push_image("app", "v1", "v2")
         self.standin.delete_tag("app", "v1")
@@ -355,7 +342,7 @@ class ManifestTests(StandInTests):
 
     def test_nothing_can_be_changed(self) -> None:
         """
-        Methods other than GET and HEAD are noted and refused.
+        Methods other than GET and HEAD are recorded and rejected.
         """
         self.standin.push_image("app", "v1")
         self.assertEqual(405, self.registry("/v2/app/manifests/v1", "DELETE").code)
@@ -364,18 +351,18 @@ class ManifestTests(StandInTests):
 
 class NegotiationTests(SynchronousTestCase):
     """
-    The decision which kind of manifest goes out.
+    Which kind of manifest is sent.
     """
 
     def test_reads_accept(self) -> None:
         """
-        Parameters are dropped, and what is not wanted at all is left out.
+        Parameters are dropped, and types of weight 0 are left out.
         """
         self.assertEqual({"a/b", "c/d"}, accepted("A/b;q=0.5, c/d , e/f;q=0"))
 
     def test_anything_means_the_stored_kind(self) -> None:
         """
-        No Accept header, a wildcard, or a list with the stored kind in it: nothing changes.
+        Without an Accept header, or with a wildcard or the stored kind in it, nothing changes.
         """
         stored = Manifest(b"{}", OCI_MANIFEST)
         for accept in (None, "", "*/*", f"{SCHEMA2}, {OCI_MANIFEST}", "application/*"):
@@ -383,7 +370,7 @@ class NegotiationTests(SynchronousTestCase):
 
     def test_what_has_no_twin_goes_out_as_it_is(self) -> None:
         """
-        A layer that Docker has no word for keeps the whole manifest as it is.
+        A layer without an equivalent in Docker's types keeps the whole manifest unchanged.
         """
         zstd = b'{"config": {"mediaType": "application/vnd.oci.image.layer.v1.tar+zstd"}}'
         stored = Manifest(zstd, OCI_MANIFEST)
@@ -391,7 +378,7 @@ class NegotiationTests(SynchronousTestCase):
 
     def test_there_and_back(self) -> None:
         """
-        Converting to schema2 and back gives the kinds one began with.
+        Converting to schema2 and back restores the types.
         """
         image = StandIn(Clock()).push_image("app")
         there = negotiated(Manifest(image.manifest, OCI_MANIFEST), SCHEMA2)
@@ -400,12 +387,12 @@ class NegotiationTests(SynchronousTestCase):
 
 class BlobTests(StandInTests):
     """
-    Blobs: the registry's redirect and the bucket behind it.
+    The registry's redirect and the bucket behind it.
     """
 
     def setUp(self) -> None:
         """
-        A blob in one repository.
+        Push a blob into one repository.
         """
         super().setUp()
         self.digest = self.standin.push_blob("app", BLOB)
@@ -423,7 +410,7 @@ class BlobTests(StandInTests):
 
     def test_the_url_looks_like_s3(self) -> None:
         """
-        The URL carries date, lifetime and credential, escaped as S3 does it.
+        The URL has date, lifetime and credential, escaped as S3 does it.
         """
         url = self.signed_url(self.digest)
         query = parse_qs(urlsplit(url).query)
@@ -436,7 +423,7 @@ class BlobTests(StandInTests):
 
     def test_the_bucket_wants_its_url_untouched(self) -> None:
         """
-        A changed query, a HEAD, and a URL without its query are all refused.
+        A changed query, a HEAD, and a URL without its query are all rejected.
         """
         url = self.signed_url(self.digest)
         for method, changed in (
@@ -457,7 +444,7 @@ class BlobTests(StandInTests):
 
     def test_a_url_lasts_an_hour(self) -> None:
         """
-        After an hour, or when told to, the bucket refuses what the registry signed.
+        After an hour, or when told to, the bucket rejects what the registry signed.
         """
         url = self.signed_url(self.digest)
         self.clock.advance(3599)
@@ -471,7 +458,7 @@ class BlobTests(StandInTests):
 
     def test_ranges(self) -> None:
         """
-        One range is honoured, several mean everything, and none to be had is 416.
+        One range is honoured, several mean everything, and an unsatisfiable one is 416.
         """
         url = self.signed_url(self.digest)
         part = self.answer(url, range="bytes=10-19")
@@ -496,7 +483,7 @@ class BlobTests(StandInTests):
 
     def test_head_at_the_registry(self) -> None:
         """
-        HEAD tells length and digest, or as a test wants it redirects or refuses.
+        HEAD returns length and digest, or redirects or is rejected if a test wants that.
         """
         path = f"/v2/app/blobs/{self.digest}"
         head = self.registry(path, "HEAD")
@@ -519,7 +506,7 @@ class BlobTests(StandInTests):
 
     def test_other_algorithms(self) -> None:
         """
-        A blob can be named by sha512.
+        A blob can have a sha512 digest.
         """
         digest = self.standin.push_blob("app", b"x", "sha512")
         self.assertEqual(b"x", self.body(self.answer(self.signed_url(digest))))
@@ -532,7 +519,7 @@ class RangeTests(SynchronousTestCase):
 
     def test_byte_range(self) -> None:
         """
-        A range is clipped to what there is; nonsense means everything.
+        A range is clipped to the size; nonsense means everything.
         """
         for value, expected in {
             "bytes=0-": (0, 10),
@@ -551,7 +538,7 @@ class RangeTests(SynchronousTestCase):
 
 class ListTests(StandInTests):
     """
-    Lists: tags, repositories, referrers.
+    Tags, repositories, referrers.
     """
 
     def pages(self, path: str) -> list[list[str]]:
@@ -579,7 +566,7 @@ class ListTests(StandInTests):
 
     def test_a_link_is_absolute_and_opaque(self) -> None:
         """
-        The link names the registry itself; its word is long and breaks when decoded twice.
+        The link names the registry itself; its token is long and breaks when decoded twice.
         """
         self.standin.push_image("app", *(f"v{number}" for number in range(3)))
         response = self.registry("/v2/app/tags/list?n=2")
@@ -594,7 +581,7 @@ class ListTests(StandInTests):
 
     def test_pages_have_a_limit(self) -> None:
         """
-        More than a thousand at once is refused, not clamped.
+        More than a thousand at once is rejected, not clamped.
         """
         self.standin.push_image("app", "v1")
         for path in ("/v2/app/tags/list?n=1001", "/v2/_catalog?n=1001"):
@@ -604,7 +591,7 @@ class ListTests(StandInTests):
 
     def test_the_catalog_cannot_be_continued(self) -> None:
         """
-        The catalog lists repositories, and refuses to go on from one.
+        The catalog lists repositories, and rejects a continuation.
         """
         self.standin.push_image("app", "v1")
         listed = json.loads(self.body(self.registry("/v2/_catalog")))
@@ -613,7 +600,7 @@ class ListTests(StandInTests):
 
     def test_referrers(self) -> None:
         """
-        What names an image as its subject is listed, by kind if one asks so.
+        Manifests that name an image as their subject are listed, filtered by type on request.
         """
         image = self.standin.push_image("app", "v1")
         for kind in ("application/x.sig", "application/x.sbom"):
@@ -631,12 +618,12 @@ class ListTests(StandInTests):
 
 class FaultTests(StandInTests):
     """
-    What goes wrong on demand, and stops going wrong.
+    Faults that start and stop on demand.
     """
 
     def setUp(self) -> None:
         """
-        A blob, and its URL.
+        Push a blob, and get its URL.
         """
         super().setUp()
         self.digest = self.standin.push_blob("app", BLOB)
@@ -644,7 +631,7 @@ class FaultTests(StandInTests):
 
     def test_fails_as_often_as_told(self) -> None:
         """
-        A failure strikes the requests it fits, so many times, or until it is removed.
+        A failure applies to the matching requests, so many times, or until it is removed.
         """
         self.standin.fail("registry", status=503, body=b"busy", times=2, path_contains="/blobs/")
         path = f"/v2/app/blobs/{self.digest}"
@@ -683,7 +670,7 @@ class FaultTests(StandInTests):
 
     def test_corrupts(self) -> None:
         """
-        Other bytes come for a blob or a manifest, until all is healed.
+        Other bytes come for a blob or a manifest, until the fault is removed.
         """
         image = self.standin.push_image("app", "v1")
         self.standin.corrupt(self.digest, b"wrong")
@@ -695,7 +682,7 @@ class FaultTests(StandInTests):
 
     def test_hangs(self) -> None:
         """
-        A request that hangs is noted and gets no answer.
+        A request that hangs is recorded and gets no answer.
         """
         self.standin.hang("bucket", self.digest, times=1)
         self.assertNoResult(self.ask(self.url))
@@ -711,7 +698,7 @@ class FaultTests(StandInTests):
 
     def test_latency(self) -> None:
         """
-        With latency an answer begins only after that time; who leaves earlier gets none.
+        With latency an answer begins only after that time; a client that disconnects earlier gets none.
         """
         self.standin.quirks.latency = 2
         kept, left = self.ask(self.url), self.ask(self.url)
@@ -727,7 +714,7 @@ class FaultTests(StandInTests):
 
     def test_rate(self) -> None:
         """
-        With a rate the bytes come spread over time.
+        With a rate the bytes are spread over time.
         """
         self.standin.quirks.rate = len(BLOB) / 10
         got = Body(self.answer(self.url)).done
@@ -745,7 +732,7 @@ class HoldTests(StandInTests):
 
     def setUp(self) -> None:
         """
-        A blob that is held.
+        Hold a blob.
         """
         super().setUp()
         self.digest = self.standin.push_blob("app", BLOB)
@@ -799,7 +786,7 @@ class HoldTests(StandInTests):
 
     def test_who_leaves_is_no_longer_held(self) -> None:
         """
-        A client that goes away gets no more bytes.
+        A client that disconnects gets no more bytes.
         """
         got = Body(self.answer(self.url))
         got.leave()
@@ -811,7 +798,7 @@ class HoldTests(StandInTests):
 
 class AskedTests(StandInTests):
     """
-    The record of what was asked.
+    The record of requests.
     """
 
     def test_notes_everything_in_order(self) -> None:

@@ -1,5 +1,5 @@
 """
-What a release is made of comes out the same whoever builds it, and has what it must have.
+The artifacts of a release are reproducible and complete.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SOURCES = ["setup.cfg", "ecrproxy/__init__.py"]
 
 def sdist_of(names: Sequence[str], *, mode: int = 0o644, mtime: int = 1, owner: str = "ann") -> bytes:
     """
-    Pack files that hold their own names, as somebody's setuptools would.
+    Pack files that contain their own names, as some setuptools would.
     """
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
@@ -44,7 +44,7 @@ class PackedAnewTests(SynchronousTestCase):
 
     def test_tells_nothing_of_who_packed_it(self) -> None:
         """
-        Neither the order in which files were found, nor their owners, rights and times, make a difference.
+        Neither the order in which files were found, nor their owners, modes and times, make a difference.
         """
         one = packed_anew(sdist_of(["b", "a"], mode=0o664, mtime=5, owner="ann"), 7)
         other = packed_anew(sdist_of(["a", "b"], mode=0o600, mtime=6, owner="bob"), 7)
@@ -53,7 +53,7 @@ class PackedAnewTests(SynchronousTestCase):
 
     def test_holds_what_it_held(self) -> None:
         """
-        Each file with its bytes, the time that was given, and whether it is a program.
+        Each file with its bytes, the given time, and its executable bit.
         """
         for mode, kept in ((0o600, 0o644), (0o700, 0o755)):
             data = packed_anew(sdist_of(["run"], mode=mode), 7)
@@ -67,12 +67,12 @@ class PackedAnewTests(SynchronousTestCase):
 
 class SourcesTests(SynchronousTestCase):
     """
-    What is built from.
+    The sources of a build.
     """
 
     def setUp(self) -> None:
         """
-        A folder of sources that is no repository.
+        Create a folder of sources that is no repository.
         """
         self.checkout = scratch(self)
         self.checkout.mkdir()
@@ -80,7 +80,7 @@ class SourcesTests(SynchronousTestCase):
 
     def test_nothing_else_is_copied(self) -> None:
         """
-        Environments, caches and old builds stay where they are; what CI runs goes along.
+        Environments, caches and old builds stay behind; the CI configuration is copied.
         """
         for folder in (".venv", ".venv-e2e", "dist", ".mypy_cache", "ecrproxy.egg-info", ".ci"):
             (self.checkout / folder).mkdir()
@@ -99,7 +99,7 @@ class SourcesTests(SynchronousTestCase):
 
 class CheckTests(SynchronousTestCase):
     """
-    What is not as it must be is no release.
+    Incomplete or wrong artifacts fail the check.
     """
 
     def check(self, packed: Sequence[str], wheel: Sequence[str], names: Sequence[str] | None = SOURCES) -> None:
@@ -116,7 +116,7 @@ class CheckTests(SynchronousTestCase):
 
     def test_the_sdist_has_all_sources(self) -> None:
         """
-        All that tests and documents need; what setuptools and git have for themselves does not count.
+        Everything that tests and documents need; files of setuptools and git themselves don't count.
         """
         wheel = ["ecrproxy/__init__.py", "ecrproxy-1.dist-info/RECORD", PLUGIN]
         made = ["PKG-INFO", "ecrproxy.egg-info/SOURCES.txt"]
@@ -129,7 +129,7 @@ class CheckTests(SynchronousTestCase):
 
     def test_the_wheel_leaves_twisted_alone(self) -> None:
         """
-        A file of Twisted's own in it would go with it when it is uninstalled.
+        A file of Twisted's own in it would be removed when the wheel is uninstalled.
         """
         for foreign in ([PLUGIN, "twisted/plugins/__init__.py"], [PLUGIN, "tests/__init__.py"], []):
             problem = self.assertRaises(ReleaseError, self.check, SOURCES, ["ecrproxy/__init__.py", *foreign])
@@ -137,13 +137,9 @@ class CheckTests(SynchronousTestCase):
 
 
 class VersionTests(SynchronousTestCase):
-    """
-    The version.
-    """
-
     def test_is_what_the_changelog_begins_with(self) -> None:
         """
-        What is new in it stands there, first.
+        Its changes are listed there, first.
         """
         sections = re.findall(r"^(\S+) - .*\n-+$", (CHECKOUT / "CHANGELOG.rst").read_text("utf-8"), re.MULTILINE)
         self.assertEqual(__version__, sections[0])

@@ -1,5 +1,5 @@
 """
-docs/reliability.rst and docs/ecr.rst promise nothing that no test holds.
+Each promise of docs/reliability.rst and docs/ecr.rst has a test.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAME = re.compile(r"``([^`]+)``")
 
 def rows(page: Path) -> list[tuple[str, str, list[str]]]:
     """
-    Read a page's tables: fault or name of a check, promise or fact, the names of tests.
+    Parse a page's tables: fault or name of a check, promise or fact, the names of tests.
     """
     found = [row.split("\n     - ") for row in ROW.findall(page.read_text("utf-8"))]
     assert {len(row) for row in found} == {5 if page.name == "ecr.rst" else 3}
@@ -31,7 +31,7 @@ def rows(page: Path) -> list[tuple[str, str, list[str]]]:
 @functools.cache
 def names_in(path: Path) -> frozenset[str]:
     """
-    Name what a module of tests defines: functions, classes, and Class.method.
+    Return what a module of tests defines: functions, classes, and Class.method.
     """
     tree = ast.parse(path.read_text("utf-8"))
     found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -43,7 +43,7 @@ def names_in(path: Path) -> frozenset[str]:
 
 def exists(name: str) -> bool:
     """
-    Tell whether there is a test, or a module of tests, of this name.
+    Return True if there is a test, or a module of tests, of this name.
     """
     if "::" in name:
         file, _, inner = name.partition("::")
@@ -63,7 +63,7 @@ class ReliabilityTests(SynchronousTestCase):
 
     def test_each_promise_names_tests_that_exist(self) -> None:
         """
-        A reader can look up what holds a promise.
+        A reader can look up the test of each promise.
         """
         for page in PAGES:
             found = rows(page)

@@ -36,7 +36,7 @@ LATEST = "/v2/us/team/app/manifests/latest"
 
 def table(name: str = TWO, **values: Any) -> RegistryTable:
     """
-    The table of a registry in us-east-1.
+    Return the table of a registry in us-east-1.
     """
     return RegistryTable(name=name, protocol=Protocol.ECR, endpoint=f"https://{name}", region="us-east-1", **values)
 
@@ -61,14 +61,14 @@ class ReloadTests(DaemonTestCase):
     @property
     def digest(self) -> str:
         """
-        Of the other registry's layer.
+        Return the digest of the other registry's layer.
         """
         digest: str = json.loads(self.image.manifest)["layers"][0]["digest"]
         return digest
 
     def begin(self, path: str) -> Reply:
         """
-        Send a request, whose question to the registry does not get there before the next flush.
+        Send a request whose upstream request is not delivered before the next flush.
         """
         reply = self.daemon.send("GET", path)
         while self.daemon.front.move():
@@ -84,7 +84,7 @@ class ReloadTests(DaemonTestCase):
 
     def test_one_disappears(self) -> None:
         """
-        It is 404 as if it had never been, also what the cache has of it; nothing tells of it, and no connection stays.
+        It is 404 as if it had never existed, also for cached content; nothing mentions it, and no connection stays.
         """
         named = f"/v2/team/app/manifests/latest?ns={TWO}"
         self.assertWhole(self.get(named), self.image.manifest)
@@ -99,7 +99,7 @@ class ReloadTests(DaemonTestCase):
 
     def test_those_of_before_are_not_kept(self) -> None:
         """
-        Also where clients have asked them what is remembered.
+        Also after requests to them that are remembered.
         """
         self.daemon.reload({self.table: self.other})
         gone = weakref.ref(self.daemon.worlds.latest.registries)
@@ -111,7 +111,7 @@ class ReloadTests(DaemonTestCase):
 
     def test_others_keep_connections_circuit_and_token(self) -> None:
         """
-        Whose tables are the same; a registry whose table has changed begins anew.
+        If their tables are the same; a registry whose table has changed starts again.
         """
         self.other.fail("registry", status=500)
         for number in range(3 * FAILURES):
@@ -139,7 +139,7 @@ class ReloadTests(DaemonTestCase):
 
     def test_a_transfer_in_progress_ends_whole(self) -> None:
         """
-        Though the registry has to be asked again on the way. Nobody new is let to it.
+        Though the registry has to be asked again meanwhile. New requests don't reach it.
         """
         reply = self.begin_transfer()
         self.daemon.reload({})
@@ -155,7 +155,7 @@ class ReloadTests(DaemonTestCase):
 
     def test_one_that_fails_and_disappears_is_not_asked_again(self) -> None:
         """
-        Not by the daemon itself either, which asks what it leaves alone until it answers; a transfer in progress may.
+        Nor by the daemon's own probes; a transfer in flight may ask it.
         """
         reply = self.begin_transfer()
         outage = self.other.refuse("registry")
@@ -179,7 +179,8 @@ class ReloadTests(DaemonTestCase):
 
     def test_a_request_ends_with_the_registries_that_it_began_with(self) -> None:
         """
-        Whether the registry is gone meanwhile, or has other credentials: its second question goes where the first went.
+        Whether the registry is gone meanwhile, or has other credentials: the second upstream request goes where the
+        first went.
         """
         for number, others in enumerate(
             ({}, {replace(self.table, role="arn:aws:iam::444455556666:role/x"): self.other})
@@ -197,7 +198,7 @@ class ReloadTests(DaemonTestCase):
 
     def test_nothing_is_read_ahead_of_one_that_disappears(self) -> None:
         """
-        Also if that is being looked for in the cache; what clients do with the others is read ahead.
+        Also while the cache is being searched for it; read-ahead for the others goes on.
         """
         looks = Hands()
         self.start(read_ahead=True, disk=Disk(looks, *[at_once] * 5), others={self.table: self.other})
@@ -219,23 +220,23 @@ class ReloadTests(DaemonTestCase):
 
 class Left:
     """
-    In the place of an upstream.
+    A double for an upstream.
 
-    @ivar left: whether it asks no more by itself.
+    @ivar left: whether it sends no more requests of its own.
     """
 
     left = False
 
     def leave(self) -> None:
         """
-        Note it.
+        Record the call.
         """
         self.left = True
 
 
 class UpstreamsTests(SynchronousTestCase):
     """
-    Registries that a wildcard stands for.
+    Registries that match a wildcard.
     """
 
     WILDCARD = "*.dkr.ecr.us-east-1.amazonaws.com"
@@ -266,7 +267,7 @@ class UpstreamsTests(SynchronousTestCase):
 
     def test_a_table_of_its_own_begins_anew(self) -> None:
         """
-        Unless it says the same: it is the same registry, asked in the same way.
+        Unless it says the same: then it is the same registry, asked in the same way.
         """
         first = self.make(self.WILDCARD)
         self.assertEqual([THREE, TWO], list(self.make(self.WILDCARD, TWO, before=first).askings()))
@@ -294,7 +295,7 @@ class ReadingTests(SynchronousTestCase):
 
     def reload(self, text: str) -> list[tuple[str, str]]:
         """
-        Write the file, and have it read; what is logged.
+        Write the file, and reload it; return what is logged.
         """
         self.text = text
         self.events.clear()
@@ -317,7 +318,7 @@ class ReadingTests(SynchronousTestCase):
 
     def test_a_bad_file_changes_nothing(self) -> None:
         """
-        All that is wrong is logged, in the words of the start. The next good one is used.
+        All errors are logged, in the words of the start. The next valid file is used.
         """
         told = self.reload(f"{self.BEGUN}moon = 1\nsun = 2")
         self.assertEqual(["error"] * 2, [level for level, _ in told])
@@ -328,7 +329,7 @@ class ReadingTests(SynchronousTestCase):
 
     def test_other_settings_that_changed_are_named_in_one_line(self) -> None:
         """
-        Each time, until the daemon is started anew; those that a variable overrides have not changed.
+        Each time, until the daemon is restarted; those that a variable overrides have not changed.
         """
         text = f'tag-ttl = 9\ncache-limit = "2g"\n{self.BEGUN.replace("80", "81")}'
         line = "These settings have changed; restart the daemon to use them: cache-limit, port"

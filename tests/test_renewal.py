@@ -1,5 +1,5 @@
 """
-Certificates that are renewed are served within a minute, however they are replaced.
+Renewed certificates are served within a minute, however they are replaced.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FilesTests(SynchronousTestCase):
 
     def test_have_a_name_that_others_who_see_the_same_find_too(self) -> None:
         """
-        So a worker reads what its parent has found good, and nothing that was put in its place meanwhile.
+        So a worker reads what its parent has checked, and nothing that replaced it meanwhile.
         """
         named = generation([self.files().seen()])
         self.assertEqual(named, generation([self.files().seen()]))

@@ -1,5 +1,5 @@
 """
-What repeats is one line with a count.
+Repeated messages are one line with a count.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RepeatsTests(SynchronousTestCase):
 
     def pass_time(self, seconds: float) -> None:
         """
-        Let time pass second by second, as the log does.
+        Advance the clock second by second, as the log does.
         """
         for _ in range(int(seconds)):
             self.clock.advance(1)

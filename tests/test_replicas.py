@@ -26,7 +26,7 @@ BUCKET = "https://prod-us-east-1-starport-layer-bucket.s3.us-east-1.amazonaws.co
 
 def ways() -> list[Fault]:
     """
-    It breaks off, fails, throttles, or is silent.
+    Break off, fail, throttle, or be silent.
     """
     replies = Answer(500), Answer(429)
     return [Fault("registry", drop=True), *(Fault("registry", reply=each) for each in replies), Fault("registry")]
@@ -62,7 +62,7 @@ class ReplicaTests(DaemonTestCase):
     def test_what_a_digest_names_comes_from_it_where_the_registry_does_not_give_it(self) -> None:
         for fault in ways():
             self.standin.fault(fault)
-            self.start(replica=self.replica, limit=1)  # which keeps nothing
+            self.start(replica=self.replica, limit=1)  # which caches nothing
             self.assertWhole(self.wait(self.by_digest, 3 * SLOW_SECONDS), self.image.manifest, None)
             self.assertWhole(self.wait(self.blob, 3 * SLOW_SECONDS), self.layer, None)
             self.assertEqual(200, self.wait(self.blob, 3 * SLOW_SECONDS, "HEAD").code)
@@ -74,7 +74,7 @@ class ReplicaTests(DaemonTestCase):
 
     def test_the_rest_of_a_blob_may_come_from_it(self) -> None:
         """
-        Where its beginning came from is asked first where the rest lies.
+        The registry of the first bytes is asked first for the rest.
         """
         self.standin.fault(ways()[1])
         route = parse_route(self.blob, self.daemon.registry)
@@ -85,7 +85,7 @@ class ReplicaTests(DaemonTestCase):
 
     def interrupted(self, fault: Fault, seconds: float) -> None:
         """
-        A transfer of which some has come when the registry, and all that it leads to, begin to fail.
+        A partial transfer when the registry, and all that it leads to, begin to fail.
         """
         digest = self.blob.rpartition("/")[2]
         self.standin.hold(digest)
@@ -132,7 +132,7 @@ class ReplicaTests(DaemonTestCase):
 
     def test_a_registry_that_was_silent_is_not_waited_for_by_each(self) -> None:
         """
-        One question in a while waits for it; the others have the replica asked soon, or its answer if there is one.
+        One request in a while waits for it; for the others the replica is asked soon, or its known answer is used.
         """
         images = [self.replica.push_image("team/app", layers=[noise(f"silent {number}", 10)]) for number in range(9)]
         paths = [f"/v2/team/app/manifests/{image.digest}" for image in images]
@@ -155,7 +155,7 @@ class ReplicaTests(DaemonTestCase):
 
     def test_what_the_registry_denies_is_denied(self) -> None:
         """
-        It has it no more, or not for us; the replica still has.
+        The registry no longer has it, or denies it; the replica still has it.
         """
         self.standin.deny()
         self.assertEqual(403, self.get(self.by_digest).code)
@@ -193,7 +193,7 @@ class ReplicaTests(DaemonTestCase):
 
     def test_a_silent_replica_keeps_a_tag_no_longer_than_the_next_one_takes(self) -> None:
         """
-        As for what is named by its digest, the next is asked after some seconds.
+        As for digests, the next one is asked after some seconds.
         """
         silent = StandIn(self.clock, registry=f"https://{WEST}", bucket=BUCKET.replace("east-1", "west-2"))
         table = RegistryTable(
@@ -235,7 +235,7 @@ class ReplicaTests(DaemonTestCase):
 
     def test_a_tag_that_was_asked_for_before_a_reload_comes_from_it_after_that(self) -> None:
         """
-        Though the registry is no longer configured: a request keeps what it began with.
+        Though the registry is no longer configured: a request keeps its configuration.
         """
         self.standin.hang("registry")
         reply = self.wait("/v2/team/app/manifests/latest", 1)
@@ -255,7 +255,7 @@ class ReplicaTests(DaemonTestCase):
 
     def test_what_is_configured_no_longer_is_not_asked_whether_it_is_well(self) -> None:
         """
-        Neither the registry nor its replica.
+        Neither the registry nor its replica gets probes.
         """
         self.standin.fault(ways()[1])
         self.replica.fault(ways()[1])

@@ -1,5 +1,5 @@
 """
-Names are asked of the servers that the operator chose, and pulls go on when these are silent.
+Names are resolved by the servers that the operator chose, and pulls go on when these are silent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Records = Sequence[dns.RRHeader]
 
 class Servers:
     """
-    Chosen servers that answer when the test says so.
+    Configured servers that answer when the test says so.
     """
 
     def __init__(self) -> None:
@@ -36,13 +36,13 @@ class Servers:
 
     def lookupAddress(self, name: str, timeout: Sequence[int] = ()) -> Deferred[tuple[Records, Records, Records]]:
         """
-        Be asked for IPv4 addresses.
+        Receive a query for IPv4 addresses.
         """
         return self._ask("A", name)
 
     def lookupIPV6Address(self, name: str, timeout: Sequence[int] = ()) -> Deferred[tuple[Records, Records, Records]]:
         """
-        Be asked for IPv6 addresses.
+        Receive a query for IPv6 addresses.
         """
         return self._ask("AAAA", name)
 
@@ -53,7 +53,7 @@ class Servers:
 
     def answer(self, four: Sequence[str] = (), six: Sequence[str] = ()) -> None:
         """
-        Answer both questions, by way of an alias, as ECR's own names have it.
+        Answer both queries, through an alias, as for ECR's own names.
         """
         alias = dns.RRHeader(NAME, dns.CNAME, payload=dns.Record_CNAME("alias.test"))
         fours = [dns.RRHeader("alias.test", dns.A, payload=dns.Record_A(address)) for address in four]
@@ -63,7 +63,7 @@ class Servers:
 
     def fail(self, problem: Exception, other: Exception | None = None) -> None:
         """
-        Fail both questions.
+        Fail both queries.
         """
         self.answers["A"].errback(problem)
         self.answers["AAAA"].errback(other or problem)
@@ -102,7 +102,7 @@ class System:
 @implementer(IHostResolution)
 class Named:
     """
-    A resolution that can't be cancelled any more.
+    A resolution that can no longer be cancelled.
     """
 
     def __init__(self, name: str) -> None:
@@ -110,14 +110,14 @@ class Named:
 
     def cancel(self) -> None:
         """
-        Be too late.
+        Do nothing: it is too late.
         """
 
 
 @implementer(IResolutionReceiver)
 class Receiver:
     """
-    Whoever wants to connect.
+    A caller that wants to connect.
     """
 
     def __init__(self) -> None:
@@ -126,14 +126,11 @@ class Receiver:
         self.completed = 0
 
     def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:
-        """
-        Be told that somebody is asked.
-        """
         self.begun.append(resolutionInProgress)
 
     def addressResolved(self, address: IAddress) -> None:
         """
-        Be told of an address, in time.
+        Record an address.
         """
         assert self.begun
         assert not self.completed
@@ -141,7 +138,7 @@ class Receiver:
 
     def resolutionComplete(self) -> None:
         """
-        Be told that there are no more.
+        Record the end.
         """
         self.completed += 1
 
@@ -157,7 +154,7 @@ class Slow(System):
 
     def resolveHostName(self, resolutionReceiver: IResolutionReceiver, hostName: str, *rest: Any) -> IHostResolution:
         """
-        Take a question.
+        Record a query.
         """
         self.asked.append(hostName)
         self.waiting.append((resolutionReceiver, hostName, rest[0]))
@@ -165,7 +162,7 @@ class Slow(System):
 
     def answer(self) -> None:
         """
-        Answer the oldest question.
+        Answer the oldest query.
         """
         super().resolveHostName(*self.waiting.pop(0))
         self.asked.pop()
@@ -173,7 +170,7 @@ class Slow(System):
 
 def asked(names: IHostnameResolver, name: str = NAME) -> Receiver:
     """
-    Ask for a name.
+    Resolve a name.
     """
     receiver = Receiver()
     names.resolveHostName(receiver, name, 443)
@@ -187,7 +184,7 @@ class SharedLookupsTests(SynchronousTestCase):
 
     def test_a_name_is_asked_for_once_at_a_time(self) -> None:
         """
-        All who want it have the answer, also where there is no address; who asks after that has another.
+        All callers get the answer, also if there is no address; later callers cause another query.
         """
         system = Slow()
         shared, receivers = SharedLookups(system, Clock()), [Receiver() for _ in range(4)]
@@ -206,7 +203,7 @@ class SharedLookupsTests(SynchronousTestCase):
 
     def test_the_last_addresses_are_used_while_nobody_resolves_a_name(self) -> None:
         """
-        Name servers that are away for a moment keep nobody from what was there before; that is told, once a minute.
+        While name servers are down for a moment, the previous addresses are used; that is logged, once a minute.
         """
         system = System()
         shared = SharedLookups(system, Clock())
@@ -220,7 +217,7 @@ class SharedLookupsTests(SynchronousTestCase):
 
     def test_a_name_that_resolves_slowly_has_its_last_addresses_after_a_second(self) -> None:
         """
-        A resolver asks again after five seconds what was lost. Who comes meanwhile waits no second more.
+        A resolver repeats a lost query after five seconds. Callers meanwhile don't wait another second.
         """
         system, clock = Slow(), Clock()
         shared = SharedLookups(system, clock)
@@ -243,7 +240,7 @@ class SharedLookupsTests(SynchronousTestCase):
 
     def test_a_name_that_could_not_be_connected_to_is_waited_for_longer(self) -> None:
         """
-        It may be elsewhere by now; where nobody tells, it may be where it was, for a balancer refuses now and then.
+        It may have moved; if no server answers, it may still be there, for a balancer refuses now and then.
         """
         system, clock = Slow(), Clock()
         shared = SharedLookups(system, clock)
@@ -254,7 +251,7 @@ class SharedLookupsTests(SynchronousTestCase):
         forgotten, other = asked(shared), asked(shared, "other.test")
         clock.advance(LATE_SECONDS)
         self.assertEqual([0, 1], [forgotten.completed, other.completed])
-        shared.forget(NAME)  # once more: nobody waits longer for that
+        shared.forget(NAME)  # again: nobody waits longer for that
         clock.advance(DOUBT_SECONDS - LATE_SECONDS)
         self.assertEqual([IPv4Address("TCP", "10.0.0.1", 443)], forgotten.found)
         system.knows = False
@@ -266,7 +263,7 @@ class SharedLookupsTests(SynchronousTestCase):
 
     def test_who_comes_while_a_name_is_doubted_waits_as_long(self) -> None:
         """
-        Also where the answer is late already; that once answered, the name is as good as any.
+        Also if the answer is late already; once answered, the name is trusted again.
         """
         system, clock = Slow(), Clock()
         shared = SharedLookups(system, clock)
@@ -287,12 +284,12 @@ class SharedLookupsTests(SynchronousTestCase):
 
 class ChosenServersTests(SynchronousTestCase):
     """
-    The chosen servers are asked for what only they should know.
+    The configured servers get queries only for names that they should know.
     """
 
     def setUp(self) -> None:
         """
-        Servers, a host, and a clock.
+        Create servers, a host resolver, and a clock.
         """
         self.clock = Clock()
         self.clock.advance(START)
@@ -302,7 +299,7 @@ class ChosenServersTests(SynchronousTestCase):
 
     def resolve(self, name: str = NAME) -> Receiver:
         """
-        Ask for a name.
+        Resolve a name.
         """
         receiver = Receiver()
         self.resolver.resolveHostName(receiver, name, 443)
@@ -310,7 +307,7 @@ class ChosenServersTests(SynchronousTestCase):
 
     def test_it_is_what_twisted_asks(self) -> None:
         """
-        Twisted can be given it in the place of its own.
+        Twisted accepts it as its resolver.
         """
         self.assertTrue(verifyObject(IHostnameResolver, self.resolver))
         receiver = Receiver()
@@ -322,7 +319,7 @@ class ChosenServersTests(SynchronousTestCase):
 
     def test_both_families_are_asked_for(self) -> None:
         """
-        All addresses of a name are found, with the port that is to be connected to.
+        All addresses of a name are found, with the port to connect to.
         """
         receiver = self.resolve()
         self.assertEqual([("A", NAME), ("AAAA", NAME)], self.servers.asked)
@@ -341,7 +338,7 @@ class ChosenServersTests(SynchronousTestCase):
 
     def test_addresses_and_local_names_never_go_to_the_servers(self) -> None:
         """
-        What the host knows itself it is asked for.
+        The host itself resolves what it knows.
         """
         names = ["127.0.0.1", "::1", "2001:db8::5", "localhost", "LOCALHOST", "registry.internal"]
         for name in names:
@@ -352,7 +349,7 @@ class ChosenServersTests(SynchronousTestCase):
 
     def test_a_name_that_does_not_exist_has_no_address(self) -> None:
         """
-        The servers' word counts: the host is not asked for what they deny.
+        The servers' denial counts: the host is not asked.
         """
         receiver = self.resolve()
         self.servers.fail(DNSNameError())
@@ -362,7 +359,7 @@ class ChosenServersTests(SynchronousTestCase):
 
     def test_one_family_is_enough(self) -> None:
         """
-        A name that has no address of the other family is found all the same.
+        A name without an address of the other family is still found.
         """
         receiver = self.resolve()
         self.servers.answer(["192.0.2.1"])
@@ -377,7 +374,7 @@ class ChosenServersTests(SynchronousTestCase):
 
     def as_resolver(self) -> IResolver:
         """
-        Take the servers for what they stand for.
+        Return the servers as a resolver.
         """
         servers: Any = self.servers
         resolver: IResolver = servers
@@ -402,7 +399,7 @@ class ChosenServersTests(SynchronousTestCase):
 
     def test_a_name_that_is_forgotten_is_asked_for_again(self) -> None:
         """
-        Where a host isn't to be found any more, the servers may know better; other names keep their answers.
+        If a host can't be reached, the servers may know better; other names keep their answers.
         """
         for name in (NAME, "bucket.test"):
             self.resolve(name)
@@ -416,7 +413,7 @@ class ChosenServersTests(SynchronousTestCase):
 
     def test_one_names_answer_is_not_anothers(self) -> None:
         """
-        Each name is asked for by itself.
+        Each name has its own query.
         """
         self.resolve()
         self.servers.answer(["192.0.2.1"])
@@ -425,7 +422,7 @@ class ChosenServersTests(SynchronousTestCase):
 
     def test_a_clock_set_back_makes_no_answer_last_for_ever(self) -> None:
         """
-        An answer from the future is asked for again.
+        An answer from the future causes a new query.
         """
         self.resolve()
         self.servers.answer(["192.0.2.1"])
@@ -448,7 +445,7 @@ class ChosenServersTests(SynchronousTestCase):
 
     def test_silent_servers_are_left_alone_for_ten_seconds(self) -> None:
         """
-        Nobody waits for them again and again; then they have another chance.
+        No caller waits for them again and again; then they are tried again.
         """
         self.resolve()
         self.servers.fail(DNSQueryTimeoutError(1))

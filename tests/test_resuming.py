@@ -1,5 +1,5 @@
 """
-Transfers that were interrupted go on from what came of them, seen from the front.
+Interrupted transfers are resumed from what has arrived, seen from the client.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EACH = MIB
 
 class ResumingTestCase(RangesTestCase):
     """
-    A blob of 20 MiB, of which four lanes have brought a megabyte each.
+    A blob of 20 MiB, of which four lanes have fetched a megabyte each.
     """
 
     def setUp(self) -> None:
@@ -60,7 +60,7 @@ class ResumingTestCase(RangesTestCase):
 
     def again(self) -> Reply:
         """
-        Start another daemon, and ask it.
+        Start another daemon, and send it a request.
         """
         self.start()
         return self.get(self.path)
@@ -69,8 +69,8 @@ class ResumingTestCase(RangesTestCase):
 class CrashTests(ResumingTestCase):
     def test_only_what_is_missing_is_fetched(self) -> None:
         """
-        After a kill in the middle of a transfer the next one asks for the gaps alone, from the first on: each byte
-        comes once, and nothing is left over.
+        After a kill in the middle of a transfer the next one requests only the gaps, from the first on: each byte comes
+        once, and nothing is left over.
         """
         self.interrupted()
         self.standin.forget_asked()
@@ -83,7 +83,7 @@ class CrashTests(ResumingTestCase):
 
     def test_what_is_there_is_sent_at_once(self) -> None:
         """
-        A client gets what an earlier transfer brought before upstream has sent another byte.
+        A client gets what an earlier transfer fetched before upstream has sent another byte.
         """
         self.interrupted()
         self.standin.hold(self.digest)
@@ -95,7 +95,7 @@ class CrashTests(ResumingTestCase):
 
     def test_it_may_happen_again_and_again(self) -> None:
         """
-        Each daemon goes on from what all before it have brought.
+        Each daemon resumes from what all before it have fetched.
         """
         self.begun()
         for _ in range(3):
@@ -111,7 +111,7 @@ class CrashTests(ResumingTestCase):
 
     def test_without_lanes_as_well(self) -> None:
         """
-        With one connection a blob the rest is asked for as one.
+        With one connection per blob the rest is requested as one.
         """
         self.start(lanes=Lanes(1))
         self.standin.hold(self.digest)
@@ -126,7 +126,7 @@ class CrashTests(ResumingTestCase):
 
     def test_a_repository_without_the_blob_gets_nothing_of_it(self) -> None:
         """
-        What is left over is nobody's: ECR is asked as ever, and what it refuses costs the next one nothing.
+        Leftovers belong to no repository: ECR is asked as before, and its refusal costs the next one nothing.
         """
         self.interrupted()
         self.start()
@@ -137,7 +137,7 @@ class CrashTests(ResumingTestCase):
 
     def test_a_bucket_that_gives_no_parts_any_more_is_put_up_with(self) -> None:
         """
-        It sends all, and of that what is missing is taken.
+        It sends everything, of which the missing ranges are used.
         """
         self.interrupted()
         self.standin.quirks.ignore_range = True
@@ -145,7 +145,7 @@ class CrashTests(ResumingTestCase):
 
     def test_altered_bytes_never_complete_an_answer(self) -> None:
         """
-        What was changed in the file meanwhile fails the digest: the client is aborted, the file dropped, and the next
+        A file that was changed meanwhile fails the digest: the client is aborted, the file dropped, and the next
         request is right.
         """
         for place in (EACH // 2, SMALLEST_PART + 5):
@@ -163,7 +163,7 @@ class CrashTests(ResumingTestCase):
 
     def test_a_useless_file_is_begun_anew(self) -> None:
         """
-        A torn, cut or lengthened file is dropped, and all is fetched.
+        A torn, cut or lengthened file is dropped, and everything is fetched.
         """
         for spoil in (
             lambda left: os.truncate(left, SIZE - 1),
@@ -192,7 +192,7 @@ class CrashTests(ResumingTestCase):
 
     def test_a_blob_that_has_another_size_now_is_begun_anew(self) -> None:
         """
-        Nobody was told the old length by this daemon: the new one is told, and the old file dropped.
+        This daemon has announced the old length to no client: the new one is announced, and the old file dropped.
         """
         left = self.interrupted()
         shorter = Record(SIZE - EACH, self.clock.seconds(), there=((0, EACH),))
@@ -206,7 +206,7 @@ class CrashTests(ResumingTestCase):
 
     def test_a_blob_that_is_shorter_than_what_is_there_is_begun_anew(self) -> None:
         """
-        A first byte that there is not is no reason to fail.
+        A first byte beyond the end is no reason to fail.
         """
         left = self.interrupted()
         longer = Record(2 * SIZE, self.clock.seconds(), there=((0, SIZE + 1),))
@@ -217,7 +217,7 @@ class CrashTests(ResumingTestCase):
 
     def test_an_old_file_is_swept(self) -> None:
         """
-        Nobody who still wanted it has come for a day.
+        No request for it has come for a day.
         """
         self.interrupted()
         self.clock.advance(LEFT_SECONDS)
@@ -226,7 +226,7 @@ class CrashTests(ResumingTestCase):
 
     def test_a_blob_that_the_cache_can_not_have_is_handed_through_from_its_start(self) -> None:
         """
-        A file that is left over, and then no room for any, costs no client a byte.
+        A leftover file, and then no space for any, costs no client a byte.
         """
         self.interrupted()
         self.start()
@@ -240,7 +240,7 @@ class LimitTests(ResumingTestCase):
 
     def test_what_is_left_over_counts(self) -> None:
         """
-        It is part of what the directory holds, and of no more once a transfer goes on with it.
+        It is part of the size of the directory, and counted once when a transfer resumes it.
         """
         self.interrupted()
         self.start(limit=self.limit)
@@ -257,7 +257,7 @@ class LimitTests(ResumingTestCase):
 
     def test_it_makes_room_for_others(self) -> None:
         """
-        What is left over is evicted when its turn comes.
+        Leftovers are evicted when their turn comes.
         """
         self.interrupted()
         self.start(limit=self.limit)
@@ -268,7 +268,7 @@ class LimitTests(ResumingTestCase):
 
     def test_a_lowered_limit_holds_for_it(self) -> None:
         """
-        A daemon that starts with less room drops what doesn't fit.
+        A daemon that starts with a lower limit drops what doesn't fit.
         """
         self.interrupted()
         self.daemons.clear()
@@ -277,7 +277,7 @@ class LimitTests(ResumingTestCase):
 
     def test_it_is_not_evicted_while_it_goes_on(self) -> None:
         """
-        Once a transfer has it, there is no room for another as large, which is handed through.
+        Once a transfer has resumed it, there is no space for another as large, which streams through uncached.
         """
         self.interrupted()
         self.start(limit=self.limit)
@@ -294,7 +294,7 @@ class LimitTests(ResumingTestCase):
 class ReversedRangeTests(ResumingTestCase):
     def test_changes_no_byte_that_is_there(self) -> None:
         """
-        A bucket that resumes with the end before the start has other bytes by then where the right ones came from.
+        By the time a bucket resumes with the end before the start, it has other bytes in the place of the right ones.
         """
         self.interrupted()
         self.standin.corrupt(self.digest, DATA[:65] + b"x" * (EACH - 65) + DATA[EACH:])
@@ -322,7 +322,7 @@ class FailureTests(ResumingTestCase):
 
     def test_the_next_request_goes_on(self) -> None:
         """
-        When upstream has failed too often, the client is aborted; who asks next gets what came, and the rest.
+        When upstream has failed too often, the client is aborted; the next request gets what has arrived, and the rest.
         """
         self.failed()
         self.assertEqual((0, on_disk(SIZE + RECORD)), (self.index.totals.blocks, self.promised()))
@@ -332,7 +332,7 @@ class FailureTests(ResumingTestCase):
 
     def test_a_daemon_that_starts_goes_on_as_well(self) -> None:
         """
-        What was left in an orderly way is as good as what a crash left.
+        A clean shutdown leaves files as usable as a crash does.
         """
         self.failed()
         self.assertWhole(self.again(), DATA, "MISS")
@@ -340,7 +340,7 @@ class FailureTests(ResumingTestCase):
 
     def test_wrong_bytes_are_not_kept(self) -> None:
         """
-        After a digest that is not the blob's all is fetched anew.
+        After a digest mismatch everything is fetched again.
         """
         self.standin.corrupt(self.digest, bytes(SIZE))
         self.assertEqual("broken", self.get(self.path).ended)
@@ -352,7 +352,7 @@ class FailureTests(ResumingTestCase):
 
     def test_two_daemons_go_on_with_it_as_one(self) -> None:
         """
-        Two daemons on one directory: the one that has the file goes on with it, the other follows.
+        Two daemons on one directory: one of them resumes the file, the other follows.
         """
         self.failed()
         one = self.daemon
@@ -371,7 +371,7 @@ class FailureTests(ResumingTestCase):
 
     def test_a_size_that_changed_under_way_aborts_and_is_believed_afterwards(self) -> None:
         """
-        Clients have been told a length: they are aborted. The next request begins with the new one.
+        Clients have the announced length: they are aborted. The next request begins with the new one.
         """
         self.standin.corrupt(self.digest, DATA[:-EACH])
         reply = self.begun()
@@ -386,7 +386,7 @@ class FailureTests(ResumingTestCase):
 
     def test_another_etag_is_no_matter(self) -> None:
         """
-        The digest proves the whole, whatever the bucket calls its parts.
+        The digest verifies the whole, whatever the bucket's ETag.
         """
         self.standin.hold(self.digest)
         reply = self.get(self.path)

@@ -1,5 +1,5 @@
 """
-What is asked of ECR and its bucket again, when, and how often.
+Which requests to ECR and its bucket are retried, when, and how often.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ BUDGET = Budget(3, 10.0)
 
 class NextTryTests(SynchronousTestCase):
     """
-    When a question is asked again.
+    When a request is retried.
     """
 
     def test_waits_grow_exponentially(self) -> None:
         """
-        At most 1 s before the second try, 2 s before the third, and so on, twice as long each time.
+        At most 1 s before the second attempt, 2 s before the third, and so on, doubling each time.
         """
         most = [next_try(Budget(6, 100), tries, 0, None, 1.0) for tries in range(1, 7)]
         self.assertEqual([1.0, 2.0, 4.0, 8.0, 16.0, None], most)
 
     def test_jitter_is_full(self) -> None:
         """
-        A wait is anything from nothing to the most, so that those who failed together come back apart.
+        A wait is anything from 0 to the maximum, so that requests that failed together come back apart.
         """
         self.assertEqual(
             [0.0, 0.5, 1.0, 2.0], [next_try(BUDGET, 2, 0, None, chance) for chance in (0.0, 0.25, 0.5, 1.0)]
@@ -41,14 +41,14 @@ class NextTryTests(SynchronousTestCase):
 
     def test_tries_are_counted(self) -> None:
         """
-        After the last try there is no other; one try is one.
+        There is none after the last attempt; one attempt means one request.
         """
         self.assertIsNone(next_try(BUDGET, 3, 0, None, 0.5))
         self.assertIsNone(next_try(Budget(1, 10), 1, 0, None, 0.5))
 
     def test_seconds_are_counted(self) -> None:
         """
-        What took long is not tried again, and no wait leads out of the budget.
+        What took long is not retried, and no wait exceeds the budget.
         """
         self.assertIsNone(next_try(BUDGET, 1, 10.0, None, 0.0))
         self.assertIsNone(next_try(BUDGET, 1, 30.0, None, 0.0))
@@ -64,7 +64,7 @@ class NextTryTests(SynchronousTestCase):
 
     def test_all_waits_together_keep_to_the_budget(self) -> None:
         """
-        However the dice fall and whatever upstream says, the last try begins within the budget.
+        Whatever the jitter and whatever upstream says, the last attempt begins within the budget.
         """
         dice = random.Random(7)
         for _ in range(2000):
@@ -82,7 +82,7 @@ class NextTryTests(SynchronousTestCase):
 
     def test_who_gives_up_does_not_try_again(self) -> None:
         """
-        A question that was given up is asked no more, whatever is left of its budget.
+        A cancelled request is not retried, whatever is left of its budget.
         """
         tries = Tries(BUDGET, 0.0)
         tries.give_up()
@@ -91,18 +91,18 @@ class NextTryTests(SynchronousTestCase):
 
 class RetryAfterTests(SynchronousTestCase):
     """
-    What is read from a Retry-After.
+    Parsing Retry-After.
     """
 
     def test_of_seconds(self) -> None:
         """
-        Whole seconds are what they are.
+        Whole seconds are taken literally.
         """
         self.assertEqual((None, 0.0, 7.0), (asked_wait(None, None), asked_wait("0", None), asked_wait("7", "x")))
 
     def test_of_a_moment(self) -> None:
         """
-        A moment counts from the answer's own date; one that has passed is now.
+        A date is relative to the answer's own date; one in the past means now.
         """
         now = "Wed, 25 Nov 2026 07:28:00 GMT"
         self.assertEqual(90.0, asked_wait("Wed, 25 Nov 2026 07:29:30 GMT", now))
@@ -110,7 +110,7 @@ class RetryAfterTests(SynchronousTestCase):
 
     def test_that_makes_no_sense(self) -> None:
         """
-        What can't be read says nothing.
+        An unreadable value is ignored.
         """
         now = "Wed, 25 Nov 2026 07:28:00 GMT"
         for text in ("", "soon", "-1", "1.5", "٣", "Wed, 99 Nov 2026 07:28:00 GMT", "Wed, 25 Nov 2026 07:28:00"):
@@ -134,7 +134,7 @@ class RetryAfterTests(SynchronousTestCase):
 
     def test_is_what_the_client_is_told(self) -> None:
         """
-        A client gets it in whole seconds, never 0, and a guess where upstream gave none.
+        A client gets whole seconds, never 0, and a guess if upstream gave none.
         """
         for status, wait, told in (
             (429, None, "1"),
@@ -148,7 +148,7 @@ class RetryAfterTests(SynchronousTestCase):
 
 class AgainTests(UpstreamTestCase):
     """
-    Questions to ECR, and to the bucket, that fail.
+    Requests to ECR, and to the bucket, that fail.
     """
 
     def setUp(self) -> None:
@@ -162,7 +162,7 @@ class AgainTests(UpstreamTestCase):
 
     def test_failures_that_pass_are_not_seen(self) -> None:
         """
-        429, 500, 502, 503, 504 and a closed connection, once or twice: the question is answered all the same.
+        429, 500, 502, 503, 504 and a closed connection, once or twice: the request still succeeds.
         """
         for name, question in self.questions.items():
             for times in (1, 2):
@@ -176,7 +176,7 @@ class AgainTests(UpstreamTestCase):
 
     def test_failures_that_stay_are_told(self) -> None:
         """
-        After three tries the client is told what ECR's last answer means.
+        After three attempts the client gets an error for ECR's last answer.
         """
         for name, question in self.questions.items():
             for status, told in ((429, 429), (500, 502), (502, 502), (503, 503), (504, 504)):
@@ -189,7 +189,7 @@ class AgainTests(UpstreamTestCase):
 
     def test_what_will_not_pass_is_asked_once(self) -> None:
         """
-        Any other refusal is an answer, and is not asked for again.
+        Any other refusal is an answer, and is not retried.
         """
         for status in (400, 403, 404, 418, 501, 505):
             self.standin.forget_asked()
@@ -200,7 +200,7 @@ class AgainTests(UpstreamTestCase):
 
     def test_a_bucket_is_asked_again(self) -> None:
         """
-        A bucket that fails once or twice gives the blob, without another question to ECR; one that fails on is told.
+        A bucket that fails once or twice sends the blob, without another request to ECR; a lasting failure is reported.
         """
         for times in (1, 2):
             self.standin.throttle("bucket", times=times)
@@ -215,7 +215,7 @@ class AgainTests(UpstreamTestCase):
 
     def test_a_connection_that_can_not_be_made_is_tried_again(self) -> None:
         """
-        Refused connections and names that are not found are tried again, until they are or the tries are over.
+        Refused connections and unresolved names are retried, until they work or the attempts are used up.
         """
         for down in (ConnectionRefusedError(), DNSLookupError("no such name")):
             self.start(chance=0.5)
@@ -233,7 +233,7 @@ class AgainTests(UpstreamTestCase):
 
     def test_a_manifest_that_breaks_off_is_asked_for_again(self) -> None:
         """
-        Of a manifest whose connection breaks in the middle the client sees nothing but the whole.
+        If the connection breaks in the middle of a manifest the client sees only the whole.
         """
         self.standin.break_off(10, service="registry", times=2)
         manifest = self.successResultOf(self.asking(self.daemon.upstream.manifest(self.tag, "")))
@@ -241,7 +241,7 @@ class AgainTests(UpstreamTestCase):
 
     def test_silence_is_not_asked_again_beyond_the_budget(self) -> None:
         """
-        ECR silent for 30 s has had its time: 504. Who gives more time has it asked again.
+        An ECR silent for 30 s has used its time: 504. With a larger budget it is asked again.
         """
         for seconds, asked in ((10.0, 1), (100.0, 3)):
             self.start(budget=Budget(3, seconds))
@@ -266,7 +266,7 @@ class AgainTests(UpstreamTestCase):
 
     def test_a_large_retry_after_is_passed_on_at_once(self) -> None:
         """
-        A Retry-After beyond the budget is the client's to wait for.
+        A Retry-After beyond the budget is passed on to the client.
         """
         self.standin.throttle("registry", retry_after="17")
         problem = self.refused(self.daemon.upstream.manifest(self.tag, ""))
@@ -275,7 +275,7 @@ class AgainTests(UpstreamTestCase):
 
     def test_who_leaves_while_it_waits_ends_it(self) -> None:
         """
-        A question whose asker leaves between two tries is not asked again.
+        If the client disconnects between two attempts, there is no further one.
         """
         self.start(chance=0.5)
         self.standin.fail("registry", status=503, times=1)
@@ -287,7 +287,7 @@ class AgainTests(UpstreamTestCase):
 
     def test_a_new_token_costs_no_more_tries(self) -> None:
         """
-        A refusal of the token between failures is one refresh and one replay; the tries stay three in all.
+        A rejected token between failures costs one refresh and one repetition; the attempts stay three in total.
         """
         self.standin.fail("registry", status=503, times=2)
         self.standin.expire_tokens()
@@ -307,7 +307,7 @@ class AgainTests(UpstreamTestCase):
 
     def test_pulls_do_not_notice(self) -> None:
         """
-        A client that pulls while ECR and the bucket fail now and then gets what it asked for.
+        A client that pulls while ECR and the bucket fail now and then gets what it requested.
         """
         for service in ("registry", "bucket"):
             self.standin.throttle(service, times=2)

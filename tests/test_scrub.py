@@ -1,5 +1,5 @@
 """
-The scrub costs little, and is made by one of the processes on a directory.
+The scrub costs little, and one of the processes on a directory runs it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ sys.stdin.read()
 
 def busy(*_: object) -> None:
     """
-    Meet another process that writes.
+    Behave as if another process is writing.
     """
     raise BusyError("database is locked")
 
@@ -73,7 +73,7 @@ class DirectoryTestCase(SynchronousTestCase):
 
     def bring(self, name: str) -> Digest:
         """
-        Bring a file that no index knows.
+        Add a file that no index knows.
         """
         digest = Digest.of(name.encode())
         path = self.root / content_path(digest)
@@ -93,7 +93,7 @@ class DirectoryTestCase(SynchronousTestCase):
 class PassTests(DirectoryTestCase):
     def compare(self) -> int:
         """
-        Go over the directory, and tell in how many steps.
+        Compare the whole directory, and return the number of steps.
         """
         return sum(1 for _ in scrub(self.store, lambda: None))
 
@@ -109,7 +109,7 @@ class PassTests(DirectoryTestCase):
 
     def test_each_step_is_short(self) -> None:
         """
-        Whatever has become of a folder: all of it is new, is known, or has been deleted.
+        Whatever has happened to a folder: all of it is new, is known, or has been deleted.
         """
         content = self.root / "content"
         for happens in (lambda: self.bring_into_one_folder(2 * PAGE), lambda: None, lambda: shutil.rmtree(content)):
@@ -163,7 +163,7 @@ class ServiceTests(DirectoryTestCase):
 
     def pass_time(self, seconds: float, *indexes: Store) -> None:
         """
-        Let time go by, and the index of each process see what others have done.
+        Advance the clock, and let the index of each process see what others have done.
         """
         for _ in range(int(seconds)):
             self.now += 1
@@ -173,7 +173,7 @@ class ServiceTests(DirectoryTestCase):
 
     def test_processes_that_start_together_need_it_once(self) -> None:
         """
-        And then, too, it is made once in ten minutes, by any of them.
+        Then, too, it runs once in ten minutes, in any of them.
         """
         stores = [self.open() for _ in range(3)]
         services = []
@@ -196,7 +196,7 @@ class ServiceTests(DirectoryTestCase):
 
     def test_one_process_does_it_at_a_time(self) -> None:
         """
-        Others look again each second, without waiting; when that process is killed, another one goes on.
+        Others check each second, without waiting; when that process is killed, another one continues.
         """
         holder = subprocess.Popen(
             [sys.executable, "-c", HOLDER, str(self.root / SCRUBBING)],
@@ -219,7 +219,7 @@ class ServiceTests(DirectoryTestCase):
 
     def test_what_another_process_began_is_not_begun_beside_it(self) -> None:
         """
-        It stops midway when its process ends, and is begun again by who is left.
+        It stops when its process ends, and a remaining process begins again.
         """
         first = self.slowly(self.store)
         other = self.open()
@@ -233,7 +233,7 @@ class ServiceTests(DirectoryTestCase):
 
     def slowly(self, store: Store) -> Scrub:
         """
-        Start a scrub of which each folder takes as long as a step may.
+        Start a scrub for which each folder takes as long as a step may.
         """
         self.bring("one file")
         real, self.slow = store.names, True
@@ -278,7 +278,7 @@ class ServiceTests(DirectoryTestCase):
 
     def test_one_that_another_process_was_in_the_way_of_is_made_again_soon(self) -> None:
         """
-        Until then the limit counts what is known, and no more.
+        Until then the limit counts only what is known.
         """
         self.meets_another_process("adopt")
 

@@ -1,5 +1,5 @@
 """
-How bytes move to a client over TLS: sealed in large pieces, at its pace and within its time.
+Sending to clients over TLS: encrypted in large pieces, at their pace and within their time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONNECTIONS = 8
 
 class MallInfo(ctypes.Structure):
     """
-    What glibc's mallinfo2(3) tells.
+    The result of glibc's mallinfo2(3).
     """
 
     names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
@@ -46,7 +46,7 @@ def taken() -> int:
 
 class ShortRecords:
     """
-    OpenSSL's connection to a client that has asked for records of 512 bytes: RFC 6066, 4.
+    OpenSSL's connection to a client that has requested records of 512 bytes: RFC 6066, 4.
     """
 
     def __init__(self, connection: Any) -> None:
@@ -57,14 +57,14 @@ class ShortRecords:
 
     def send(self, data: memoryview) -> int:
         """
-        Seal a record.
+        Encrypt a record.
         """
         return int(self._connection.send(data[:512]))
 
 
 class SealedTests(DaemonTestCase):
     """
-    A client that speaks TLS at the other end of a pipe, which takes so much and no more.
+    A TLS client at the other end of a pipe of limited capacity.
     """
 
     def setUp(self) -> None:
@@ -76,9 +76,9 @@ class SealedTests(DaemonTestCase):
 
     def connect(self, *, short: bool = False) -> None:
         """
-        Have a client connect, and ask for the blob.
+        Have a client connect, and request the blob.
 
-        @param short: whether it takes short records alone.
+        @param short: whether it accepts only short records.
         """
         factory = TLSMemoryBIOFactory(self.certificate, False, self.daemon.site, self.clock)
         self.protocol: Any = factory.buildProtocol(IPv4Address("TCP", "192.0.2.7", 31337))
@@ -100,7 +100,7 @@ class SealedTests(DaemonTestCase):
 
     def say(self) -> None:
         """
-        Have what the client wants to send arrive.
+        Deliver what the client wants to send.
         """
         with contextlib.suppress(SSL.WantReadError):
             self.connection.protocol.dataReceived(self.client.bio_read(2**16))
@@ -108,9 +108,9 @@ class SealedTests(DaemonTestCase):
 
     def take(self) -> bool:
         """
-        Have the daemon write once, and the client read what the pipe holds; tell whether there was anything.
+        Have the daemon write once, and the client read what the pipe holds; return True if there was anything.
         """
-        self.clock.advance(0)  # Twisted's TLS gathers small writes until then
+        self.clock.advance(0)  # Twisted's TLS batches small writes until then
         if self.connection.turner.writing:
             self.connection.turn()
         came = self.connection.read()
@@ -132,21 +132,18 @@ class SealedTests(DaemonTestCase):
     @property
     def body(self) -> bytes:
         """
-        What the client has of the blob.
+        Return what the client has of the blob.
         """
         return bytes(self.got).partition(b"\r\n\r\n")[2]
 
     def take_all(self) -> None:
         """
-        Have the client read what there is.
+        Have the client read everything that there is.
         """
         while self.take() or self.connection.turner.writing:
             pass
 
     def test_sends_a_cached_blob(self) -> None:
-        """
-        It comes whole.
-        """
         self.get(f"/v2/team/app/blobs/{self.digest}")
         self.connect()
         self.take_all()
@@ -154,7 +151,7 @@ class SealedTests(DaemonTestCase):
 
     def test_a_client_that_asks_for_short_records_gets_all_of_a_cached_blob(self) -> None:
         """
-        Their frames are longer than those of whole records together; nothing of a piece is left behind.
+        Their frames are longer than those of full records; no part of a piece is left behind.
         """
         self.get(f"/v2/team/app/blobs/{self.digest}")
         self.connect(short=True)
@@ -163,7 +160,7 @@ class SealedTests(DaemonTestCase):
 
     def test_a_connection_that_was_sent_a_blob_holds_no_buffer_for_the_next(self) -> None:
         """
-        A fleet keeps its connections: thousands of them would hold a gigabyte.
+        Clients in large fleets keep their connections: thousands of them would hold a gigabyte.
         """
         self.get(f"/v2/team/app/blobs/{self.digest}")
         held, before = [], 0
@@ -174,14 +171,14 @@ class SealedTests(DaemonTestCase):
             held.append((self.protocol, self.connection))
             del self.client, self.got
             gc.collect()
-            if not number:  # what the first one needs is there for all
+            if not number:  # the first one allocates what all need
                 before = taken()
         self.assertLess((taken() - before) / CONNECTIONS, LEAST_PIECE)
         self.assertEqual(CONNECTIONS + 1, self.daemon.crowd.connected)
 
     def test_a_client_that_takes_nothing_is_given_up(self) -> None:
         """
-        Its time begins anew with each piece that it has taken, and not with parts of one.
+        Its timeout restarts with each complete piece that it has read.
         """
         self.get(f"/v2/team/app/blobs/{self.digest}")
         self.connect()
@@ -196,7 +193,7 @@ class SealedTests(DaemonTestCase):
 
     def test_what_tls_has_sealed_by_itself_goes_before_what_comes(self) -> None:
         """
-        It answers a client that changes keys, say: each record has its number, and comes in order.
+        TLS itself answers a key update, for example: each record has its number, and comes in order.
         """
         self.standin.hold(self.digest)
         self.connect()
@@ -213,7 +210,7 @@ class SealedTests(DaemonTestCase):
 
     def test_a_client_that_has_taken_all_is_not_slow(self) -> None:
         """
-        While a bucket sends nothing there is nothing to take: the client's time does not run.
+        While a bucket sends nothing there is nothing to read: the client's timeout is paused.
         """
         self.start(limits=Limits(send_seconds=10))
         self.standin.hold(self.digest)
@@ -232,7 +229,7 @@ class SealedTests(DaemonTestCase):
 
     def test_a_client_that_says_goodbye_is_gone(self) -> None:
         """
-        As Go's clients do when a pull is cancelled, before they close the connection. That is no error.
+        Go's clients send close_notify when a pull is cancelled, before they close the connection. That is no error.
         """
         self.get(f"/v2/team/app/blobs/{self.digest}")
         self.connect()

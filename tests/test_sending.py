@@ -1,5 +1,5 @@
 """
-How bytes move to a client: at its pace, in pieces or by the kernel, and never looking whole when they aren't.
+Sending to clients: at their pace, in pieces or by the kernel, and never looking complete when it isn't.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.test_download import Source as BucketSource
 
 class PieceTests(DaemonTestCase):
     """
-    By way of memory, over a wire that can be slow.
+    Through memory, over a wire that can be slow.
     """
 
     def setUp(self) -> None:
@@ -48,7 +48,7 @@ class PieceTests(DaemonTestCase):
 
     def readings(self) -> list[int]:
         """
-        Note the size of each piece that is read from a file from now on.
+        Record the size of each piece that is read from a file from now on.
         """
         sizes: list[int] = []
         read = os.pread
@@ -87,7 +87,7 @@ class PieceTests(DaemonTestCase):
 
     def test_a_crowd_that_does_not_read_shares_a_bound(self) -> None:
         """
-        The more responses are under way, the less of each is held.
+        The more responses are in flight, the less of each is held.
         """
         self.get(self.path)
         self.daemon.crowd.transferring += 255
@@ -123,7 +123,7 @@ class PieceTests(DaemonTestCase):
 
     def test_a_large_list_is_sent_in_small_pieces(self) -> None:
         """
-        Of tags, of which there may be megabytes, a client that does not read has no more than of anything else.
+        Of a list of tags, which may be megabytes, a client that does not read holds no more than of anything else.
         """
         self.standin.push_image("team/tags", *(f"{number:0>100}" for number in range(900)))
         path = "/v2/team/tags/tags/list"
@@ -139,12 +139,12 @@ class PieceTests(DaemonTestCase):
 
     def test_clients_that_do_not_read_share_what_they_are_sent(self) -> None:
         """
-        What ECR is asked for again, and gives again, is in memory once.
+        Identical answers from ECR are in memory once.
         """
         manifest = json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "text": "x" * MIB}).encode()
         digest = self.standin.push_manifest("team/app", manifest, OCI_MANIFEST, "large")
         self.standin.push_image("team/tags", *(f"{number:0>100}" for number in range(900)))
-        self.start(limit=1000)  # too small to keep anything
+        self.start(limit=1000)  # too small to cache anything
         manifests, pages = list[Any](), list[Any]()
         for reference in (digest, "large", digest):
             asked = Asked(parse_route(f"/v2/team/app/manifests/{reference}", self.daemon.registry), "key")
@@ -158,7 +158,7 @@ class PieceTests(DaemonTestCase):
 
     def test_waiting_costs_nothing(self) -> None:
         """
-        A client that has caught up with a transfer costs no reading until there is more.
+        A client that has caught up with a transfer costs no reads until there is more.
         """
         self.standin.hold(self.digest)
         reply = self.get(self.path)
@@ -170,7 +170,7 @@ class PieceTests(DaemonTestCase):
 
     def test_headers_do_not_wait_for_the_first_byte(self) -> None:
         """
-        The answer's headers leave as soon as the bucket has answered: clients give up without them.
+        The headers leave as soon as the bucket has answered: clients time out without them.
         """
         self.standin.hold(self.digest)
         reply = self.get(self.path)
@@ -178,7 +178,7 @@ class PieceTests(DaemonTestCase):
 
     def test_a_file_that_is_cut_meanwhile_aborts(self) -> None:
         """
-        A cached file that loses its end while it is being sent ends the connection, not the answer.
+        A cached file that is truncated while it is being sent ends the connection, not the answer.
         """
         self.get(self.path)
         client, wire = self.kept_connection()
@@ -211,7 +211,8 @@ class PieceTests(DaemonTestCase):
 
     def test_who_leaves_while_a_thread_reads(self) -> None:
         """
-        A client may leave while a thread reads for it: the file stays open for the thread, and is closed after.
+        A client may disconnect while a thread reads for it: the file stays open for the thread, and is closed
+        afterwards.
         """
         for fails in (False, True):
             self.get(self.path)
@@ -237,7 +238,7 @@ class PieceTests(DaemonTestCase):
 
     def test_nothing_is_read_for_who_has_left(self) -> None:
         """
-        On a slow disk hundreds of reads wait for a thread: those that nobody wants would hold up the others.
+        On a slow disk hundreds of reads wait for a thread: unwanted ones would delay the others.
         """
         self.get(self.path)
         sizes = self.readings()
@@ -265,7 +266,7 @@ class PieceTests(DaemonTestCase):
 
     def kept_connection(self) -> tuple[Raw, End]:
         """
-        Ask for the blob on a connection that is kept for more.
+        Request the blob on a keep-alive connection.
         """
         client = Raw()
         wire = self.daemon.front.connect(client, "proxy.example", 80, secure=False)
@@ -274,11 +275,11 @@ class PieceTests(DaemonTestCase):
 
     def test_a_slow_client_is_not_timed_out(self) -> None:
         """
-        A client that takes minutes for its last piece gets it: the connection's idle time is not the answer's.
+        A client that takes minutes for its last piece gets it: the idle timeout does not apply to answers.
         """
         self.get(self.path)
         client, wire = self.kept_connection()
-        while len(client.got) < 4.5 * MIB:  # the last piece is under way
+        while len(client.got) < 4.5 * MIB:  # the last piece is in flight
             self.daemon.front.move()
         wire.reading = False
         self.pass_time(299)
@@ -289,7 +290,7 @@ class PieceTests(DaemonTestCase):
 
     def test_a_client_that_takes_nothing_is_given_up(self) -> None:
         """
-        After 300 seconds in which a client took nothing its connection is closed, and what it was sent is let go.
+        After 300 seconds without reading its connection is closed, and what it was being sent is released.
         """
         self.get(self.path)
         client, wire = self.kept_connection()
@@ -305,7 +306,7 @@ class PieceTests(DaemonTestCase):
 
     def test_a_client_that_waits_for_ecr_is_not_slow(self) -> None:
         """
-        Who has taken all that has come waits as long as it takes: it is not the client that is slow.
+        A client that has read everything so far waits as long as needed: it is not the client that is slow.
         """
         self.start(limits=Limits(send_seconds=5))
         self.standin.quirks.latency = 20
@@ -318,7 +319,7 @@ class PieceTests(DaemonTestCase):
 
 class Request:
     """
-    As much of a request as a sending uses.
+    The part of a request that a sending uses.
     """
 
     startedWriting, chunked = True, False
@@ -341,7 +342,7 @@ class Request:
 
 class Channel:
     """
-    As much of a channel.
+    The part of a channel that a sending uses.
     """
 
     def __init__(self, transport: Any) -> None:
@@ -387,7 +388,7 @@ class SendTests(SynchronousTestCase):
 
     def test_follows_the_news(self) -> None:
         """
-        What the source has is sent at once, and the end is told when it is done.
+        New data is sent at once, and the end is reported when the source is done.
         """
         for data in (b"ab", b"cd"):
             self.grow(data)
@@ -400,7 +401,7 @@ class SendTests(SynchronousTestCase):
 
     def test_waits_while_paused(self) -> None:
         """
-        News while the client can't take more changes nothing until it can.
+        New data during a pause has no effect until the client reads.
         """
         self.request.producer.pauseProducing()
         self.grow(b"abc")
@@ -410,7 +411,7 @@ class SendTests(SynchronousTestCase):
 
     def test_news_overtake_nothing(self) -> None:
         """
-        What a source has new while a piece is being handed over comes behind that piece.
+        New data that arrives while a piece is being written comes after it.
         """
         sent = self.source.sent
 
@@ -425,7 +426,7 @@ class SendTests(SynchronousTestCase):
 
     def test_a_transfer_that_ends_while_its_client_rests(self) -> None:
         """
-        The last byte of an uncached transfer comes last, also when the proof is made while its client reads on.
+        The last byte of an uncached transfer comes last, also if verification ends while its client reads on.
         """
         data = noise("x", 3 * MIB)
         hands = Hands()
@@ -457,7 +458,7 @@ class SendTests(SynchronousTestCase):
 
     def test_ends_when_the_client_leaves(self) -> None:
         """
-        A client that leaves ends the sending, once, and later news are nobody's.
+        A client that disconnects ends the sending, once, and later notifications are ignored.
         """
         producer = self.request.producer
         self.request.channel = None
@@ -470,7 +471,7 @@ class SendTests(SynchronousTestCase):
 
     def test_ends_when_it_is_cancelled(self) -> None:
         """
-        Who cancels the sending lets go of its source.
+        Cancelling the sending releases its source.
         """
         self.sending.cancel()
         self.failureResultOf(self.sending, ConnectionDone, CancelledError)
@@ -478,7 +479,7 @@ class SendTests(SynchronousTestCase):
 
     def test_way_is_chosen_by_what_is_beneath(self) -> None:
         """
-        The kernel sends to plain sockets with a length told; over TLS, in chunks and elsewhere pieces are sent.
+        The kernel sends to plain sockets with a known length; over TLS, in chunks and elsewhere pieces are sent.
         """
         chosen: list[type] = []
         self.patch(PieceSending, "start", lambda sending: chosen.append(type(sending)))
@@ -522,7 +523,7 @@ class Reactor:
 
 class PipeSocket:
     """
-    The writing end of a pipe, which a connection takes for its socket: like one it takes so much and no more.
+    The writing end of a pipe in the place of a connection's socket: like that, its capacity is limited.
     """
 
     def __init__(self) -> None:
@@ -551,7 +552,7 @@ class PipeSocket:
 
 class PipeConnection(Connection):
     """
-    Twisted's own TCP connection over a pipe: with a file descriptor, as the kernel wants one, and no socket.
+    Twisted's own TCP connection over a pipe: with a file descriptor, as the kernel needs, and no socket.
     """
 
     def __init__(self, protocol: Any, reactor: Reactor) -> None:
@@ -585,7 +586,7 @@ class PipeConnection(Connection):
 
     def read(self) -> bool:
         """
-        Read what the pipe holds; tell whether there was anything.
+        Read what the pipe holds; return True if there was anything.
         """
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self.pipe.out, 2**16):
@@ -635,7 +636,7 @@ class KernelTests(DaemonTestCase):
 
     def ask(self, *headers: str, path: str = "") -> None:
         """
-        Send a request and let happen what can, without reading.
+        Send a request and flush, without reading.
         """
         lines = [f"GET {path or self.path} HTTP/1.1", "Host: x", *headers, "", ""]
         self.connection.protocol.dataReceived("\r\n".join(lines).encode())
@@ -664,7 +665,7 @@ class KernelTests(DaemonTestCase):
     @property
     def bodies(self) -> list[bytes]:
         """
-        The bodies that were received, by their Content-Length, the last as far as it came.
+        Return the received bodies, by their Content-Length, the last as far as it came.
         """
         found, rest = [], bytes(self.connection.received)
         while rest:
@@ -676,7 +677,7 @@ class KernelTests(DaemonTestCase):
 
     def sendfiles(self) -> list[int]:
         """
-        Note what the kernel sends at once from now on.
+        Record what the kernel sends at once from now on.
         """
         sent: list[int] = []
         really = os.sendfile
@@ -690,7 +691,7 @@ class KernelTests(DaemonTestCase):
 
     def test_sends_a_cached_blob(self) -> None:
         """
-        A cached blob goes from file to socket whole, without its bytes being read by us.
+        A cached blob goes from file to socket whole, and we don't read its bytes.
         """
         self.get(self.path)
         sent = self.sendfiles()
@@ -699,12 +700,12 @@ class KernelTests(DaemonTestCase):
         self.read()
         self.assertEqual([self.data], self.bodies)
         self.assertEqual(len(self.data), sum(sent))
-        self.pass_time(1)  # lines of a rush are gathered
+        self.pass_time(1)  # lines are batched under load
         self.assertEqual(2, self.logged().count(f"GET {self.path} 200 {len(self.data)} bytes"))
 
     def test_a_known_request_is_sent_at_once_and_its_rest_as_any(self) -> None:
         """
-        Its head, and as much of the file as the client takes, in the turn in which it was asked for.
+        Its head, and as much of the file as the client accepts, in the turn of the request.
         """
         self.get(self.path)
         self.ask()
@@ -738,8 +739,8 @@ class KernelTests(DaemonTestCase):
 
     def test_sends_several_ranges(self) -> None:
         """
-        The parts go from file to socket, in whatever order, and only their heads are written by us; the file that is
-        not in memory is read in a thread, before each part anew.
+        The parts go from file to socket, in whatever order, and we write only their heads; data that is not in memory
+        is read in a thread, again before each part.
         """
         self.get(self.path)
         sent, warmed = self.sendfiles(), []
@@ -762,7 +763,7 @@ class KernelTests(DaemonTestCase):
 
     def test_nothing_but_threads_waits_for_the_disk(self) -> None:
         """
-        What the kernel lacks in the middle of a piece is read by a thread, which has it read on as well.
+        Data that is missing in the middle of a piece is read by a thread, which also reads ahead.
         """
         cold, threads, advised = [range(100_000, 200_000)], list[bool](), list[bool]()
         pread, sendfile = os.pread, os.sendfile
@@ -802,7 +803,7 @@ class KernelTests(DaemonTestCase):
 
     def test_sends_a_range(self) -> None:
         """
-        Of a range exactly its bytes are sent.
+        Exactly the range's bytes are sent.
         """
         self.get(self.path)
         self.ask("Range: bytes=1000000-1999999")
@@ -812,7 +813,7 @@ class KernelTests(DaemonTestCase):
 
     def test_follows_a_transfer(self) -> None:
         """
-        A blob that arrives is sent as it comes, its last byte once it is proved; waiting costs no turns.
+        A blob in transfer is sent as it arrives, its last byte once it is verified; waiting costs no turns.
         """
         self.standin.hold(self.digest)
         self.ask()
@@ -832,7 +833,7 @@ class KernelTests(DaemonTestCase):
 
     def test_the_next_request_is_answered(self) -> None:
         """
-        After a body that the kernel sent the connection serves on, pipelined requests included.
+        After a body that the kernel sent the connection goes on, pipelined requests included.
         """
         self.get(self.path)
         self.ask()
@@ -840,7 +841,7 @@ class KernelTests(DaemonTestCase):
         self.ask(path="/v2/")
         self.read()
         self.assertEqual([self.data, self.data[:10], b"{}\n"], self.bodies)
-        # The channel is told again when the client doesn't read.
+        # The channel is notified again when the client doesn't read.
         self.assertIsInstance(self.connection.producer, HTTPChannel)
         self.ask()
         self.read()
@@ -848,7 +849,7 @@ class KernelTests(DaemonTestCase):
 
     def test_a_client_that_does_not_read_costs_nothing(self) -> None:
         """
-        What a slow client has not taken stays in the file: nothing is held for it.
+        What a slow client has not read stays in the file: nothing is held for it.
         """
         self.get(self.path)
         sent = self.sendfiles()
@@ -863,7 +864,7 @@ class KernelTests(DaemonTestCase):
 
     def test_a_client_that_takes_nothing_is_given_up(self) -> None:
         """
-        Its time begins anew with each piece that it takes, and with what it has all taken it does not run.
+        Its timeout restarts with each piece that it reads, and is paused when it has read everything.
         """
         self.standin.hold(self.digest)
         self.ask()
@@ -885,7 +886,7 @@ class KernelTests(DaemonTestCase):
 
     def test_a_client_that_has_taken_all_is_not_slow(self) -> None:
         """
-        While a bucket sends nothing there is nothing to take: the client's time does not run.
+        While a bucket sends nothing there is nothing to read: the client's timeout is paused.
         """
         self.connection = self.connect(self.start(limits=Limits(send_seconds=10)))
         self.standin.hold(self.digest)
@@ -902,7 +903,7 @@ class KernelTests(DaemonTestCase):
 
     def test_an_uncached_blob_is_sent_too(self) -> None:
         """
-        What is in no file is sent from memory in the same place, in order.
+        Bytes without a file are sent from memory in the same place, in order.
         """
         daemon = self.start(limit=1000)
         self.connection = self.connect(daemon)
@@ -926,7 +927,7 @@ class KernelTests(DaemonTestCase):
 
     def test_who_leaves_lets_go(self) -> None:
         """
-        A client that leaves in the middle lets go of the file.
+        A client that disconnects in the middle releases the file.
         """
         self.get(self.path)
         self.ask()
@@ -939,7 +940,7 @@ class KernelTests(DaemonTestCase):
 
     def aborted(self) -> None:
         """
-        Check that the connection was aborted with the answer incomplete.
+        Assert that the connection was aborted with the answer incomplete.
         """
         self.clock.advance(0)
         self.assertTrue(self.connection.disconnecting or self.connection.disconnected or self.aborts)
@@ -964,7 +965,7 @@ class KernelTests(DaemonTestCase):
 
     def test_wrong_bytes_abort(self) -> None:
         """
-        What turns out to be another blob ends the connection short of its last byte.
+        A digest mismatch ends the connection short of the last byte.
         """
         wrong = self.data[:-1] + bytes([self.data[-1] ^ 1])
         self.standin.corrupt(self.digest, wrong)
@@ -976,7 +977,7 @@ class KernelTests(DaemonTestCase):
 
     def test_a_file_that_is_cut_meanwhile_ends_the_connection(self) -> None:
         """
-        A file that loses its end while it is sent ends the connection.
+        A file that is truncated while it is sent ends the connection.
         """
         self.get(self.path)
         self.watch_aborts()
@@ -991,7 +992,7 @@ class KernelTests(DaemonTestCase):
 
     def test_a_disk_that_fails_meanwhile_ends_the_connection(self) -> None:
         """
-        A read of the kernel's that fails ends the connection.
+        A failed read of the kernel's ends the connection.
         """
         self.get(self.path)
         self.watch_aborts()
@@ -1008,7 +1009,7 @@ class KernelTests(DaemonTestCase):
 
     def test_news_after_the_end_are_nobodys(self) -> None:
         """
-        A transfer that goes on after its client has left does not disturb the connection's remains.
+        A transfer that goes on after its client has left does not disturb the closed connection.
         """
         self.standin.hold(self.digest)
         self.ask()

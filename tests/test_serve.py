@@ -20,7 +20,7 @@ class ServeTests(SynchronousTestCase):
 
     def test_each_kind_of_flag_reaches_the_daemon_as_it_was_given(self) -> None:
         """
-        The daemon's own command line is made of them: values, several endpoints, and flags with their contrary.
+        Values, several endpoints, and flags with a negative form.
         """
         given = ["--port=8080", "--listen=tcp:1", "--listen=tcp:2", "--no-instance-auth", "--read-ahead"]
         self.caller.call("serve", *given)
@@ -33,7 +33,7 @@ class ServeTests(SynchronousTestCase):
 
     def test_what_is_wrong_with_a_setting_is_the_daemons_to_say(self) -> None:
         """
-        It says so in its log too, with its exit status: the command does not look at values.
+        It logs errors too, with its exit status: the command does not check values.
         """
         self.caller.variables["PROXY_PORT"] = "many"
         self.caller.call("serve", "--cache-limit=nothing")
@@ -42,7 +42,7 @@ class ServeTests(SynchronousTestCase):
 
     def test_takes_no_url_of_a_daemon_that_runs(self) -> None:
         """
-        It is none of the settings.
+        That is no setting.
         """
         self.caller.call("serve", "--admin-url=http://localhost:5001")
         self.assertEqual(2, self.caller.status)

@@ -1,5 +1,5 @@
 """
-The configuration file, and what C{ecr-proxy config} makes of it.
+The configuration file, and C{ecr-proxy config}.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAMES = tuple(name for name in EXAMPLES if name != CONFIG)
 
 def parsed(text: str) -> dict[str, str]:
     """
-    The texts of settings in a file.
+    Return the texts of settings in a file.
     """
     return {name: text for name, (text, _) in parse_file("x.toml", text.encode()).settings.items()}
 
@@ -47,7 +47,7 @@ class FileTests(SynchronousTestCase):
 
     def test_gives_way_to_variables_and_flags(self) -> None:
         """
-        One file serves machines that differ in a setting. An empty variable is none.
+        One file serves machines that differ in a setting. An empty variable counts as unset.
         """
         file = parse_file("x.toml", b"port = 1\nconnections = 2\ntransfers = 3")
         config = Config.load({"port": "80"}, {**MINIMUM, "PROXY_CONNECTIONS": "90", "PROXY_TRANSFERS": ""}, file)
@@ -60,7 +60,7 @@ class FileTests(SynchronousTestCase):
 
     def test_all_that_is_wrong_is_told_at_once(self) -> None:
         """
-        What is no setting, with what may be meant, and values that no setting has.
+        Unknown settings, with a suggestion, and invalid values.
         """
         text = 'cache-limt = 1\nPROXY_PORT = 2\nmoon = 3\nconfig = "y.toml"\nport = {a = 1}\nlisten = ["tcp:1", 2]\n'
         form = "give a text, a number, true, false, or a list of texts"
@@ -111,7 +111,7 @@ class RegistriesTests(SynchronousTestCase):
 
     def test_the_default_comes_first_and_is_what_the_settings_say(self) -> None:
         """
-        AWS_REGION, which is set on many machines for other reasons, says nothing about a table.
+        AWS_REGION, which is set on many machines for other reasons, does not affect a table.
         """
         config = self.load(f'[registry."{self.TWO}"]\n[registry."{self.ONE}"]\ndefault = true', AWS_REGION="us-west-1")
         self.assertEqual([self.ONE, self.TWO], [each.name for each in config.registries])
@@ -144,14 +144,14 @@ class RegistriesTests(SynchronousTestCase):
 
     def test_the_region_of_a_table_counts_where_a_setting_names_its_registry(self) -> None:
         """
-        An endpoint that does not tell it needs no AWS_REGION then.
+        An endpoint without a region in its name needs no AWS_REGION then.
         """
         text = '[registry."ecr.test"]\nregion = "eu-west-1"'
         self.assertEqual("eu-west-1", self.load(text, PROXY_ECR_ENDPOINT="ecr.test").region)
 
     def test_a_setting_names_several_and_the_first_is_the_default(self) -> None:
         """
-        Each is what a table without keys would be, or the table that it has.
+        Each is what a table without keys would be, or the table that exists.
         """
         both = f"{self.ONE}\n  https://{self.TWO}"
         one, two = self.load("", PROXY_ECR_ENDPOINT=both, AWS_REGION="eu-west-1").registries
@@ -173,7 +173,7 @@ class RegistriesTests(SynchronousTestCase):
 
     def test_are_handed_on_to_workers(self) -> None:
         """
-        Who read no file, which may say something else by then.
+        Workers read no file, which may have changed by then.
         """
         text = f'[registry."{self.TWO}"]\ndefault = true\nhosts = ["a.test"]'
         filed = parse_file("x.toml", text.encode())
@@ -182,7 +182,7 @@ class RegistriesTests(SynchronousTestCase):
 
     def test_whatever_a_file_says_has_room_in_the_environment_of_a_worker(self) -> None:
         """
-        Linux has 128 KiB for a variable, its name and its end included. In ASCII, a letter of two bytes takes six.
+        Linux allows 128 KiB for a variable, including its name and its end. In ASCII, a letter of two bytes takes six.
         """
         for each in ("\u00e9", "\U0001f40b", '"', "\\\\"):
             written = "'" + each * ((LIMIT - 1000) // len(each.encode())) + "'"
@@ -406,7 +406,7 @@ password-file = "/x"  # {hub}.password-file
 
     def test_the_recipes_of_clients_name_the_registries_of_the_daemons(self) -> None:
         """
-        C{buildkitd.toml}, whose BuildKit tells by C{ns} which one it means, and C{registries.conf}, by path prefixes.
+        C{buildkitd.toml}, where BuildKit names the registry by C{ns}, and C{registries.conf}, by path prefixes.
         """
         recipes = Path(__file__).parent.parent / "deploy/registries"
         daemon, buildkit, podman = (

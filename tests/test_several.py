@@ -45,7 +45,7 @@ class SeveralTestCase(DaemonTestCase):
 
     def status(self) -> dict[str, Any]:
         """
-        Read /status.json of the parent.
+        Return /status.json of the parent.
         """
         reply = self.several.ask_admin("/status.json")
         self.assertEqual(200, reply.code)
@@ -54,7 +54,7 @@ class SeveralTestCase(DaemonTestCase):
 
     def second(self) -> None:
         """
-        Let workers tell what they have counted.
+        Let workers report their counts.
         """
         self.several.pass_time(int(TELL_SECONDS))
 
@@ -62,7 +62,7 @@ class SeveralTestCase(DaemonTestCase):
 class FiguresTests(SeveralTestCase):
     def test_requests_of_all_workers_are_counted(self) -> None:
         """
-        Once each, no more than a second late; so are requests upstream.
+        Once each, no more than a second late; so are upstream requests.
         """
         for daemon in (*self.several.daemons, self.several.daemons[0]):
             self.assertWhole(daemon.ask("GET", self.blob), self.data)
@@ -79,7 +79,7 @@ class FiguresTests(SeveralTestCase):
 
     def test_gauges_become_one_by_what_they_mean(self) -> None:
         """
-        Clients and transfers add up; of what each knows of the same directory, one is told; of tokens, the worst.
+        Clients and transfers are added; of values about the same directory, one is used; of tokens, the worst.
         """
         self.several.daemons[0].ask("GET", self.blob)
         for number, daemon in enumerate(self.several.daemons):
@@ -153,7 +153,7 @@ class FiguresTests(SeveralTestCase):
 
     def test_a_worker_waits_for_a_parent_that_is_slow(self) -> None:
         """
-        It goes on counting, and tells all of it when the parent has caught up.
+        It goes on counting, and reports everything when the parent has caught up.
         """
         worker = self.several.machine.running[0]
         worker.channel._flow.pauseProducing()  # noqa: SLF001
@@ -186,7 +186,7 @@ class StatusTests(SeveralTestCase):
 
     def test_what_went_wrong_in_a_worker_is_told(self) -> None:
         """
-        With what is only a part of a character escaped, so that the page can show it.
+        With lone surrogates escaped, so that the page can show it.
         """
         incidents = self.several.daemons[1].status.incidents
         for _ in range(3):
@@ -198,8 +198,8 @@ class StatusTests(SeveralTestCase):
 
     def test_readiness_is_that_of_all(self) -> None:
         """
-        As long as one worker can't serve, some clients are refused, and the operator's port says so; each worker's own
-        port speaks of that worker alone.
+        As long as one worker can't serve, some clients are rejected, and the admin port says so; each worker's own port
+        reports only that worker.
         """
         self.assertEqual(200, self.several.ask_admin("/readyz").code)
         worse, better = self.several.daemons
@@ -230,12 +230,12 @@ class StatusTests(SeveralTestCase):
 
 class DirectoryTests(SeveralTestCase):
     """
-    The directory that all workers have.
+    The directory that all workers share.
     """
 
     def test_what_one_brought_the_other_has(self) -> None:
         """
-        With the permission: it asks nobody.
+        With the permission: it sends no request.
         """
         one, other = self.several.daemons
         self.assertWhole(one.ask("GET", self.blob), self.data, "MISS")
@@ -245,7 +245,7 @@ class DirectoryTests(SeveralTestCase):
 
     def test_a_cold_blob_is_brought_once(self) -> None:
         """
-        By the worker that is asked first; clients of the other have its bytes as they come.
+        By the worker that is asked first; clients of the other get its bytes as they arrive.
         """
         self.standin.hold(self.digest)
         exchanges = [daemon.send("GET", self.blob) for daemon in self.several.daemons]
@@ -259,7 +259,7 @@ class DirectoryTests(SeveralTestCase):
 
     def test_a_worker_drops_what_was_altered(self) -> None:
         """
-        Whichever meets it; the next request gets it anew, from any of them.
+        Whichever finds it; the next request fetches it again, in any of them.
         """
         one, other = self.several.daemons
         one.ask("GET", self.blob)
@@ -290,7 +290,7 @@ class DirectoryTests(SeveralTestCase):
 
 class TagsTests(SeveralTestCase):
     """
-    What ECR said of a tag to one worker, when another can't ask.
+    What ECR told one worker about a tag, when another can't ask.
     """
 
     def setUp(self) -> None:
@@ -320,7 +320,7 @@ class TagsTests(SeveralTestCase):
 
     def test_answers_that_come_late_to_one_change_nothing_of_what_another_was_told_since(self) -> None:
         """
-        What counts is when ECR was asked, by whichever worker.
+        The time when ECR was asked counts, whichever worker asked.
         """
         one, other = self.several.daemons
         asked = Asked(parse_route(self.path, one.registry), self.path, frozenset({OCI_MANIFEST}))
@@ -353,7 +353,7 @@ class TagsTests(SeveralTestCase):
 
     def moment(self) -> int:
         """
-        The number of a question that is asked now.
+        Return the number of a request that is sent now.
         """
         return round(self.daemon.now() * 1e6)
 
@@ -362,8 +362,7 @@ class TagsTests(SeveralTestCase):
 
     def test_answers_to_clients_of_each_worker_are_known_to_all_and_after_a_start(self) -> None:
         """
-        ECR converts manifests: clients of different types are given different ones. No worker takes away what another
-        was told.
+        ECR converts manifests: clients of different types get different ones. No worker removes what another was told.
         """
         one, other = self.several.daemons
         digests = {}
@@ -380,7 +379,7 @@ class TagsTests(SeveralTestCase):
 
     def test_a_disk_that_hangs_keeps_no_worker_from_what_it_knows(self) -> None:
         """
-        The index is asked for a second.
+        The index has a second to answer.
         """
         hands = Hands()
         daemon = self.start(disk=Disk.of(hands))

@@ -50,7 +50,7 @@ class DiskTestCase(DaemonTestCase):
 
     def bounded(self, hands: Hands, size: int = 8) -> Callable[..., Deferred[Any]]:
         """
-        Make threads that work when told to, and are not waited for for ever.
+        Return threads that work when told to, and have a timeout.
         """
         hands.idle = False
         return Bounded(hands, size, SECONDS, self.clock)
@@ -82,7 +82,7 @@ class BrokenTests(DiskTestCase):
 
     def test_what_a_tag_leads_to_is_written_once_that_can_be(self) -> None:
         """
-        However often the tag is asked for meanwhile: else the image of before would be served when ECR is silent.
+        However often the tag is requested meanwhile: otherwise the previous image would be served when ECR is silent.
         """
 
         def writing(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
@@ -132,7 +132,7 @@ class BrokenTests(DiskTestCase):
 
     def test_a_tag_that_ecr_has_not_is_forgotten_though_it_cannot_be_read_what_is_known_of_it(self) -> None:
         """
-        As after a start, when the memory knows nothing of it.
+        As after a start, when it is not in memory.
         """
 
         def reading(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
@@ -149,7 +149,7 @@ class BrokenTests(DiskTestCase):
 
     def test_what_a_slow_disk_could_not_give_in_time_it_gives_where_upstream_gives_nothing(self) -> None:
         """
-        The disk is looked at once more before a client is refused what the cache has.
+        The disk is read again before a client is refused cached content.
         """
 
         def reading(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
@@ -171,7 +171,7 @@ class BrokenTests(DiskTestCase):
 
     def test_where_the_disk_gives_nothing_either_a_client_is_told_what_upstream_has_said(self) -> None:
         """
-        The disk is looked at twice, and a refusal is no reason for that.
+        The disk is read twice, and a refusal is no reason for that.
         """
 
         def reading(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
@@ -186,7 +186,7 @@ class BrokenTests(DiskTestCase):
 
     def test_a_tag_that_many_ask_for_is_written_once_or_twice(self) -> None:
         """
-        Not once for each of them: whatever comes after would wait for all of that.
+        Not once for each request: later writes would wait for all of that.
         """
         for broken in (False, True):
             tried, hands = list[object](), Hands()
@@ -209,7 +209,7 @@ class BrokenTests(DiskTestCase):
 
     def test_a_file_that_cannot_be_made_leaves_neither_a_connection_nor_a_promise(self) -> None:
         """
-        Whatever the reason, such as that no thread can be started. The bucket's headers have come by then.
+        Whatever the reason, such as that no thread can be started. The bucket's headers have arrived by then.
         """
 
         for size in (500_000, 3_000_000):
@@ -275,7 +275,7 @@ class SlowTests(DiskTestCase):
 
     def test_many_who_miss_do_not_wait_for_each_other_at_the_disk(self) -> None:
         """
-        Each call returns in time, but each has to wait for all before it: who has waited for long needs no disk.
+        Each call returns in time, but each waits for all before it: after a long wait a request does without the disk.
         """
         hands = Hands()
         threads = self.bounded(hands, 1)
@@ -322,7 +322,7 @@ class SlowTests(DiskTestCase):
 
     def test_a_large_file_is_flushed_a_piece_at_a_time(self) -> None:
         """
-        However long all of it takes: no call has more to do than is done in its time.
+        However long all of it takes: no call does more than fits its time.
         """
         hands = Hands()
         self.patch(download, "PIECE", 2**20)
@@ -478,7 +478,7 @@ class JoiningTests(DiskTestCase):
 
 class HungTests(DiskTestCase):
     """
-    No call to the disk returns any more.
+    No disk call returns any longer.
     """
 
     def hang(self) -> Hands:
@@ -489,7 +489,7 @@ class HungTests(DiskTestCase):
 
     def patiently(self, path: str, **headers: str) -> Reply:
         """
-        Ask, and wait for as long as it takes.
+        Send a request, and wait as long as it takes.
         """
         reply = self.get(path, **headers)
         for _ in range(120):
@@ -522,7 +522,7 @@ class HungTests(DiskTestCase):
 
     def test_what_is_cached_is_pulled_also_if_no_read_returns(self) -> None:
         """
-        Threads that write still see that it is there. It is sent and not kept.
+        Threads that write still see that it is there. It is sent uncached.
         """
         hands = Hands()
         self.start(disk=Disk(self.bounded(hands), at_once, at_once, at_once, at_once, at_once))
@@ -533,7 +533,7 @@ class HungTests(DiskTestCase):
 
     def test_what_is_cached_is_pulled_also_if_no_file_can_be_hashed(self) -> None:
         """
-        A file of another size than was told has to be.
+        A file of another size than announced has to be hashed.
         """
         digest = self.pulled.rpartition("/")[2]
         with self.file_of(digest).open("r+b") as file:
@@ -555,7 +555,7 @@ class HungTests(DiskTestCase):
         bounded = self.bounded(hands)
         self.start(disk=Disk(at_once, bounded, bounded, bounded, at_once, hands))
         reply = self.get(self.unknown)
-        for _ in range(3):  # what is left over, the file, the first bytes
+        for _ in range(3):  # leftovers, the file, the first bytes
             hands.work()
             self.flush()
         hands.work()

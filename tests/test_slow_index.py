@@ -1,5 +1,5 @@
 """
-An index that takes long to be written delays nobody who does not need it.
+An index that is slow to write delays only what needs it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def leads_to(digest: Digest) -> Entry:
 
 class IndexTests(SynchronousTestCase):
     """
-    An index that another thread writes, which has not come to it yet.
+    An index with a writer thread that has not run yet.
     """
 
     def setUp(self) -> None:
@@ -102,7 +102,7 @@ class IndexTests(SynchronousTestCase):
 
     def test_room_that_there_may_not_be_is_waited_for_and_not_for_long(self) -> None:
         """
-        What is written after that promises nothing, and the next who comes does not wait at all.
+        A later write reserves nothing, and the next request does not wait at all.
         """
         self.assertRaises(BusyError, self.index.reserve, Reservation("one"), BLOCK, 2 * BLOCK)
         before = self.kicks
@@ -129,7 +129,7 @@ class IndexTests(SynchronousTestCase):
 
     def test_who_is_refused_at_once_leaves_nothing_to_be_written(self) -> None:
         """
-        A thousand pulls while another process writes for long drive nothing out of the line.
+        A thousand pulls while another process writes for long displace nothing from the queue.
         """
         self.assertRaises(BusyError, self.index.reserve, Reservation("one"), LIMIT, LIMIT)
         kicks = self.kicks
@@ -173,7 +173,7 @@ class IndexTests(SynchronousTestCase):
 
     def test_what_another_process_purged_while_uses_waited_is_forgotten(self) -> None:
         """
-        What was told meanwhile is written after them, and it shows a second later that it waited.
+        Data that was read meanwhile is written after them, and a second later it is clear that it waited.
         """
         other = Index(self.root, lambda: START)
         self.addCleanup(other.close)
@@ -195,7 +195,7 @@ class IndexTests(SynchronousTestCase):
 
     def test_what_waited_while_very_much_was_purged_is_forgotten(self) -> None:
         """
-        It is not known any more what that was.
+        It is no longer known what was purged.
         """
         other = Index(self.root, lambda: START)
         self.addCleanup(other.close)
@@ -240,7 +240,7 @@ class IndexTests(SynchronousTestCase):
 class ScribeTests(SynchronousTestCase):
     def test_one_thread_writes(self) -> None:
         """
-        And goes on when one change fails.
+        It goes on when one change fails.
         """
         root = scratch(self)
         root.mkdir()
@@ -285,7 +285,7 @@ class PullTests(DaemonTestCase):
 
     def test_what_there_may_be_no_room_for_is_pulled_and_not_kept(self) -> None:
         """
-        The log has one line of it.
+        The log has one line about it.
         """
         self.start(limit=2_000_000)
         self.hang()

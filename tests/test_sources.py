@@ -1,5 +1,5 @@
 """
-Where the bytes of a response come from: memory, or a finished file.
+The sources of response bytes: memory, or a complete file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.store_contract import START, put, scratch
 class HeldTests(SynchronousTestCase):
     def test_gives_what_it_holds(self) -> None:
         """
-        Bytes in memory are given in pieces of any size, to their end.
+        Bytes in memory are returned in pieces of any size, to their end.
         """
         held = Held(b"abcdef")
         held.listen(lambda: self.fail("bytes in memory have no news"))
@@ -33,7 +33,7 @@ class HeldTests(SynchronousTestCase):
 class ShelvedTests(SynchronousTestCase):
     def test_reads_a_range_and_lets_go(self) -> None:
         """
-        A finished file's range is read to its end, and the file closed with it.
+        A complete file's range is read to its end, and the file closed with it.
         """
         store = Store(scratch(self), lambda: START)
         store.prepare()

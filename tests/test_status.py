@@ -1,5 +1,5 @@
 """
-How the daemon stands, asked over HTTP.
+The daemon's status, over HTTP.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class StatusTestCase(DaemonTestCase):
 
     def status(self, query: str = "") -> dict[str, Any]:
         """
-        Read the document.
+        Return the document.
         """
         reply = self.daemon.ask_admin(f"/status.json{query}")
         self.assertEqual((200, "application/json"), (reply.code, reply.header("Content-Type")))
@@ -44,7 +44,7 @@ class DocumentTests(StatusTestCase):
 
     def test_tells_of_what_is_on_its_way_and_who_follows(self) -> None:
         """
-        Two clients follow one transfer; when one leaves, one does; when it has ended, it is not told any more.
+        Two clients follow one transfer; when one disconnects, one follows; when it has ended, it is no longer listed.
         """
         self.standin.hold(self.digest)
         replies = [self.daemon.send("GET", self.blob) for _ in range(2)]
@@ -93,7 +93,7 @@ class DocumentTests(StatusTestCase):
 
     def test_tells_what_went_through(self) -> None:
         """
-        What went through is in the history once its sample is taken.
+        Traffic is in the history once its sample is taken.
         """
         self.assertEqual([], self.status()["history"])
         for _ in range(4):
@@ -120,7 +120,7 @@ class DocumentTests(StatusTestCase):
 
     def test_tells_what_failed_and_for_whom(self) -> None:
         """
-        As often as it did; what the registry does not have did not fail.
+        Each is counted; a 404 of the registry is no failure.
         """
         self.standin.fail("registry", status=500)
         began = self.daemon.now()
@@ -137,7 +137,8 @@ class DocumentTests(StatusTestCase):
 
     def test_who_is_not_let_in_writes_nothing_there(self) -> None:
         """
-        Whoever reaches the port may find it full: it is told how often, and not for what. No other row goes for that.
+        Any client that reaches the port could fill it: rejected clients are counted without details. No other row is
+        displaced.
         """
         self.start(limits=Limits(connections=1))
         self.standin.fail("registry", status=500)
@@ -159,7 +160,7 @@ class DocumentTests(StatusTestCase):
 
     def test_tells_how_good_the_token_is(self) -> None:
         """
-        When it expires, and when the next is due; and not the token.
+        Its expiry, and the time of the next refresh; not the token itself.
         """
         token = self.status()["token"]
         self.assertIsNone(token["problem"])
@@ -169,7 +170,7 @@ class DocumentTests(StatusTestCase):
 
     def test_tells_how_well_ecr_answers(self) -> None:
         """
-        Circuit, last answer, queues and outcomes; what went wrong is among the incidents.
+        Circuit, last answer, queues and outcomes; errors are among the incidents.
         """
         self.assertIsNone(self.status()["upstream"]["answered_seconds"])
         self.get(self.blob)
@@ -203,7 +204,7 @@ class DocumentTests(StatusTestCase):
 
     def test_does_not_grow_with_what_clients_do(self) -> None:
         """
-        Many repositories, files and transfers are told of up to a number.
+        The numbers of repositories, files and transfers are limited.
         """
         digests = [self.standin.push_blob(f"team/{number}", noise(f"{number}", 100)) for number in range(80)]
         for number, digest in enumerate(digests * 2):
@@ -213,20 +214,18 @@ class DocumentTests(StatusTestCase):
         self.assertLess(TRANSFERS, 1000)
 
     def test_has_no_paths_below(self) -> None:
-        """
-        What is not there is not there.
-        """
         self.assertEqual(404, self.daemon.ask_admin("/status.json/more").code)
 
 
 class PortTests(StatusTestCase):
     """
-    From where a browser may ask.
+    Which browsers may send requests.
     """
 
     def test_no_other_site_may_read_it(self) -> None:
         """
-        Nothing on this port has the header that lets other sites' scripts read, nor is it taken for something else.
+        Nothing on this port has the header that allows other sites' scripts to read, nor can it be taken for another
+        type.
         """
         for path in ("/status.json", "/metrics", "/readyz", "/healthz", "/nothing"):
             reply = self.daemon.ask_admin(path)
@@ -236,7 +235,7 @@ class PortTests(StatusTestCase):
 
     def test_a_strangers_name_for_this_port_is_refused(self) -> None:
         """
-        A site whose name was made to lead here gets nothing of the daemon; Prometheus may call it by any name.
+        A site whose name was made to resolve to this machine gets nothing of the daemon; Prometheus may use any name.
         """
         self.assertEqual(403, self.daemon.ask_admin("/status.json", host="evil.example").code)
         self.assertEqual(200, self.daemon.ask_admin("/metrics", host="ecr-proxy.infra.example").code)
@@ -244,7 +243,7 @@ class PortTests(StatusTestCase):
 
     def test_a_name_that_the_operator_gave_it_is_his(self) -> None:
         """
-        By PROXY_ADMIN_HOSTS the port may have a name with dots.
+        With PROXY_ADMIN_HOSTS the port may have a name with dots.
         """
         self.start(admin_hosts=frozenset({"ecr-proxy.infra.example"}))
         self.assertEqual(200, self.daemon.ask_admin("/status.json", host="ecr-proxy.infra.example").code)
@@ -252,7 +251,7 @@ class PortTests(StatusTestCase):
 
     def test_a_name_without_a_dot_is_for_programs(self) -> None:
         """
-        Containers and Services have such names; a page in a browser may have one from whoever answers for names there.
+        Containers and Services have such names; a page in a browser may have one if the local name server is hostile.
         """
         for language, status in (({}, 200), ({"Accept-Language": "en"}, 403)):
             self.assertEqual(status, self.daemon.ask_admin("/status.json", headers=language, host="printer").code)
@@ -263,7 +262,7 @@ class PortTests(StatusTestCase):
 
     def test_who_names_no_host_is_answered(self) -> None:
         """
-        HTTP/1.0 needs no Host, and behind it is no browser; where the port is a socket, there is no address either.
+        HTTP/1.0 needs no Host, and no browser uses it; if the port is a socket, there is no address either.
         """
         self.daemon.admin.socket = "/run/ecrproxy/admin"
         for path, status in (("/", 200), ("/status.json", 200), ("/metrics", 200), ("/nothing", 404)):
@@ -272,7 +271,7 @@ class PortTests(StatusTestCase):
 
     def test_a_strangers_name_is_refused_at_a_socket_too(self) -> None:
         """
-        Where the port is a socket, a proxy before it may pass on what browsers ask.
+        If the port is a socket, a proxy before it may pass on browsers' requests.
         """
         self.daemon.admin.socket = "/run/ecrproxy/admin"
         for host, status in (("evil.example", 403), ("localhost", 200)):
@@ -281,7 +280,7 @@ class PortTests(StatusTestCase):
 
     def test_only_reads(self) -> None:
         """
-        What is asked for in another way is refused.
+        Other methods are rejected.
         """
         self.assertEqual(405, self.daemon.ask_admin("/status.json", method="POST").code)
 
@@ -308,7 +307,7 @@ class NameTests(SynchronousTestCase):
 
     def test_which_the_operator_says_is_his(self) -> None:
         """
-        Those names, written in whatever way, and none below them.
+        Those names, in any spelling, and none below them.
         """
         named = frozenset({"ecr-proxy.infra.svc"})
         self.assertTrue(is_ours("ECR-proxy.infra.svc", named))

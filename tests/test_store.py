@@ -1,5 +1,5 @@
 """
-The cache directory is the whole truth: whatever was done to it, it gives what is right or nothing.
+The cache directory is the only truth: whatever was done to it, the store returns verified content or nothing.
 """
 
 from __future__ import annotations
@@ -59,25 +59,21 @@ def open_files() -> int:
     """
     Count the files that this process has open.
     """
-    gc.collect()  # what earlier tests left would go at any time
+    gc.collect()  # leftovers of earlier tests would disappear at any time
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def files_in(folder: Path) -> list[str]:
     """
-    List all that is in a directory, however deep, but its directories.
+    List all files in a directory, at any depth.
     """
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
 class DirectoryContractTests(store_contract.StoreContract):
-    """
-    A cache directory is a store.
-    """
-
     def make_store(self) -> Store:
         """
-        Make a new directory.
+        Create a new directory.
         """
         store = Store(scratch(self), lambda: START)
         store.prepare()
@@ -90,16 +86,13 @@ class StoreTests(SynchronousTestCase):
     """
 
     def setUp(self) -> None:
-        """
-        An empty store.
-        """
         self.now = START
         self.store = self.reopened(scratch(self))
         self.key = key_of("/v2/a/manifests/latest")
 
     def reopened(self, root: Path) -> Store:
         """
-        Open a directory as a daemon does that starts.
+        Open a directory as a starting daemon does.
         """
         store = Store(root, lambda: self.now, Index(root, lambda: self.now, memory=True))
         self.addCleanup(store.index.close)
@@ -111,13 +104,13 @@ class StoreTests(SynchronousTestCase):
 
     def path_of(self, digest: Digest) -> Path:
         """
-        Tell where content is.
+        Return the path of content.
         """
         return self.store.root / self.store.content_path(digest)
 
     def plant(self, digest: Digest) -> Path:
         """
-        Make room for something odd in a content's place.
+        Remove a content file so that something else can take its place.
         """
         path = self.path_of(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,12 +119,12 @@ class StoreTests(SynchronousTestCase):
 
 class StartTests(StoreTests):
     """
-    A daemon starts with what the one before left, and nothing half done.
+    A daemon starts with what the previous one left, and nothing incomplete.
     """
 
     def test_a_directory_is_made_where_none_is(self) -> None:
         """
-        Parents too, for this user's eyes only, and no file is left from trying.
+        Parents too, readable only for this user, and no probe file is left.
         """
         root = scratch(self) / "deep" / "cache"
         store = Store(root, lambda: START)
@@ -143,7 +136,7 @@ class StartTests(StoreTests):
 
     def test_a_directory_that_cannot_be_written_is_told(self) -> None:
         """
-        It is an error at the start, and of every later check.
+        It is an error at the start, and in every later check.
         """
         blocked = scratch(self)
         blocked.write_text("a file where the directory should be")
@@ -155,7 +148,7 @@ class StartTests(StoreTests):
 
     def begun(self, number: int, *, there: bool = True) -> tuple[Store, bool]:
         """
-        Begin while the disk fails so, with content from before or without a directory.
+        Start while the disk fails so, with earlier content or without a directory.
         """
         root = scratch(self)
         if there:
@@ -172,7 +165,7 @@ class StartTests(StoreTests):
 
     def test_a_disk_that_fails_keeps_no_daemon_from_starting(self) -> None:
         """
-        As it ends none that runs. What it has is served; the trouble is told.
+        Nor does it end one that runs. Cached content is served; the trouble is reported.
         """
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE):
             store, warm = self.begun(number)
@@ -183,11 +176,11 @@ class StartTests(StoreTests):
             store, warm = self.begun(number, there=False)
             self.assertFalse(warm)
             self.assertIn(os.strerror(number), str(store.troubles.reasons()))
-            put(store, b"y")  # its directories are made when that is possible again
+            put(store, b"y")  # its directories are made as soon as possible
 
     def test_folders_that_are_mounted_apart_are_told_while_the_daemon_runs(self) -> None:
         """
-        Two mounts of one file system are two to whoever renames.
+        Rename does not work across two mounts of one file system.
         """
         store = self.reopened(scratch(self))
         self.assertEqual([], store.reasons())
@@ -209,7 +202,7 @@ class StartTests(StoreTests):
 
     def test_a_full_disk_is_told_and_leaves_nothing(self) -> None:
         """
-        A check that fails midway takes its file away.
+        A check that fails midway removes its file.
         """
         self.patch(Path, "write_bytes", lambda path, data: (path.touch(), failing(errno.ENOSPC)()))
         self.assertRaises(OSError, self.store.check)
@@ -217,11 +210,11 @@ class StartTests(StoreTests):
 
     def test_what_a_dead_daemon_was_receiving_is_swept(self) -> None:
         """
-        Files that nobody lives behind are removed, and were never content.
+        Files whose writers have exited are removed, and were never content.
         """
         writer = begin(self.store, Digest.of(b"whole"), 5)
         writer.write(0, [b"whole"])
-        writer.close()  # as a killed process does
+        writer.close()  # like a killed process
         self.assertEqual(2, len(files_in(self.store.arriving.folder)))
         self.store = self.reopened(self.store.root)
         self.assertEqual([], files_in(self.store.root))
@@ -229,7 +222,7 @@ class StartTests(StoreTests):
 
     def test_what_is_still_being_received_is_not_swept(self) -> None:
         """
-        A file whose writer lives stays, and becomes content.
+        A file whose writer runs stays, and becomes content.
         """
         writer = begin(self.store, Digest.of(b"whole"), 5)
         self.reopened(self.store.root)
@@ -240,8 +233,8 @@ class StartTests(StoreTests):
 
     def test_sweeping_survives_what_does_not_belong_there(self) -> None:
         """
-        Directories and links among the arriving files neither stop the sweep nor lead it elsewhere; what has no name
-        of the cache's own stays.
+        Directories and links among the incomplete files neither stop the sweep nor lead it elsewhere; files without a
+        name of the cache's own stay.
         """
         outside = scratch(self)
         outside.write_text("not the cache's")
@@ -264,7 +257,7 @@ class StartTests(StoreTests):
 
     def test_what_is_found_is_what_the_directory_holds(self) -> None:
         """
-        Content counts with its blocks, whether its arrival was seen or not.
+        Content counts with its blocks, whether or not its arrival was seen.
         """
         put(self.store, b"x" * 5000)
         writer = begin(self.store, Digest.of(b"y"), 5000)
@@ -288,7 +281,7 @@ class StartTests(StoreTests):
 
     def test_recency_survives_a_lost_index(self) -> None:
         """
-        What was used last goes last, whatever came first.
+        What was used last is evicted last, whatever came first.
         """
         digests = []
         for data in (b"one", b"two", b"three"):
@@ -302,7 +295,7 @@ class StartTests(StoreTests):
 
     def test_files_from_before_1970_and_from_the_future_are_counted(self) -> None:
         """
-        A clock that was wrong once neither hides content nor drops it, nor makes it the last to go.
+        A clock that was once wrong neither hides content nor drops it, nor makes it the last to be evicted.
         """
         old, new = put(self.store, b"x"), put(self.store, b"yz")
         os.utime(self.path_of(old), (-5, -5))
@@ -313,7 +306,7 @@ class StartTests(StoreTests):
 
     def test_what_root_makes_belongs_to_the_owner_of_the_directory(self) -> None:
         """
-        twistd --uid starts as root, and is another user when the first file comes.
+        twistd --uid starts as root, and is another user when the first file arrives.
         """
         given = dict[str, tuple[int, int]]()
         self.patch(os, "geteuid", lambda: 0)
@@ -331,12 +324,12 @@ def _there(writer: Writer) -> object:
 
 class WriterTests(StoreTests):
     """
-    Only whole and verified files become content.
+    Only complete and verified files become content.
     """
 
     def test_only_the_arriving_file_shows_before_the_commit(self) -> None:
         """
-        Nothing partial is ever among the content, and nothing is left arriving behind it.
+        Nothing incomplete is ever among the content, and no incomplete file is left behind.
         """
         digest = Digest.of(b"whole")
         writer = begin(self.store, digest, 5)
@@ -351,7 +344,7 @@ class WriterTests(StoreTests):
 
     def test_a_mismatch_leaves_no_file_at_all(self) -> None:
         """
-        What upstream corrupted costs no disk.
+        Corrupt data uses no disk.
         """
         writer = begin(self.store, Digest.of(b"right"), 5)
         writer.write(0, [b"wrong"])
@@ -363,7 +356,7 @@ class WriterTests(StoreTests):
 
     def test_what_completes_a_file_while_another_thread_hashes_is_hashed(self) -> None:
         """
-        That thread may be at its end, and look at it no more.
+        That thread may be at its end, and not look again.
         """
         digest = Digest.of(b"first second")
         writer = begin(self.store, digest, 12)
@@ -371,14 +364,14 @@ class WriterTests(StoreTests):
         with ThreadPoolExecutor(1) as threads:
             with writer._hashing:  # noqa: SLF001
                 finished = threads.submit(writer.finish, 6, b"second", closes=True)
-                while not finished.done() and _there(writer) != ((0, 12),):  # which is noted after it was hashed
+                while not finished.done() and _there(writer) != ((0, 12),):  # which is recorded after it was hashed
                     futures.wait([finished], 0.001)
             finished.result()
         self.assertTrue(self.store.has(digest))
 
     def test_a_disk_without_room_says_so_at_once(self) -> None:
         """
-        The room is taken before the first byte comes; where there is none, nothing stays behind.
+        The space is allocated before the first byte arrives; if there is none, nothing stays behind.
         """
         before = open_files()
         self.patch(allocation, "fallocate", failing(errno.ENOSPC))
@@ -389,7 +382,7 @@ class WriterTests(StoreTests):
 
     def test_the_room_is_taken_of_the_disk(self) -> None:
         """
-        A transfer that began finds its room to the end.
+        A transfer that has begun has its space to the end.
         """
         writer = begin(self.store, Digest.of(b"x"), 300_000)
         self.addCleanup(writer.discard)
@@ -397,7 +390,7 @@ class WriterTests(StoreTests):
 
     def test_without_fallocate_a_file_begins_without_a_write(self) -> None:
         """
-        Over NFS there is none; glibc's stand-in for it writes to each block.
+        NFS has none; glibc's emulation writes to each block.
         """
         for name in ("pwritev", "write", "posix_fallocate"):
             self.patch(os, name, failing(errno.EIO))
@@ -436,7 +429,7 @@ class WriterTests(StoreTests):
 
     def test_a_disk_that_fails_midway_keeps_what_was_written_readable(self) -> None:
         """
-        Whoever follows goes on from there without the disk.
+        Readers go on from there without the disk.
         """
         writer = begin(self.store, Digest.of(b"first second"), 12)
         self.addCleanup(writer.discard)
@@ -457,7 +450,7 @@ class WriterTests(StoreTests):
 
     def test_a_commit_that_the_disk_refuses_leaves_no_content(self) -> None:
         """
-        Content that might not outlive a power cut is none.
+        Content that might not survive a power cut does not count.
         """
         writer = begin(self.store, Digest.of(b"x"), 1)
         writer.write(0, [b"x"])
@@ -469,7 +462,7 @@ class WriterTests(StoreTests):
 
     def test_content_that_is_changed_as_soon_as_it_has_its_name_is_not_proved(self) -> None:
         """
-        Others may find it before whoever has brought it comes to note that it is right.
+        Other processes may find it before its writer comes to record that it is right.
         """
         rename = Path.rename
 
@@ -485,7 +478,7 @@ class WriterTests(StoreTests):
 
     def test_content_is_on_the_disk_before_it_has_its_name(self) -> None:
         """
-        After a power cut no name leads to bytes that were not written.
+        After a power cut no name leads to unwritten bytes.
         """
         digest, synced = Digest.of(b"x"), []
         self.patch(os, "fsync", lambda fd: synced.append((os.fstat(fd).st_size, self.store.has(digest))))
@@ -495,7 +488,7 @@ class WriterTests(StoreTests):
 
     def test_an_arriving_file_is_locked_and_private(self) -> None:
         """
-        Another process sees that somebody lives behind it, and another user sees nothing.
+        Another process can tell that its writer runs, and another user sees nothing.
         """
         writer = begin(self.store, Digest.of(b"x"), 1)
         self.addCleanup(writer.discard)
@@ -508,7 +501,7 @@ class WriterTests(StoreTests):
 
     def test_content_is_being_read_by_who_followed_it_in(self) -> None:
         """
-        Those who followed its arrival still read its file: it is not evicted before they are through.
+        The followers of its arrival still read its file: it is not evicted before they are done.
         """
         writer = begin(self.store, Digest.of(b"x"), 1)
         writer.write(0, [b"x"])
@@ -520,7 +513,7 @@ class WriterTests(StoreTests):
 
     def test_committed_content_is_counted(self) -> None:
         """
-        Its bytes count once, however often it comes.
+        Its bytes count once, however often it arrives.
         """
         for _ in range(2):
             put(self.store, b"12345")
@@ -529,12 +522,12 @@ class WriterTests(StoreTests):
 
 class ContentTests(StoreTests):
     """
-    What was done to a file behind the cache's back is seen before it is served.
+    A changed file is noticed before it is served.
     """
 
     def test_deleted_content_is_a_miss_and_not_counted(self) -> None:
         """
-        Who tidies up by hand breaks nothing.
+        Deleting files by hand breaks nothing.
         """
         digest = put(self.store, b"x")
         self.path_of(digest).unlink()
@@ -544,7 +537,7 @@ class ContentTests(StoreTests):
 
     def test_a_bad_file_that_is_gone_says_nothing_of_one_that_has_its_inode(self) -> None:
         """
-        The kernel gives the inode to the next file, which may be the good one that another process has brought.
+        The kernel reuses the inode for the next file, which may be a good one from another process.
         """
         for replaced in (False, True):
             digest = put(self.store, b"content")
@@ -561,7 +554,7 @@ class ContentTests(StoreTests):
 
     def test_is_purged_also_while_a_process_has_the_claim_or_no_file_can_be_made(self) -> None:
         """
-        Its writer is about to end its claim, or another process looks whether it is there; the disk has no inode.
+        Its writer is about to end its claim, or another process checks for it; the disk has no inode.
         """
         digest = put(self.store, b"x")
         path = self.store.root / arriving_path(digest)
@@ -580,7 +573,7 @@ class ContentTests(StoreTests):
 
     def test_a_link_in_contents_place_leads_nowhere(self) -> None:
         """
-        Nothing outside the cache is served, even where it has the right bytes.
+        Nothing outside the cache is served, even with the right bytes.
         """
         outside = scratch(self)
         outside.write_bytes(b"x")
@@ -593,7 +586,7 @@ class ContentTests(StoreTests):
 
     def test_a_link_in_contents_place_is_not_content(self) -> None:
         """
-        What can't be opened is not there: the two questions have one answer.
+        What can't be opened is missing: both questions have one answer.
         """
         outside = scratch(self)
         outside.write_bytes(b"x")
@@ -602,7 +595,7 @@ class ContentTests(StoreTests):
 
     def test_a_directory_in_contents_place_is_a_miss(self) -> None:
         """
-        It is no failure of the request that found it.
+        The request that finds it does not fail.
         """
         self.plant(Digest.of(b"x")).mkdir()
         self.assertFalse(self.store.has(Digest.of(b"x")))
@@ -610,7 +603,7 @@ class ContentTests(StoreTests):
 
     def test_a_pipe_in_contents_place_holds_nobody_up(self) -> None:
         """
-        A file that would be waited for is a miss.
+        A file that would block is a miss.
         """
         path, real = self.plant(Digest.of(b"x")), os.open
         os.mkfifo(path)
@@ -625,7 +618,7 @@ class ContentTests(StoreTests):
 
     def test_another_users_file_is_a_miss(self) -> None:
         """
-        Its owner could change it after it was verified, and set its time back.
+        Its owner could change it after verification, and set its time back.
         """
         digest = put(self.store, b"x")
         self.store.proofs.forget(digest)
@@ -636,7 +629,7 @@ class ContentTests(StoreTests):
 
     def test_another_users_file_is_a_miss_though_it_was_verified(self) -> None:
         """
-        As C{ecr-proxy verify} does, whose ever it is.
+        C{ecr-proxy verify} verifies files of any owner.
         """
         digest = put(self.store, b"x")
         give_to_another(self, self.store)
@@ -646,7 +639,7 @@ class ContentTests(StoreTests):
 
     def test_whoever_the_file_system_gives_our_files_to_is_believed(self) -> None:
         """
-        NFS and FUSE may give all files to one user, who is not the daemon's.
+        NFS and FUSE may map all files to one user other than the daemon's.
         """
         digest = put(self.store, b"x")
         self.store.proofs.forget(digest)
@@ -657,7 +650,7 @@ class ContentTests(StoreTests):
 
     def test_whoever_owns_the_directory_by_now_is_believed(self) -> None:
         """
-        It was given to another user since the start, with all that is in it; or it could not be read then.
+        It was given to another user since the start, with its content; or its owner could not be read then.
         """
         digest = put(self.store, b"x")
         self.store.proofs.forget(digest)
@@ -668,7 +661,7 @@ class ContentTests(StoreTests):
 
     def test_content_that_cannot_be_opened_is_a_miss_and_logged(self) -> None:
         """
-        A file of somebody else's costs a transfer, and the operator is told why.
+        A file of another user costs a transfer, and the log says why.
         """
         digest = put(self.store, b"x")
         self.patch(os, "open", failing(errno.EACCES))
@@ -691,7 +684,7 @@ class ContentTests(StoreTests):
 
     def test_reads_of_an_open_file_do_nothing_else(self) -> None:
         """
-        To note them waits for the file system's journal, to read ahead for the disk; and so would the event loop.
+        Recording a use waits for the file system's journal, reading ahead for the disk; and so would the event loop.
         """
         advised = set[int]()
         self.patch(os, "posix_fadvise", lambda fd, *about: advised.add(fd) if about[-1] == os.POSIX_FADV_RANDOM else 0)
@@ -715,7 +708,7 @@ class ContentTests(StoreTests):
 
     def test_a_disk_without_writing_serves_what_it_has(self) -> None:
         """
-        That a use can't be noted keeps nobody from the bytes.
+        That a use can't be recorded prevents no reads.
         """
         digest = put(self.store, b"x")
         self.patch(os, "utime", failing(errno.EROFS))
@@ -723,7 +716,7 @@ class ContentTests(StoreTests):
 
     def test_open_content_is_being_read_until_it_is_closed(self) -> None:
         """
-        As long as one of its readers is there, and whether it is closed or only forgotten.
+        As long as one of its readers is there, whether it is closed or only forgotten.
         """
         digest = put(self.store, b"x")
         one, other = self.store.open(digest), self.store.open(digest)
@@ -738,13 +731,13 @@ class ContentTests(StoreTests):
 
     def is_read(self) -> bool:
         """
-        Tell whether the one file of the store is being read.
+        Return True if the store's only file is being read.
         """
         return being_read(self.store) != set()
 
     def test_a_use_is_noted(self) -> None:
         """
-        Opening content makes it the most recently used, in the index and for who has lost that.
+        Opening content makes it the most recently used, in the index and in the file's own time.
         """
         digest, other = put(self.store, b"x"), put(self.store, b"y")
         self.now = START + 1000
@@ -755,12 +748,12 @@ class ContentTests(StoreTests):
 
 class EntryTests(SynchronousTestCase):
     """
-    An entry remembers the answers that a reference had, by what the client takes.
+    An entry keeps the answers for a reference, by the types that the client accepts.
     """
 
     def test_an_entry_weighs_what_it_takes_of_memory(self) -> None:
         """
-        Memory is bounded by what is reckoned.
+        The memory limit uses this estimate.
         """
         key = EntryKey(REGISTRY, Kind.MANIFEST, "a" * 255, "b" * 128)
         rows = Rows()
@@ -777,7 +770,7 @@ class EntryTests(SynchronousTestCase):
 
     def test_the_latest_answer_fits_the_client(self) -> None:
         """
-        The very same Accept set comes first, then the newest answer of a type that the client takes.
+        An answer for the same Accept set comes first, then the newest answer of a type that the client accepts.
         """
         same = frozenset({INDEX_TYPE, MANIFEST_TYPE})
         entry = entry_of(confirmed(b"manifest", START + 5), confirmed(b"index", START, INDEX_TYPE))

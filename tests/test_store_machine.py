@@ -1,5 +1,5 @@
 """
-The store under operations and crashes in any order: what it gives is right, and what it counts is there.
+The store under operations and crashes in any order: what it returns is right, and what it counts is there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LIMIT: Final = 3_000_000
 
 class Blob(bytes):
     """
-    Bytes that are described in short: Hypothesis writes down whatever it draws.
+    Bytes with a short repr: Hypothesis prints whatever it draws.
     """
 
     def __repr__(self) -> str:
@@ -52,7 +52,7 @@ KEYS: Final = [key_of(f"/v2/team/app/manifests/tag{number}") for number in range
 
 class Transfer:
     """
-    A blob on its way in, of which some bytes may be wrong.
+    A blob in transfer, of which some bytes may be wrong.
     """
 
     def __init__(self, writer: Writer, data: bytes) -> None:
@@ -68,7 +68,7 @@ class Transfer:
 
 class StoreMachine(RuleBasedStateMachine):
     """
-    A store and its janitor, whoever uses them, and the disk behind their backs.
+    A store and its janitor, their users, and changes to the disk behind their backs.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def start(self) -> None:
         """
-        Start a daemon's store over what there is.
+        Start a daemon's store over the directory.
         """
         self.store = Store(self.root, lambda: self.now, self.index)
         self.store.prepare()
@@ -105,7 +105,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def counted(self) -> None:
         """
-        Hold the index against the disk: what somebody has cut or lengthened is seen when it is opened.
+        Compare the index with the disk: a changed length is noticed when the file is opened.
         """
         there = {Digest.parse(f"sha256:{path.name}"): path.stat().st_size for path in self.files("content")}
         assert {each.digest for each in self.index.files()} == there.keys()
@@ -118,7 +118,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(lost=st.booleans())
     def crash_and_restart(self, lost: bool) -> None:
         """
-        The kernel closes what a killed process had open, and that is all that happens; its index may be lost, too.
+        The kernel closes what a killed process had open, and nothing else happens; its index may be lost, too.
         """
         self.crash()
         if lost:
@@ -139,7 +139,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.sampled_from(BLOBS[-2:]) | st.sampled_from(BLOBS))
     def begin(self, data: bytes) -> None:
         """
-        Go on with what is left over, if there is something, else begin anew.
+        Resume what is left over, if anything, else start again.
         """
         digest, size = Digest.of(data), len(data)
         claim = self.store.claim(digest)
@@ -163,7 +163,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.sampled_from(BLOBS[-2:]), part=st.integers(1, 1_000_000), wrong=st.integers(0, 3))
     def break_off(self, data: bytes, part: int, wrong: int) -> None:
         """
-        Begin a large blob, or go on with it, and leave it in the middle.
+        Begin a large blob, or resume it, and stop in the middle.
         """
         self.begin(data)
         if self.transfers and self.transfers[-1].data == data:
@@ -175,7 +175,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.sampled_from(BLOBS), read=st.booleans())
     def bring(self, data: bytes, read: bool) -> None:
         """
-        Bring a blob in at once, and read it.
+        Store a blob at once, and read it.
         """
         self.begin(data)
         if self.transfers and self.transfers[-1].data == data and not any(self.transfers[-1].sent):
@@ -215,7 +215,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(draw=st.data(), whole=st.booleans())
     def end(self, draw: st.DataObject, whole: bool) -> None:
         """
-        Commit a transfer; what is not whole and right is refused, and given up.
+        Commit a transfer; incomplete and wrong ones are rejected, and dropped.
         """
         transfer = draw.draw(st.sampled_from(self.transfers))
         while whole and (missing := transfer.sent.find(0)) >= 0:
@@ -237,7 +237,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(draw=st.data(), for_good=st.booleans())
     def give_up(self, draw: st.DataObject, for_good: bool) -> None:
         """
-        Drop a transfer, or leave what is there of it to the next.
+        Drop a transfer, or leave it for resuming.
         """
         transfer = draw.draw(st.sampled_from(self.transfers))
         if for_good:
@@ -251,7 +251,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(digest=st.sampled_from(list(NAMES)))
     def look(self, digest: Digest) -> None:
         """
-        Content is given whole and right, or not at all, if those who open it drop what has another size than they know.
+        Content is returned complete and right, or not at all, if readers drop files of an unexpected size.
         """
         content = self.store.open(digest)
         self.spoiled.discard(self.store.content_path(digest))
@@ -267,7 +267,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(draw=st.data())
     def leave(self, draw: st.DataObject) -> None:
         """
-        What was opened stays readable, whatever became of its name.
+        What was opened stays readable, whatever happened to its name.
         """
         content, data = draw.draw(st.sampled_from(self.open))
         self.open.remove((content, data))
@@ -295,7 +295,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(size=st.sampled_from([0, LIMIT // 4, LIMIT // 2, LIMIT, LIMIT + 1]))
     def make_room(self, size: int) -> None:
         read = [(self.root / self.store.content_path(content.digest), content.fileno()) for content, _ in self.open]
-        there = [path for path, fd in read if is_in_place(fd, path)]  # not if somebody has deleted it, and it came anew
+        there = [path for path, fd in read if is_in_place(fd, path)]  # not if it was deleted, and came again
         if self.janitor.make_room(Reservation("room"), size):
             assert self.within_limit()
             self.index.drop(arriving=[Reservation("room")])
@@ -305,25 +305,25 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(draw=st.data(), how=st.sampled_from(["unlink", "cut", "lengthen"]))
     def spoil(self, draw: st.DataObject, how: str) -> None:
         """
-        Somebody deletes, cuts or lengthens a file behind the store's back.
+        Delete, cut or lengthen a file behind the store's back.
         """
         path = draw.draw(st.sampled_from(self.files("content")))
         self.spoiled.add(str(path.relative_to(self.root)))
         if how == "unlink":
             path.unlink()
-        else:  # another file of this name: who has it open would read what was cut off
+        else:  # another file of this name: an open descriptor would read what was cut off
             data = path.read_bytes()
             path.unlink()
             path.write_bytes(data[: len(data) // 2] if how == "cut" else data + b"more")
 
-    # What always holds
+    # Invariants
 
     def files(self, *tops: str) -> list[Path]:
         return sorted(path for top in tops for path in (self.root / top).rglob("*") if path.is_file())
 
     def within_limit(self) -> bool:
         """
-        Tell whether what is counted and promised is within the limit; what was lengthened is not known yet.
+        Return True if counted and reserved bytes are within the limit; lengthened files are not known yet.
         """
         return self.janitor.held <= LIMIT
 
@@ -336,7 +336,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def is_recounted(self, path: Path) -> bool:
         """
-        Tell whether a file was spoiled before the last start: it is dropped when it is opened.
+        Return True if a file was spoiled before the last start: it is dropped when it is opened.
         """
         return path.stat().st_size != len(NAMES[Digest("sha256", path.name)])
 
@@ -370,11 +370,11 @@ class StoreMachine(RuleBasedStateMachine):
 class StoreTests(SynchronousTestCase):
     def test_operations_and_crashes_in_any_order(self) -> None:
         """
-        Whatever is written, read, evicted, spoiled and killed in whatever order: content is right or a miss, what is
-        being read stays, nothing partial is seen, and the limit holds.
+        Whatever is written, read, evicted, spoiled and killed in whatever order: content is right or a miss, content in
+        use stays, nothing incomplete is seen, and the limit holds.
         """
         from hypothesis.stateful import run_state_machine_as_test
 
         assert settings.default is not None
-        fewer = settings(max_examples=settings.default.max_examples // 3)  # each has a disk to wait for
+        fewer = settings(max_examples=settings.default.max_examples // 3)  # each waits for a disk
         run_state_machine_as_test(StoreMachine, settings=fewer)

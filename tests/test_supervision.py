@@ -1,5 +1,5 @@
 """
-A service manager learns that the daemon is ready, alive, reading again, ending, and how it is.
+The service manager is notified when the daemon is ready, alive, reloading and stopping, and of its status.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GIB = 2**30
 
 class Recorded(Supervisor):
     """
-    A service manager that keeps what it is told.
+    A service manager that records its notifications.
     """
 
     def __init__(self, patience: float | None = None) -> None:
@@ -27,25 +27,25 @@ class Recorded(Supervisor):
 
     def tell(self, message: Sequence[str]) -> None:
         """
-        Keep a message.
+        Record a message.
         """
         self.messages.append(list(message))
 
 
 class SupervisorTests(SynchronousTestCase):
     """
-    What the service manager has set.
+    The service manager's variables.
     """
 
     def read(self, **environ: str) -> Supervisor | None:
         """
-        Read it as the process 7.
+        Read them as process 7.
         """
         return Supervisor.from_environ(environ, 7)
 
     def read_patience(self, **environ: str) -> float | None:
         """
-        Read of its watchdog.
+        Read the watchdog's time.
         """
         found = self.read(NOTIFY_SOCKET="/run/systemd/notify", **environ)
         assert found is not None
@@ -53,13 +53,13 @@ class SupervisorTests(SynchronousTestCase):
 
     def test_none_is_told_nothing(self) -> None:
         """
-        Without a socket, or with one of a kind that is not known, nobody is told.
+        Without a socket, or with one of an unknown kind.
         """
         self.assertEqual([None, None, None], [self.read(), self.read(NOTIFY_SOCKET=""), self.read(NOTIFY_SOCKET="x:1")])
 
     def test_the_watchdog_is_that_of_this_process(self) -> None:
         """
-        Its time is given in microseconds, for one process.
+        Its time is in microseconds, for one process.
         """
         self.assertEqual(30.0, self.read_patience(WATCHDOG_USEC="30000000", WATCHDOG_PID="7"))
         self.assertEqual(0.5, self.read_patience(WATCHDOG_USEC="500000"))
@@ -77,7 +77,7 @@ class SupervisorTests(SynchronousTestCase):
 
     def test_nobody_there_is_no_trouble(self) -> None:
         """
-        A message that nobody takes is lost, and nothing else happens.
+        A message without a receiver is lost, and nothing else happens.
         """
         Supervisor("/nowhere/notify").tell(["READY=1"])
         Supervisor("@nowhere/notify").tell(["READY=1"])
@@ -89,9 +89,6 @@ class SupervisedTests(SynchronousTestCase):
     """
 
     def setUp(self) -> None:
-        """
-        Start it.
-        """
         self.reactor = MemoryReactorClock()
         self.said = "Ready"
         self.start(Recorded(patience=8.0))
@@ -106,13 +103,13 @@ class SupervisedTests(SynchronousTestCase):
 
     async def describe(self) -> str:
         """
-        Say how the daemon is.
+        Describe the daemon's state.
         """
         return self.said
 
     def test_it_is_ready_once_all_that_it_waits_for_is(self) -> None:
         """
-        As all workers listen; a daemon that ends before that says so, and is never ready.
+        All workers have to listen; a daemon that ends before that says so, and is never ready.
         """
         for ends in (False, True):
             ready, supervisor = Deferred[None](), Recorded(patience=8.0)
@@ -130,13 +127,13 @@ class SupervisedTests(SynchronousTestCase):
 
     def run_reactor(self) -> None:
         """
-        Let the reactor begin to run.
+        Let the reactor start.
         """
         self.reactor.run()
 
     def end(self) -> None:
         """
-        Have the reactor tell of its end.
+        Have the reactor announce its end.
         """
         for call, args, kwargs in self.reactor.triggers["before"]["shutdown"]:
             call(*args, **kwargs)
@@ -151,7 +148,7 @@ class SupervisedTests(SynchronousTestCase):
 
     def test_its_status_follows(self) -> None:
         """
-        At once where it has changed, in one line whatever it says.
+        At once if it has changed, in one line whatever it says.
         """
         self.run_reactor()
         self.assertEqual("STATUS=Ready", self.supervisor.messages[-1][1])
@@ -161,7 +158,7 @@ class SupervisedTests(SynchronousTestCase):
 
     def test_tells_the_watchdog_twice_in_its_time(self) -> None:
         """
-        Each turn of the event loop that comes in time tells that it does.
+        Each punctual turn of the event loop notifies.
         """
         self.run_reactor()
         before = len(self.supervisor.messages)
@@ -171,7 +168,7 @@ class SupervisedTests(SynchronousTestCase):
 
     def test_without_a_watchdog_tells_its_state_alone(self) -> None:
         """
-        Now and then, for the service manager may have been too busy to take it.
+        Now and then, for the service manager may have been too busy to receive it.
         """
         self.start(Recorded())
         self.run_reactor()
@@ -181,7 +178,7 @@ class SupervisedTests(SynchronousTestCase):
 
     def test_a_disk_that_hangs_does_not_silence_it(self) -> None:
         """
-        What it says of itself is old then, and it is alive all the same; it is asked once, not again and again.
+        Its status is old then, and it is still alive; the status is requested once, not again and again.
         """
         asked: list[Deferred[str]] = []
 
@@ -201,7 +198,7 @@ class SupervisedTests(SynchronousTestCase):
 
     def test_what_can_not_be_described_ends_nothing(self) -> None:
         """
-        It is one error in the log; the next beat asks again.
+        It is one error in the log; the next beat tries again.
         """
 
         async def fail() -> str:
@@ -217,7 +214,7 @@ class SupervisedTests(SynchronousTestCase):
 
     def test_reading_again_has_a_beginning_and_an_end(self) -> None:
         """
-        The beginning tells the time by the clock that is never set, as Type=notify-reload wants it.
+        The beginning has the monotonic time, as Type=notify-reload requires.
         """
         self.run_reactor()
         self.reactor.advance(1.5)
@@ -231,7 +228,7 @@ class SupervisedTests(SynchronousTestCase):
 
     def test_is_ready_once_all_readings_are_done(self) -> None:
         """
-        Each beginning is told with its time: a service manager waits for one that is later than its signal.
+        Each beginning is sent with its time: a service manager waits for one that is later than its signal.
         """
         self.run_reactor()
         del self.supervisor.messages[:]
@@ -269,7 +266,7 @@ class SupervisedTests(SynchronousTestCase):
 
     def test_is_ready_again_whatever_came_of_reading(self) -> None:
         """
-        An error that nobody thought of does not leave it reloading for ever.
+        An unexpected error does not leave it reloading for ever.
         """
 
         def fail() -> Deferred[None]:
@@ -282,7 +279,7 @@ class SupervisedTests(SynchronousTestCase):
 
     def test_tells_that_it_ends_and_is_alive_meanwhile(self) -> None:
         """
-        The watchdog does not cut short what clients are being sent; reading again makes nothing ready any more.
+        The watchdog does not cut short responses; a reload no longer makes it ready.
         """
         self.run_reactor()
         self.end()
@@ -296,7 +293,7 @@ class SupervisedTests(SynchronousTestCase):
 
     def test_without_a_service_manager_nothing_is_told(self) -> None:
         """
-        And SIGHUP works all the same.
+        And SIGHUP still works.
         """
         reactor = MemoryReactorClock()
         supervised = Supervised(None, self.describe, reactor)
@@ -309,7 +306,7 @@ class SupervisedTests(SynchronousTestCase):
 
     def test_an_end_before_the_beginning_is_one(self) -> None:
         """
-        What is stopped before the reactor runs tells nothing.
+        A service that is stopped before the reactor runs sends nothing.
         """
         self.supervised.stopService()
         self.run_reactor()

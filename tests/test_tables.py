@@ -1,5 +1,5 @@
 """
-The reference of docs/ says of figures, settings and subcommands what the code does.
+The reference of docs/ describes metrics, settings and subcommands as the code has them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tests.documents import CHECKOUT, pages
 
 class MetricsTests(DaemonTestCase):
     """
-    Figures.
+    Metrics.
     """
 
     def test_each_that_a_daemon_tells_is_described(self) -> None:
         """
-        After a pull, whose figures are there by then.
+        After a pull, when all its metrics exist.
         """
         self.get(f"/v2/team/app/blobs/{self.standin.push_blob('team/app', b'blob')}")
         told = re.findall(r"^# TYPE (\S+)", self.daemon.ask_admin("/metrics").body.decode(), re.MULTILINE)
@@ -33,7 +33,7 @@ class MetricsTests(DaemonTestCase):
 
     def test_each_that_a_page_names_is_there(self) -> None:
         """
-        In a text or an expression, with the endings of a histogram.
+        In a text or an expression, with the suffixes of a histogram.
         """
         described = {name for name, *_ in tables.metrics()}
         named = {each for page in pages() for each in re.findall(r"\becr_proxy_\w+[a-z]", page.read_text("utf-8"))}
@@ -41,10 +41,6 @@ class MetricsTests(DaemonTestCase):
 
 
 class SettingsTests(SynchronousTestCase):
-    """
-    Settings.
-    """
-
     def test_are_described_in_the_words_of_readme(self) -> None:
         """
         With the flags and the default of the code.
@@ -66,13 +62,9 @@ class SettingsTests(SynchronousTestCase):
 
 
 class SubcommandTests(SynchronousTestCase):
-    """
-    Subcommands.
-    """
-
     def test_are_described_with_all_that_they_take(self) -> None:
         """
-        What would be markup in a help is none.
+        Markup in a help text is escaped.
         """
         told = tables.subcommand_described(
             Subcommand(
@@ -102,7 +94,7 @@ class RegistryTests(SynchronousTestCase):
 
     def test_each_key_is_described(self) -> None:
         """
-        And no other. Those that there are, the error about another one names.
+        And no other. The error for an unknown key lists them.
         """
         _, (said,) = parse_registries("file", {"quay.io": {"x": True}})
         page = (CHECKOUT / "docs/howto/registries.rst").read_text("utf-8")

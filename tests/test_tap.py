@@ -1,5 +1,5 @@
 """
-The daemon is put together from its settings, or ends with one line that says what is wrong.
+The daemon is built from its settings, or exits with one line that says what is wrong.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Reactor(MemoryReactorClock):
 
     def installNameResolver(self, resolver: IHostnameResolver) -> IHostnameResolver:
         """
-        Take another resolver.
+        Accept another resolver.
         """
         before, self.nameResolver = self.nameResolver, resolver
         return before
@@ -111,7 +111,7 @@ class Reactor(MemoryReactorClock):
 
     def stop(self) -> None:
         """
-        Be stopped.
+        Record the stop.
         """
         self.stopped += 1
 
@@ -130,9 +130,9 @@ class Taken(Reactor):
 
 class TakenForAdmin(Reactor):
     """
-    A reactor on a machine where somebody has the operator's port.
+    A reactor on a machine where the admin port is in use.
 
-    @ivar problem: how that is told; by the second of these, if both began to listen at the same moment.
+    @ivar problem: the error; the second of these, if both began to listen at the same moment.
     """
 
     problem: Exception = CannotListenError("", 5001, OSError(98, "Address already in use"))
@@ -148,7 +148,7 @@ class TakenForAdmin(Reactor):
 
 class BoundPort:
     """
-    A port, and whether anything is accepted there.
+    A port, and whether it accepts connections.
     """
 
     factory: Any = None
@@ -162,14 +162,14 @@ class BoundPort:
 
     def fileno(self) -> int:
         """
-        Give the socket's number.
+        Return the socket's number.
         """
         return 70
 
 
 class Spawning(Reactor):
     """
-    A reactor that starts workers, in a test's idea of them.
+    A reactor that starts workers in memory.
     """
 
     def __init__(self) -> None:
@@ -179,23 +179,14 @@ class Spawning(Reactor):
         self.ports: list[BoundPort] = []
 
     def listenTCP(self, port: int, factory: Any, backlog: int = 50, interface: str = "") -> Any:
-        """
-        Bind.
-        """
         super().listenTCP(port, factory, backlog, interface)
         self.ports.append(BoundPort())
         return self.ports[-1]
 
     def spawnProcess(self, protocol: Any, *args: Any, **options: Any) -> None:
-        """
-        Start a process.
-        """
         self.spawned.append({"arguments": args[1], "environ": args[2], **options})
 
     def adoptStreamConnection(self, fd: int, family: int, factory: Any) -> None:
-        """
-        Give it a channel.
-        """
         channel = factory.buildProtocol(None)
         self.channels.append(channel)
         channel.makeConnection(StringTransport())
@@ -203,7 +194,7 @@ class Spawning(Reactor):
 
 class AtOnce:
     """
-    What is a thread elsewhere.
+    Replaces a thread.
     """
 
     def __init__(self, target: Callable[[], object], **kwargs: object) -> None:
@@ -211,7 +202,7 @@ class AtOnce:
 
     def join(self, limit: float) -> None:
         """
-        Have nothing to wait for.
+        Return at once.
         """
 
 
@@ -219,7 +210,7 @@ def call_at_once(
     pool: ThreadPool, done: Callable[[bool, object], None], blocking: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> None:
     """
-    Do at once what a pool's thread is to do.
+    Run at once what a pool's thread would run.
     """
     try:
         outcome = True, blocking(*args, **kwargs)
@@ -230,7 +221,7 @@ def call_at_once(
 
 def install(case: SynchronousTestCase, reactor: Reactor) -> None:
     """
-    Have C{reactor} be the global one for a while.
+    Make C{reactor} the global one for a while.
     """
     package: Any = twisted.internet
     before = vars(package).get("reactor")
@@ -243,7 +234,7 @@ def install(case: SynchronousTestCase, reactor: Reactor) -> None:
 
 class Knot:
     """
-    What is garbage for the collector alone when it has ended.
+    A cycle, which only the garbage collector frees.
     """
 
     def __init__(self) -> None:
@@ -257,7 +248,7 @@ class TapCase(SynchronousTestCase):
 
     def setUp(self) -> None:
         """
-        Nothing set but an endpoint, and all that is printed caught.
+        Set only an endpoint, and capture the output.
         """
         self.stderr = io.StringIO()
         self.patch(sys, "__stderr__", self.stderr)
@@ -269,7 +260,7 @@ class TapCase(SynchronousTestCase):
 
     def run_with(self, *flags: str, **environ: str) -> MultiService:
         """
-        Put the daemon together as twistd does.
+        Build the daemon as twistd does.
         """
         self.patch(os, "environ", {**self.environ, **environ})
         install(self, self.reactor)
@@ -279,7 +270,7 @@ class TapCase(SynchronousTestCase):
 
     def dies(self, action: Callable[[], object]) -> str:
         """
-        Give the one line that says why the daemon ends; warnings come before it.
+        Return the one line that says why the daemon exits; warnings come before it.
         """
         *warnings, last = self.last_lines(action)
         self.assertTrue(all(each.startswith("warning: ") for each in warnings), warnings)
@@ -287,7 +278,7 @@ class TapCase(SynchronousTestCase):
 
     def last_lines(self, action: Callable[[], object]) -> list[str]:
         """
-        Give the lines with which the daemon ends.
+        Return the lines with which the daemon exits.
         """
         self.stderr.truncate(0)
         self.stderr.seek(0)
@@ -309,7 +300,7 @@ def hang_up(service: MultiService) -> None:
 
 class Held:
     """
-    Threads that do what they are to do when they are told.
+    Threads that run their calls when told to.
     """
 
     def __init__(self, case: SynchronousTestCase) -> None:
@@ -318,7 +309,7 @@ class Held:
 
     def release(self, pool: ThreadPool) -> None:
         """
-        Do the calls in a pool.
+        Run the calls in a pool.
         """
         mine = [each for each in self.calls if each[0] is pool]
         self.calls = [each for each in self.calls if each[0] is not pool]
@@ -333,7 +324,7 @@ class OptionsTests(TapCase):
 
     def test_help_lists_each_flag_with_its_variable_and_default(self) -> None:
         """
-        Nobody needs another document to set the daemon up.
+        No other document is needed to set up the daemon.
         """
         text = " ".join(str(Options()).replace("-\n", "-").split()).replace("whitespace- separated", "")
         missing = [
@@ -346,7 +337,7 @@ class OptionsTests(TapCase):
 
     def test_help_has_each_setting_once_in_the_group_that_it_is_about(self) -> None:
         """
-        Who looks for a limit, or for how to listen, need not read all of it.
+        Nobody has to read all of it to find a limit, or how to listen.
         """
         grouped = [name for names in GROUPS.values() for name in names]
         self.assertEqual(sorted(each.name for each in SETTINGS), sorted(grouped))
@@ -366,7 +357,7 @@ class OptionsTests(TapCase):
 
     def test_only_what_was_given_is_a_flag(self) -> None:
         """
-        What was not leaves its variable in force.
+        The variables of the others stay in force.
         """
         options = Options()
         options.parseOptions([])
@@ -384,7 +375,7 @@ class OptionsTests(TapCase):
 
     def test_each_run_has_its_own_endpoints(self) -> None:
         """
-        What one command line listens on, another does not.
+        The endpoints of one command line don't affect another.
         """
         one = Options()
         one.parseOptions(["--listen=tcp:1"])
@@ -394,7 +385,7 @@ class OptionsTests(TapCase):
 
     def test_a_wrong_command_line_is_one_line(self) -> None:
         """
-        It says what is wrong, and where to find what would be right.
+        It says what is wrong, and where to find valid flags.
         """
         for flags, words in (
             (["--nonsense"], "nonsense"),
@@ -416,12 +407,12 @@ class OptionsTests(TapCase):
 
 class WrongSettingTests(TapCase):
     """
-    What is wrong with a setting is one line, and nothing listens.
+    An invalid setting is one line, and nothing listens.
     """
 
     def assert_dies(self, expected: str, *flags: str, **environ: str) -> None:
         """
-        Hold that the daemon ends with a line that begins so, before it listens.
+        Assert that the daemon exits with a line that begins so, before it listens.
         """
         line = self.dies(lambda: self.run_with(*flags, **environ))
         self.assertTrue(line.startswith(expected), line)
@@ -429,7 +420,7 @@ class WrongSettingTests(TapCase):
 
     def test_with_json_the_line_is_an_object(self) -> None:
         """
-        As the schema of the log has it; by flag or variable, and though another setting is wrong.
+        As in the schema of the log; by flag or variable, and even if another setting is wrong.
         """
         for flags, environ in (([], {"PROXY_LOG_FORMAT": "json"}), (["--log-format=json"], {})):
             self.stderr.truncate(0)
@@ -480,7 +471,7 @@ class WrongSettingTests(TapCase):
 
     def test_what_is_no_file_keeps_nothing_waiting(self) -> None:
         """
-        Opening a FIFO would wait until somebody writes to it.
+        Opening a FIFO would wait until a process writes to it.
         """
         files, pems, fifo = Files(self.folder / "tls"), self.folder / "pems", self.folder / "fifo"
         os.mkfifo(fifo)
@@ -551,7 +542,7 @@ class WrongSettingTests(TapCase):
 
     def test_a_cache_directory_that_cannot_be_written_is_told(self) -> None:
         """
-        With the reason, and what to give.
+        With the reason, and what to set.
         """
         blocked = self.folder / "file"
         blocked.write_text("no directory")
@@ -560,7 +551,7 @@ class WrongSettingTests(TapCase):
 
     def test_a_part_of_the_cache_directory_that_is_elsewhere_is_told(self) -> None:
         """
-        Content that is a link to a larger disk, say, or to one that is not mounted: nothing could be moved into it.
+        Content that is a link to a larger disk, say, or to one that is not mounted: nothing could be renamed into it.
         """
         apart = "is on another file system than arriving/; move the whole directory there, and have PROXY_CACHE_DIR "
         places = [("content", "/proc", apart), ("content/sha256", "/proc", apart)]
@@ -581,7 +572,7 @@ class WrongSettingTests(TapCase):
 
     def test_a_disk_that_hangs_keeps_the_daemon_from_nothing(self) -> None:
         """
-        It is waited for, a while; what it is in time to say is that it does not answer.
+        It is waited for, a while; then the daemon reports that it does not answer.
         """
         hung, stores = threading.Event(), list[Store]()
         self.addCleanup(hung.set)
@@ -605,7 +596,7 @@ class WrongSettingTests(TapCase):
 
     def test_a_cache_directory_without_locks_is_for_one_process(self) -> None:
         """
-        Several would write the same file. One is told so, and goes on.
+        Several would write the same file. One process logs that, and goes on.
         """
         logged = list[str]()
         self.patch(fcntl, "flock", lambda *_: None)
@@ -645,7 +636,7 @@ class WrongSettingTests(TapCase):
 
     def test_a_file_of_passwords_that_cannot_be_used_is_told(self) -> None:
         """
-        By its line, which is not repeated, and with how to make one.
+        By its line, without its text, and with how to create one.
         """
         self.assert_dies("PROXY_HTPASSWD='/nowhere': can't be read: No such file", PROXY_HTPASSWD="/nowhere")
         path = self.folder / "htpasswd"
@@ -711,12 +702,12 @@ class WrongSettingTests(TapCase):
 
 class CredentialsTests(TapCase):
     """
-    Without credentials there is nothing to do; with AWS down there is.
+    Without credentials the daemon exits; if AWS is down it runs.
     """
 
     def setUp(self) -> None:
         """
-        Threads that do at once what they are told.
+        Replace threads by calls.
         """
         super().setUp()
         self.at_exit: list[Callable[[], object]] = []
@@ -735,7 +726,7 @@ class CredentialsTests(TapCase):
 
     def test_no_credentials_end_the_daemon(self) -> None:
         """
-        With one line, and a status that is not 0 although its reactor ends in order.
+        With one line, and a non-zero status although its reactor stops cleanly.
         """
         FakeAws(self, {})
         self.start()
@@ -747,7 +738,7 @@ class CredentialsTests(TapCase):
 
     def put_content(self) -> None:
         """
-        Let an earlier daemon have cached something.
+        Put content into the cache as an earlier daemon.
         """
         file = self.folder / "cache" / "content" / "sha256" / "ab" / ("ab" * 32)
         file.parent.mkdir(parents=True)
@@ -755,7 +746,7 @@ class CredentialsTests(TapCase):
 
     def test_refused_credentials_do_not_end_a_daemon_that_has_content(self) -> None:
         """
-        It serves, says what it can and what is wrong, and tries again.
+        It serves, reports what works and what is wrong, and retries.
         """
         self.put_content()
         aws = FakeAws(self, KEYS)
@@ -780,7 +771,7 @@ class CredentialsTests(TapCase):
 
     def exit(self) -> list[int]:
         """
-        Exit, and give the status if it is not twistd's.
+        Exit, and return the status if it is not twistd's.
         """
         statuses: list[int] = []
         self.patch(os, "_exit", statuses.append)
@@ -790,7 +781,7 @@ class CredentialsTests(TapCase):
 
     def test_a_worker_that_is_refused_ends_the_daemon_once(self) -> None:
         """
-        With the line of its parent, whatever the other workers tell.
+        With the line of its parent, whatever the other workers report.
         """
         self.reactor = Spawning()
         service = self.run_with(**os.environ, PROXY_WORKER_PROCESSES="2")
@@ -816,7 +807,7 @@ class CredentialsTests(TapCase):
 
     def test_ready_means_that_signals_are_heeded(self) -> None:
         """
-        A service manager may have the daemon read its certificates again, or end, as soon as it is told.
+        A service manager may have the daemon reload its certificates, or stop, as soon as it is ready.
         """
         heeded: set[int] = set()
         told: list[set[int]] = []
@@ -832,7 +823,7 @@ class CredentialsTests(TapCase):
 
     def test_aws_being_down_does_not_end_the_daemon(self) -> None:
         """
-        It serves, says that it is not ready and why, and goes on trying until it is.
+        It serves, reports that it is not ready and why, and retries until it is.
         """
         aws = FakeAws(self, KEYS)
         self.start()
@@ -846,7 +837,7 @@ class CredentialsTests(TapCase):
 
     def test_what_ended_is_garbage_whatever_tokens_come(self) -> None:
         """
-        A token keeps nothing in memory that was there when it came; of what the first one needed, no garbage stays.
+        A token keeps nothing in memory that was there when it arrived; what the first one needed is not kept.
         """
         self.addCleanup(gc.enable)
         self.addCleanup(gc.unfreeze)
@@ -868,7 +859,7 @@ class CredentialsTests(TapCase):
 
     def test_a_daemon_that_ends_is_not_ready(self) -> None:
         """
-        Whoever still has a connection is told so.
+        Clients that are still connected can read that.
         """
         FakeAws(self, KEYS).grants()
         service = self.run_with(**os.environ)
@@ -884,7 +875,7 @@ class CredentialsTests(TapCase):
 
     def test_a_cache_that_cannot_be_written_any_more_is_not_ready(self) -> None:
         """
-        Orchestrators are told, and why.
+        With the reason, for orchestrators.
         """
         aws = FakeAws(self, KEYS)
         aws.grants()
@@ -893,7 +884,7 @@ class CredentialsTests(TapCase):
         arriving = self.folder / "cache" / "arriving"
         arriving.rmdir()
         self.reactor.advance(FRESH_SECONDS)
-        self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))  # it is made anew
+        self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))  # it is made again
         arriving.rmdir()
         arriving.touch()
         self.reactor.advance(FRESH_SECONDS)
@@ -903,7 +894,7 @@ class CredentialsTests(TapCase):
 
     def test_as_many_files_may_be_open_as_the_system_allows(self) -> None:
         """
-        What a shell allows is meant for programs, not for servers.
+        The limits of a shell are meant for programs, not for servers.
         """
         _, most = before = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, before)
@@ -914,7 +905,7 @@ class CredentialsTests(TapCase):
 
 def answer(reactor: Reactor, path: bytes, number: int = 0) -> bytes:
     """
-    Ask what listens, and give all that it says.
+    Send a request to the listener, and return its whole answer.
     """
     factory: Any = reactor.tcpServers[number][1]
     protocol, transport = factory.buildProtocol(IPv4Address("TCP", "192.0.2.1", 40000)), Tcp()
@@ -926,12 +917,12 @@ def answer(reactor: Reactor, path: bytes, number: int = 0) -> bytes:
 
 class Counting(ReactorBase):
     """
-    As much of a real reactor as has timers.
+    The timers of a real reactor.
     """
 
     def installWaker(self) -> None:
         """
-        There are no threads to be woken by.
+        Do nothing: there are no threads.
         """
 
 
@@ -955,12 +946,12 @@ class Pool:
 
 class LookupTests(SynchronousTestCase):
     """
-    The host's resolver answers, whatever becomes of a question.
+    The host's resolver answers, whatever happens to a query.
     """
 
     def setUp(self) -> None:
         """
-        A reactor that looks names up here and now.
+        Create a reactor that resolves names synchronously.
         """
         pool = Pool()
         self.reactor: Any = Counting()
@@ -970,7 +961,7 @@ class LookupTests(SynchronousTestCase):
 
     def found(self, name: str) -> list[IAddress]:
         """
-        Ask for a name.
+        Resolve a name.
         """
         receiver = Receiver()
         self.reactor.nameResolver.resolveHostName(receiver, name, 443)
@@ -980,7 +971,7 @@ class LookupTests(SynchronousTestCase):
 
     def test_one_that_fails_ends_and_the_next_is_asked(self) -> None:
         """
-        Without a descriptor, or memory, getaddrinfo(3) fails otherwise than for a name that nobody knows.
+        Without a descriptor, or memory, getaddrinfo(3) fails otherwise than for an unknown name.
         """
         self.assertEqual([], self.found("no..name"))
         problems: list[Exception] = [OSError(errno.EMFILE, "Too many open files"), MemoryError()]
@@ -997,12 +988,12 @@ class LookupTests(SynchronousTestCase):
 
 class ClockTests(TapCase):
     """
-    The machine's time of the day may be set.
+    The machine's wall clock may be set.
     """
 
     def test_a_reactors_timers_go_by_a_clock_that_nobody_sets(self) -> None:
         """
-        Each timer is made, moved and found due by seconds that only count up.
+        Each timer is made, moved and found due by monotonic seconds.
         """
         reactor = Counting()
         seconds = [100.0]
@@ -1014,7 +1005,7 @@ class ClockTests(TapCase):
         timer.reset(7)
 
         def turn(at: float) -> list[str]:
-            while seconds[0] < at:  # a reactor that runs has something to do each second
+            while seconds[0] < at:  # a running reactor has something to do each second
                 seconds[0] = min(at, seconds[0] + 1)
                 reactor.runUntilCurrent()
             return fired
@@ -1051,7 +1042,7 @@ class ClockTests(TapCase):
 
     def test_a_standstill_counts_for_no_timer(self) -> None:
         """
-        A process that was stopped for an hour has been silent itself: nobody else is cut off for it.
+        A process that was stopped for an hour has been silent itself: no other side is cut off for it.
         """
         reactor = Counting()
         seconds = [100.0]
@@ -1072,7 +1063,7 @@ class ClockTests(TapCase):
 
     def test_a_standstill_while_two_threads_ask_for_the_time_sets_nothing_back(self) -> None:
         """
-        One of them has looked at the machine's clock before it, the other afterwards.
+        One of them has read the machine's clock before it, the other afterwards.
         """
         seconds, others = [100.0], list[Callable[[], object]]()
 
@@ -1173,8 +1164,8 @@ class WorkersTests(TapCase):
 
     def test_workers_are_started_with_what_the_configuration_file_says(self) -> None:
         """
-        As flags, but for what a variable says, and for what a reload may change; and without the file, which may say
-        something else by then.
+        As flags, except what a variable says, and what a reload may change; and without the file, which may have
+        changed by then.
         """
         file = self.folder / "settings.toml"
         file.write_text('tag-ttl = 7\ncache-limit = "2g"\nworker-processes = 3\nnamespace-pattern = "team/.*"\n')
@@ -1205,7 +1196,7 @@ class WorkersTests(TapCase):
 
     def test_workers_are_told_of_certificates_that_were_found_good(self) -> None:
         """
-        And of none where their parent found nothing that can be used; passwords are read again in any case.
+        And of none if their parent found nothing usable; passwords are reloaded in any case.
         """
         files, others = Files(self.folder / "tls"), Files(self.folder / "others")
         told: list[str] = []
@@ -1233,7 +1224,7 @@ class WorkersTests(TapCase):
 
     def test_a_worker_reads_those_that_its_parent_has_found_good(self) -> None:
         """
-        What was put in their place meanwhile is not read: the parent looks at it first.
+        Replacements since then are not read: the parent checks them first.
         """
         files, others = Files(self.folder / "tls"), Files(self.folder / "others")
         service = self.start(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate)
@@ -1257,7 +1248,7 @@ class WorkersTests(TapCase):
 
 class HangUpTests(TapCase):
     """
-    SIGHUP, told to all that is wired.
+    SIGHUP, delivered to all parts.
     """
 
     ONE, TWO = "111122223333.dkr.ecr.eu-west-1.amazonaws.com", "444455556666.dkr.ecr.us-east-1.amazonaws.com"
@@ -1305,7 +1296,7 @@ class HangUpTests(TapCase):
 
     def test_a_replica_has_a_token_of_its_own_region(self) -> None:
         """
-        By the registry's credentials, and it is no registry that clients could name.
+        With the registry's credentials, and it is no registry that clients could name.
         """
         service = self.run_with(PROXY_ADMIN_LISTEN="tcp:5001:interface=127.0.0.1")
         (tokens,) = (each for each in service if isinstance(each, AwsTokens))
@@ -1360,8 +1351,8 @@ class HangUpTests(TapCase):
 
     def test_files_that_hang_stop_nothing(self) -> None:
         """
-        The configuration file waits for no certificate, nor the service manager for long. What was asked for while it
-        hung is read once more.
+        The configuration file waits for no certificate, nor the service manager for long. What was requested while it
+        hung is read again.
         """
         told: list[Any] = []
         self.patch(Supervisor, "tell", lambda _, message: told.append(message[0]))
@@ -1463,7 +1454,7 @@ class HangUpTests(TapCase):
 
 class BuildTests(TapCase):
     """
-    The parts come together as the settings say.
+    The parts match the settings.
     """
 
     def build(self, **environ: str) -> MultiService:
@@ -1477,13 +1468,13 @@ class BuildTests(TapCase):
 
     def refused(self, problem: CredentialsError) -> None:
         """
-        Expect no refusal.
+        Fail: no refusal is expected.
         """
         raise AssertionError(problem)
 
     def test_it_listens_on_its_port_and_answers(self) -> None:
         """
-        For all addresses of the machine, with a queue that a burst of pulls fits in.
+        On all addresses of the machine, with a backlog for a burst of pulls.
         """
         self.build()
         ((port, _, backlog, interface),) = self.reactor.tcpServers
@@ -1495,7 +1486,7 @@ class BuildTests(TapCase):
 
     def test_namespaces_are_kept_to(self) -> None:
         """
-        The pattern reaches the registry: what it excludes is denied without a question to anybody.
+        The pattern reaches the registry: excluded repositories are denied without any request.
         """
         self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
         self.build(PROXY_NAMESPACE_PATTERN="image1|image3")
@@ -1504,7 +1495,7 @@ class BuildTests(TapCase):
 
     def test_tls_is_spoken_where_there_is_a_key(self) -> None:
         """
-        On the port that is set, with the certificate of the file, and never over HTTP/2.
+        On the configured port, with the certificate of the file, and never over HTTP/2.
         """
         files = Files(self.folder / "tls")
         self.build(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate, PROXY_PORT="5443")
@@ -1562,7 +1553,7 @@ class BuildTests(TapCase):
         self.assertIn(b"403 Forbidden", answer(self.reactor, b"/v2/"))
         self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
         self.reactor = Reactor()
-        install(self, self.reactor)  # where Twisted's TLS gathers what is written
+        install(self, self.reactor)  # where Twisted's TLS batches writes
         chain = b"".join(each.public_bytes(Encoding.PEM) for each in (files.root, files.middle))
         authorities = files.write("ca.pem", chain)
         self.build(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate, PROXY_CLIENT_CA=authorities)
@@ -1574,7 +1565,7 @@ class BuildTests(TapCase):
 
     def secure_answer(self, asker: SSL.Connection, path: bytes) -> bytes:
         """
-        Ask over TLS.
+        Send a request over TLS.
         """
         server: Any = self.reactor.tcpServers[0]
         protocol, transport = server[1].buildProtocol(IPv4Address("TCP", "192.0.2.1", 40000)), Tcp()
@@ -1599,7 +1590,7 @@ class BuildTests(TapCase):
 
     def test_variables_of_another_proxy_are_noticed(self) -> None:
         """
-        In the log, or in a line before the one with which the daemon ends without what they were to say.
+        In the log, or in a line before the one with which the daemon exits for lack of their values.
         """
         with capturedLogs() as events:
             self.run_with(CACHE_KEY="$uri")
@@ -1617,7 +1608,7 @@ class BuildTests(TapCase):
 
     def test_the_operators_port_is_of_this_machine_alone(self) -> None:
         """
-        Figures are not for everybody, unless the operator says so.
+        Metrics are not public, unless the operator says so.
         """
         self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
         self.environ.pop("PROXY_ADMIN_LISTEN")
@@ -1627,7 +1618,7 @@ class BuildTests(TapCase):
 
     def test_a_taken_port_is_no_hindrance_where_nobody_chose_it(self) -> None:
         """
-        The daemon serves its clients, and says what is missing; where the operator chose the port, it does not start.
+        The daemon serves its clients, and reports the missing port; if the operator chose the port, it does not start.
         """
         self.environ.pop("PROXY_ADMIN_LISTEN")
         self.reactor = TakenForAdmin()
@@ -1644,7 +1635,7 @@ class BuildTests(TapCase):
 
     def test_the_chosen_name_servers_are_installed(self) -> None:
         """
-        And are not where the host's own resolver is chosen.
+        And are not if the host's own resolver is chosen.
         """
         for resolver, chosen in (("system", False), ("192.0.2.1", True)):
             system: Any = System()

@@ -1,5 +1,5 @@
 """
-Request targets are parsed once, and what has no form that is served is refused at the channel.
+Request targets are parsed once, and unsupported forms are rejected at the channel.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class BoundedTests(SynchronousTestCase):
 
     def test_nobody_waits_longer_for_a_thread_than_a_call_may_take(self) -> None:
         """
-        A disk that is slow answers each call in time, and would keep hundreds waiting for minutes.
+        A slow disk answers each call in time, and would keep hundreds waiting for minutes.
         """
         calls = [self.bounded(int, str(number)) for number in range(6)]
         self.clock.advance(SECONDS - 1)
@@ -90,7 +90,7 @@ class BoundedTests(SynchronousTestCase):
 
     def test_patient_calls_do_not_keep_the_others_from_a_thread(self) -> None:
         """
-        The others go first, as they give up; yet however many of them there are, patient ones have turns.
+        The others go first, as they time out; yet however many of them there are, patient ones have turns.
         """
         begun = list[str]()
         for number in range(6):
@@ -104,7 +104,7 @@ class BoundedTests(SynchronousTestCase):
 
     def test_patient_calls_have_all_their_time_though_another_hangs(self) -> None:
         """
-        Of a slow disk one call may be late: it must not have all others fail.
+        One call of a slow disk may be late: it must not fail all others.
         """
         self.hang(1)
         calls = [patient(self.bounded)(int, str(number)) for number in range(2)]
@@ -117,7 +117,7 @@ class BoundedTests(SynchronousTestCase):
 
     def test_calls_that_were_given_up_have_no_turns(self) -> None:
         """
-        Where more is asked for than the disk can do, each that waited in vain would keep another from a thread.
+        With more calls than the disk can do, each that waited in vain would keep another from a thread.
         """
         begun = list[str]()
         for number in range(6):
@@ -134,7 +134,7 @@ class BoundedTests(SynchronousTestCase):
 
     def test_calls_that_were_given_less_time_do_not_count_as_hanging(self) -> None:
         """
-        Else one call that is late leaves all others a second for as long as any are made, if the disk takes longer.
+        Otherwise one late call leaves all others a second for as long as any are made, if the disk takes longer.
         """
         self.hang(1)
         hurried = self.bounded(int, "0")
@@ -259,7 +259,7 @@ class UndoneTests(SynchronousTestCase):
 
 class Reactor(Clock):
     """
-    A reactor whose calls from threads are made there and then, before the pool has its thread back.
+    A reactor that runs calls from threads synchronously, before the pool has its thread back.
     """
 
     def callFromThread(self, call: Any, *args: Any) -> None:
@@ -268,7 +268,7 @@ class Reactor(Clock):
 
 class NoMoreThreadsTests(SynchronousTestCase):
     """
-    The machine starts no thread for a while, but the first one of a pool.
+    The machine starts no thread for a while, except the first one of a pool.
     """
 
     def setUp(self) -> None:
@@ -294,7 +294,7 @@ class NoMoreThreadsTests(SynchronousTestCase):
 
     def call(self, number: int) -> None:
         """
-        Make a call that lasts for as long as it must not go on.
+        Make a call that lasts until it may end.
         """
         self.threads.call(lambda: (self.goes_on.wait(20), number)[1]).addBoth(self.outcomes.put)
 
@@ -304,7 +304,7 @@ class NoMoreThreadsTests(SynchronousTestCase):
 
     def test_those_that_there_are_do_the_work(self) -> None:
         """
-        All of it, in its order: none fails, and none is left for ever.
+        All of it, in order: no call fails, and none is left for ever.
         """
         for number in range(6):
             self.call(number)
@@ -403,7 +403,7 @@ class PoolsTests(SynchronousTestCase):
 
 class Timed(Reactor):
     """
-    One with a pool of threads of its own.
+    A part with a pool of threads of its own.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
 """
-Crowd get TLS 1.2 or 1.3 with the whole chain, and operators are told which file is wrong.
+Clients get TLS 1.2 or 1.3 with the whole chain, and errors name the wrong file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Key = Any
 
 def key_pem(key: Key, encryption: KeySerializationEncryption | None = None) -> bytes:
     """
-    Write a private key as files have it.
+    Return a private key in PEM.
     """
     data: bytes = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
     return data
@@ -63,7 +63,7 @@ def signed(
     host: str = "cache.test",
 ) -> x509.Certificate:
     """
-    Sign a certificate, good for some days from yesterday on, or one that ended yesterday.
+    Sign a certificate, valid for some days from yesterday on, or one that expired yesterday.
     """
     now = dt.datetime.now(dt.UTC) - dt.timedelta(days=1 if days < 0 else 0)
     return (
@@ -82,7 +82,7 @@ def signed(
 
 class Files:
     """
-    A root that signed an intermediate authority that signed the server's certificate, as files.
+    A root, an intermediate CA that it signed, and a server certificate of that, as files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,7 +99,7 @@ class Files:
 
     def write(self, name: str, data: bytes) -> str:
         """
-        Write a file and tell its path.
+        Write a file and return its path.
         """
         path = self.folder / name
         path.write_bytes(data)
@@ -116,9 +116,9 @@ def client(
     shows: tuple[Key, x509.Certificate] | None = None,
 ) -> SSL.Connection:
     """
-    Make a client that speaks these versions and ciphers, however weak, and trusts this root alone, if there is one.
+    Return a client with these versions and ciphers, however weak, which trusts only this root, if there is one.
 
-    It shows a certificate, if it has one and is asked.
+    It sends a certificate, if it has one and is asked.
     """
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_cipher_list(ciphers + b":@SECLEVEL=0")
@@ -144,7 +144,7 @@ def client(
 
 def pump(source: SSL.Connection, sink: SSL.Connection) -> None:
     """
-    Carry what one side wants to send to the other.
+    Carry data from one side to the other.
     """
     try:
         while True:
@@ -155,7 +155,7 @@ def pump(source: SSL.Connection, sink: SSL.Connection) -> None:
 
 def shake(server: SSL.Connection, asker: SSL.Connection) -> None:
     """
-    Let the two shake hands; raises what either side objects to.
+    Do the handshake between the two; raise what either side objects to.
     """
     server.set_accept_state()
     done: set[SSL.Connection] = set()
@@ -172,23 +172,19 @@ def shake(server: SSL.Connection, asker: SSL.Connection) -> None:
 
 class Tcp(StringTransport):
     """
-    A transport in memory that lets itself be called one of TCP.
+    A transport in memory that passes for one of TCP.
     """
 
     def setTcpNoDelay(self, enabled: bool) -> None:
-        """
-        Be no slower for it.
-        """
+        pass
 
     def setTcpKeepAlive(self, enabled: bool) -> None:
-        """
-        Live on.
-        """
+        pass
 
 
 def shake_with(protocol: Any, transport: Tcp, asker: SSL.Connection) -> None:
     """
-    Let a client shake hands with a server's protocol over a transport in memory.
+    Let a client do the handshake with a server's protocol over a transport in memory.
     """
     protocol.makeConnection(transport)
     for _ in range(10):
@@ -206,7 +202,7 @@ def shake_with(protocol: Any, transport: Tcp, asker: SSL.Connection) -> None:
 
 def subject_of(asker: SSL.Connection) -> str:
     """
-    Tell whom a client speaks to.
+    Return the subject of the certificate that a client sees.
     """
     certificate = asker.get_peer_certificate(as_cryptography=True)
     return certificate.subject.rfc4514_string() if certificate else ""
@@ -218,9 +214,6 @@ class CertificateTests(SynchronousTestCase):
     """
 
     def setUp(self) -> None:
-        """
-        A server's files.
-        """
         self.files = Files(scratch(self))
 
     def serve(self) -> SSL.Connection:
@@ -232,7 +225,7 @@ class CertificateTests(SynchronousTestCase):
 
     def test_it_is_what_twisted_asks(self) -> None:
         """
-        Twisted's TLS can be given it.
+        Twisted's TLS accepts it.
         """
         self.assertTrue(
             verifyObject(IOpenSSLServerConnectionCreator, Certificate(self.files.key, self.files.certificate))
@@ -240,7 +233,7 @@ class CertificateTests(SynchronousTestCase):
 
     def test_tls_1_2_and_1_3_are_spoken(self) -> None:
         """
-        The newest that both sides know is used.
+        The newest that both sides support is used.
         """
         for versions, name in (
             ((SSL.TLS1_2_VERSION, SSL.TLS1_2_VERSION), "TLSv1.2"),
@@ -252,7 +245,7 @@ class CertificateTests(SynchronousTestCase):
 
     def test_older_versions_are_refused(self) -> None:
         """
-        What is broken is not spoken, whoever asks for it.
+        Broken versions are not offered.
         """
         for version in (SSL.TLS1_VERSION, SSL.TLS1_1_VERSION):
             problem = self.assertRaises(SSL.Error, shake, self.serve(), client(version, version))
@@ -260,7 +253,7 @@ class CertificateTests(SynchronousTestCase):
 
     def test_weak_ciphers_are_refused(self) -> None:
         """
-        Without forward secrecy and authenticated encryption there is no TLS 1.2.
+        TLS 1.2 requires forward secrecy and authenticated encryption.
         """
         for ciphers in (b"ECDHE-ECDSA-AES128-SHA", b"ECDHE-ECDSA-AES256-SHA384"):
             asker = client(SSL.TLS1_2_VERSION, SSL.TLS1_2_VERSION, ciphers=ciphers)
@@ -270,7 +263,7 @@ class CertificateTests(SynchronousTestCase):
 
     def test_the_chain_in_the_file_is_sent(self) -> None:
         """
-        A client that knows the root alone can verify the server.
+        A client that knows only the root can verify the server.
         """
         asker = client(trusted=self.files.root)
         shake(self.serve(), asker)
@@ -279,7 +272,7 @@ class CertificateTests(SynchronousTestCase):
 
     def test_files_are_read_again(self) -> None:
         """
-        When they are told to be, for connections that begin then; what can't be used changes nothing.
+        On reload, for new connections; unusable files change nothing.
         """
         certificate = Certificate(self.files.key, self.files.certificate)
         protocol: Any = None
@@ -296,7 +289,7 @@ class CertificateTests(SynchronousTestCase):
 
     def test_many_connections_share_one_certificate(self) -> None:
         """
-        One that fails leaves the others alone.
+        A failed one does not affect the others.
         """
         certificate = Certificate(self.files.key, self.files.certificate)
         protocol: Any = None
@@ -307,13 +300,10 @@ class CertificateTests(SynchronousTestCase):
 
 class ClientCertificateTests(SynchronousTestCase):
     """
-    Crowd may be asked for a certificate of theirs.
+    Clients may be asked for a certificate.
     """
 
     def setUp(self) -> None:
-        """
-        A server's files, and a CA of clients with one that it has signed.
-        """
         self.files = Files(scratch(self))
         self.authority_key, self.key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
         authority = signed("clients", self.authority_key, "clients", self.authority_key, authority=True)
@@ -330,7 +320,7 @@ class ClientCertificateTests(SynchronousTestCase):
 
     def shown(self, asker: SSL.Connection) -> str:
         """
-        Shake hands with a client; tell whose certificate the server has seen.
+        Do the handshake with a client; return whose certificate the server has seen.
         """
         server = self.serve()
         shake(server, asker)
@@ -345,13 +335,13 @@ class ClientCertificateTests(SynchronousTestCase):
 
     def test_a_client_without_one_is_spoken_to(self) -> None:
         """
-        It may ask for the daemon's health.
+        It may request the daemon's health.
         """
         self.assertEqual("", self.shown(client()))
 
     def test_foreign_and_expired_certificates_are_refused(self) -> None:
         """
-        Those of another CA, even of the same name, of the server's own CA, self-signed ones, and those that have ended.
+        Those of another CA, even of the same name, of the server's own CA, self-signed ones, and expired ones.
         """
         other = ec.generate_private_key(ec.SECP256R1())
         for certificate, why in (
@@ -366,13 +356,13 @@ class ClientCertificateTests(SynchronousTestCase):
 
     def test_sessions_are_not_taken_up_again(self) -> None:
         """
-        Each connection shows its certificate anew: one that has ended opens no longer.
+        Each connection sends its certificate again: an expired one is no longer accepted.
         """
         ended = signed("node-1", self.key, "clients", self.authority_key, days=-1)
         for version in (SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION):
             asker = client(version, version, shows=(self.key, self.own))
             shake(self.serve(), asker)
-            self.assertRaises(SSL.WantReadError, asker.recv, 1)  # TLS 1.3 tells of the session late
+            self.assertRaises(SSL.WantReadError, asker.recv, 1)  # TLS 1.3 sends the session late
             session = asker.get_session()
             assert session is not None
             for certificate in (self.own, ended):
@@ -400,18 +390,15 @@ class ClientCertificateTests(SynchronousTestCase):
 
 class WrongFilesTests(SynchronousTestCase):
     """
-    What is wrong with the files is told by the file.
+    Errors name the wrong file.
     """
 
     def setUp(self) -> None:
-        """
-        A server's files.
-        """
         self.files = Files(scratch(self))
 
     def problem(self, key: str | None = None, certificate: str | None = None) -> tuple[str, str]:
         """
-        Tell which file is blamed, and for what.
+        Return which file is blamed, and for what.
         """
         problem = self.assertRaises(
             CertificateError, Certificate, key or self.files.key, certificate or self.files.certificate
@@ -429,7 +416,7 @@ class WrongFilesTests(SynchronousTestCase):
 
     def test_directories_are_no_files(self) -> None:
         """
-        A mount that is missing its file is told.
+        A mount without its file is reported.
         """
         folder = str(self.files.folder)
         self.assertEqual(("key", "can't be read: Is a directory"), self.problem(key=folder))
@@ -453,7 +440,7 @@ class WrongFilesTests(SynchronousTestCase):
 
     def test_a_key_of_another_certificate_is_refused(self) -> None:
         """
-        Of the same kind or of another, both files are named then.
+        Of the same kind or of another, the error names both files.
         """
         same = ec.generate_private_key(ec.SECP256R1())
         other = generate_private_key(65537, 2048)
@@ -463,7 +450,7 @@ class WrongFilesTests(SynchronousTestCase):
 
     def test_a_key_behind_a_passphrase_is_refused(self) -> None:
         """
-        Nobody is asked for it: a daemon has nobody to ask.
+        A daemon has nobody to ask for it.
         """
         path = self.files.write("locked.pem", key_pem(self.files.private, BestAvailableEncryption(b"passphrase")))
         self.assertEqual("key", self.problem(key=path)[0])
@@ -471,10 +458,10 @@ class WrongFilesTests(SynchronousTestCase):
 
 class Records:
     """
-    What a client writes that has shaken hands, with records that no library would write: AES-128-GCM alone.
+    What a client writes after the handshake, with records that no library would write: only AES-128-GCM.
 
     @param asker: the client.
-    @param secret: of TLS 1.3, from which its keys are derived; none for TLS 1.2.
+    @param secret: of TLS 1.3, from which its keys are derived; None for TLS 1.2.
     """
 
     def __init__(self, asker: SSL.Connection, secret: bytes | None) -> None:
@@ -493,7 +480,7 @@ class Records:
 
     def record(self, kind: int, data: bytes) -> bytes:
         """
-        Seal a record.
+        Encrypt a record.
         """
         number, self._sent = self._sent.to_bytes(8, "big"), self._sent + 1
         if self._secret is None:
@@ -507,13 +494,13 @@ class Records:
 
     def renegotiation(self) -> bytes:
         """
-        Ask for another handshake: the head of a ClientHello is enough to be refused one.
+        Request another handshake: the head of a ClientHello is enough to be refused one.
         """
         return self.record(22, b"\x01\0\0\0")
 
     def key_update(self) -> bytes:
         """
-        Change the keys of TLS 1.3, and ask the server to.
+        Change the keys of TLS 1.3, and request the same of the server.
         """
         assert self._secret is not None
         sealed = self.record(22, b"\x18\0\0\x01\x01")
@@ -523,7 +510,7 @@ class Records:
 
 def _expanded(secret: bytes, context: bytes, length: int) -> bytes:
     """
-    TLS 1.2's pseudorandom function with SHA-256: RFC 5246, 5.
+    Return TLS 1.2's pseudorandom function with SHA-256: RFC 5246, 5.
     """
     found, each = b"", context
     while len(found) < length:
@@ -534,7 +521,7 @@ def _expanded(secret: bytes, context: bytes, length: int) -> bytes:
 
 def _labelled(secret: bytes, label: bytes, length: int) -> bytes:
     """
-    TLS 1.3's HKDF-Expand-Label with SHA-256: RFC 8446, 7.1.
+    Return TLS 1.3's HKDF-Expand-Label with SHA-256: RFC 8446, 7.1.
     """
     name = b"tls13 " + label
     info = length.to_bytes(2, "big") + bytes([len(name)]) + name + b"\0"
@@ -548,7 +535,7 @@ class OwnBytesTests(SynchronousTestCase):
 
     def connect(self, version: int) -> None:
         """
-        Shake hands.
+        Do the handshake.
         """
         files = Files(scratch(self))
         self.clock, told = MemoryReactorClock(), list[bytes]()
@@ -573,7 +560,7 @@ class OwnBytesTests(SynchronousTestCase):
 
     def send(self, make: Callable[[], bytes], records: int) -> int:
         """
-        Send records, and read nothing; tell how many bytes came to wait for the client.
+        Send records, and read nothing; return how many bytes wait for the client.
         """
         self.transport.clear()
         for _ in range(records // 100):
@@ -602,19 +589,19 @@ class OwnBytesTests(SynchronousTestCase):
 
 class ProtocolTests(SynchronousTestCase):
     """
-    The site speaks HTTP/1.1 alone.
+    The site speaks only HTTP/1.1.
     """
 
     def setUp(self) -> None:
         """
-        A Twisted that could speak HTTP/2, and a server's files.
+        Set up a Twisted that could speak HTTP/2, and a server's files.
         """
         self.patch(http, "H2_ENABLED", True)
         self.files = Files(scratch(self))
 
     def negotiated(self, certificate: Any, *offer: bytes) -> bytes:
         """
-        Tell which protocol a client gets that offers these.
+        Return which protocol a client gets that offers these.
         """
         site: Any = RegistrySite(Resource(), MemoryReactorClock(), Crowd(Limits()))
         address: Any = None
@@ -625,7 +612,7 @@ class ProtocolTests(SynchronousTestCase):
 
     def test_http_2_is_not_offered(self) -> None:
         """
-        A client that prefers HTTP/2, or speaks nothing else, does not get it, over which blobs leave slower.
+        A client that prefers HTTP/2, or speaks nothing else, does not get it: blobs would be slower.
         """
         ours = Certificate(self.files.key, self.files.certificate)
         self.assertNotEqual(b"h2", self.negotiated(ours, b"h2", b"http/1.1"))
@@ -633,7 +620,7 @@ class ProtocolTests(SynchronousTestCase):
 
     def test_http_2_is_not_offered_on_endpoints_of_ones_own(self) -> None:
         """
-        Where Twisted's own TLS serves, as for ssl: in PROXY_LISTEN, HTTP/1.1 is all that there is, too.
+        With Twisted's own TLS, as for ssl: in PROXY_LISTEN, there is only HTTP/1.1, too.
         """
         pem = Path(self.files.key).read_bytes() + Path(self.files.certificate).read_bytes()
         twisteds = PrivateCertificate.loadPEM(pem).options()

@@ -1,5 +1,5 @@
 """
-What clients see of the token's troubles.
+What clients see of problems with the token.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tests.daemon import DaemonTestCase, Reply, noise
 
 class TokenTestCase(DaemonTestCase):
     """
-    A daemon with a token, and things that nobody has asked for yet.
+    A daemon with a token, and content that was not requested yet.
     """
 
     def setUp(self) -> None:
@@ -25,13 +25,13 @@ class TokenTestCase(DaemonTestCase):
     @property
     def issued(self) -> int:
         """
-        How many tokens AWS gave.
+        Return how many tokens AWS issued.
         """
         return len(self.standin.tokens._until)  # noqa: SLF001
 
     def pull(self, path: str) -> Reply:
         """
-        Ask, and let a second go by.
+        Send a request, and advance the clock by a second.
         """
         reply = self.daemon.send("GET", path)
         self.flush()
@@ -42,7 +42,7 @@ class TokenTestCase(DaemonTestCase):
 class RefusedTokenTests(TokenTestCase):
     def test_one_that_has_expired_is_replaced(self) -> None:
         """
-        Twenty clients whose token has expired get their answers, at the price of one refresh.
+        Twenty clients whose token has expired get their answers, with one refresh.
         """
         self.standin.expire_tokens()
         replies = [self.daemon.send("GET", self.path) for _ in range(10)]
@@ -57,7 +57,7 @@ class RefusedTokenTests(TokenTestCase):
 
     def test_one_that_ecr_does_not_know_is_replaced(self) -> None:
         """
-        A token that ECR can't read any more, as after a change of its keys, costs one refresh.
+        A token that ECR can no longer read, as after a change of its keys, costs one refresh.
         """
         self.standin.forget_tokens()
         self.assertWhole(self.pull(self.path), self.image.manifest)
@@ -73,7 +73,7 @@ class RefusedTokenTests(TokenTestCase):
 
     def test_all_of_them_being_refused_is_said(self) -> None:
         """
-        Where ECR takes no token at all the client has 502 after one refresh, and what is cached is served.
+        If ECR accepts no token at all the client gets 502 after one refresh, and cached content is served.
         """
         self.assertWhole(self.get(self.blob), self.data)
         refusal = b'{"errors": [{"code": "DENIED", "message": "Your authorization token has expired."}]}'
@@ -100,7 +100,7 @@ class RefusedTokenTests(TokenTestCase):
 
 class NoTokenTests(TokenTestCase):
     """
-    STS, ECR's API or the metadata service in trouble: the thread that asks them tells in the end, or doesn't.
+    STS, ECR's API or the metadata service in trouble: the thread that asks them returns at last, or doesn't.
     """
 
     def setUp(self) -> None:
@@ -116,14 +116,14 @@ class NoTokenTests(TokenTestCase):
 
     def answer(self) -> None:
         """
-        Have AWS give a token.
+        Have AWS issue a token.
         """
         self.asked[-1].callback(Token(self.standin.issue_token(), self.clock.seconds() + 12 * 3600))
         self.flush()
 
     def test_slow_at_the_start(self) -> None:
         """
-        A request is answered as soon as there is a token; one that waits too long is told to come again.
+        A request is answered as soon as there is a token; one that waits too long gets Retry-After.
         """
         self.start(fetch=self.fetch)
         reply = self.daemon.send("GET", self.path)
@@ -142,7 +142,7 @@ class NoTokenTests(TokenTestCase):
 
     def test_down_or_throttling_while_the_token_is_good(self) -> None:
         """
-        The old token is sent as long as ECR takes it.
+        The old token is used as long as ECR accepts it.
         """
         self.start(fetch=self.fetch)
         self.answer()
@@ -153,7 +153,7 @@ class NoTokenTests(TokenTestCase):
 
     def test_down_until_the_token_has_expired(self) -> None:
         """
-        Then ECR refuses it: 502, what is cached is served, and a minute after AWS is back all is well.
+        Then ECR rejects it: 502, cached content is served, and a minute after AWS is back everything works.
         """
         self.start(fetch=self.fetch)
         self.answer()
@@ -173,7 +173,7 @@ class NoTokenTests(TokenTestCase):
 
     def test_silent_when_a_token_is_refused(self) -> None:
         """
-        A refresh that does not end is waited for ten seconds; nobody waits for ever.
+        Requests wait ten seconds for a refresh that does not end.
         """
         self.start(fetch=self.fetch)
         self.answer()

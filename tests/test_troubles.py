@@ -1,5 +1,5 @@
 """
-Whatever the disk does, pulls go on; the log says once what is wrong, and /readyz as long as it is.
+Whatever the disk does, pulls go on; the log reports a trouble once, and /readyz as long as it lasts.
 """
 
 from __future__ import annotations
@@ -27,19 +27,16 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 class TroublesTests(SynchronousTestCase):
     """
-    What is told, and when.
+    What is reported, and when.
     """
 
     def setUp(self) -> None:
-        """
-        No troubles.
-        """
         self.now = START
         self.troubles = Troubles(lambda: self.now)
 
     def told(self, *ends: OSError | None) -> int:
         """
-        Note so many calls, failed or not, and count the lines in the log.
+        Record so many calls, failed or not, and count the lines in the log.
         """
         with capturedLogs() as events:
             for problem in ends:
@@ -51,14 +48,14 @@ class TroublesTests(SynchronousTestCase):
 
     def test_one_trouble_is_one_line(self) -> None:
         """
-        However many calls fail of it, and however many succeed in between.
+        However many calls fail because of it, and however many succeed in between.
         """
         self.assertEqual(1, self.told(FULL, FULL, None, FULL, None))
         self.assertEqual(["the cache directory can't be written: No space left on device"], self.troubles.reasons())
 
     def test_the_kinds_that_stand_are_told_apart(self) -> None:
         """
-        For figures, which have no words.
+        For metrics, which have no words.
         """
         self.told(FULL)
         self.troubles.failed(Kind.READ, OSError(errno.EMFILE, "Too many open files"))
@@ -74,7 +71,7 @@ class TroublesTests(SynchronousTestCase):
 
     def test_it_does_not_end_by_itself(self) -> None:
         """
-        Where nothing was tried, nothing is known to be well.
+        Without an attempt, nothing is known to work.
         """
         self.told(FULL)
         self.now += 1000
@@ -82,7 +79,7 @@ class TroublesTests(SynchronousTestCase):
 
     def test_a_clock_that_is_set_back_ends_it(self) -> None:
         """
-        Rather than that it lasts for as long as the clock was wrong.
+        Otherwise it would last for as long as the clock was wrong.
         """
         self.told(FULL)
         self.now -= 1000
@@ -90,7 +87,7 @@ class TroublesTests(SynchronousTestCase):
 
     def test_too_many_open_files_are_a_trouble_of_their_own(self) -> None:
         """
-        It is no fault of the disk's.
+        The disk is not the cause.
         """
         self.told(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
         self.assertEqual(["no more files can be opened: Too many open files"], self.troubles.reasons())
@@ -110,7 +107,7 @@ class PullTests(DaemonTestCase):
 
     def pull(self) -> list[str | None]:
         """
-        Pull an image and a large blob; all of it must be right. Tells how the cache took part.
+        Pull an image and a large blob; all of it must be right. Return the cache statuses.
         """
         manifest = self.get("/v2/team/app/manifests/latest")
         self.assertWhole(manifest, self.image.manifest)
@@ -120,7 +117,7 @@ class PullTests(DaemonTestCase):
 
     def reasons(self) -> list[str]:
         """
-        Ask whether the daemon is ready.
+        Return why the daemon is not ready.
         """
         self.pass_time(FRESH_SECONDS)
         reply = self.get("/readyz")
@@ -130,7 +127,7 @@ class PullTests(DaemonTestCase):
 
     def test_figures_tell_which_kind_of_trouble_there_is(self) -> None:
         """
-        As long as /readyz does: an alert stands on them.
+        As long as /readyz does: for alerts.
         """
         names = [f'ecr_proxy_disk_trouble{{kind="{kind}"}}' for kind in ("write", "read", "open", "hang")]
         self.assertEqual([0, 0, 0, 0], [self.daemon.figure(name) for name in names])
@@ -153,7 +150,7 @@ class PullTests(DaemonTestCase):
 
         if number in (errno.EROFS, errno.EMFILE):
             patches.append(self.patch(os, "open", opening))
-        # What Path.write_bytes opens, os.open does not see.
+        # Path.write_bytes does not open files through os.open.
         patches.append(self.patch(Path, "write_bytes", failing(number)))
         try:
             yield
@@ -179,22 +176,16 @@ class PullTests(DaemonTestCase):
 
     def test_a_full_disk_is_one_line_and_no_readiness(self) -> None:
         """
-        Pulls go on, and are kept again when there is room.
+        Pulls go on, and are cached again when there is space.
         """
         self.check_trouble(errno.ENOSPC, "fallocate", saying="can't be written: No space left on device")
 
     def test_a_read_only_disk_is_one_line_and_no_readiness(self) -> None:
-        """
-        The same.
-        """
         self.check_trouble(
             errno.EROFS, "rename", "unlink", "mkdir", "utime", saying="can't be written: Read-only file system"
         )
 
     def test_a_disk_that_fails_to_write_is_one_line_and_no_readiness(self) -> None:
-        """
-        The same.
-        """
         self.check_trouble(errno.EIO, "pwrite", saying="can't be written: Input/output error")
 
     def test_no_more_file_descriptors_lose_nothing_of_the_cache(self) -> None:
@@ -215,7 +206,7 @@ class PullTests(DaemonTestCase):
 
     def test_a_directory_that_is_removed_while_it_is_used_is_made_anew(self) -> None:
         """
-        Whoever tidies up so thoroughly costs a transfer, and nobody an answer.
+        Removing the directory costs a transfer, and no answer.
         """
         self.pull()
         shutil.rmtree(self.root)
@@ -229,7 +220,7 @@ class PullTests(DaemonTestCase):
 
     def test_a_directory_that_is_removed_in_the_middle_of_a_transfer_costs_the_file_alone(self) -> None:
         """
-        The client gets all of it from the file that has no name any more; the next request brings it again.
+        The client gets all of it from the unlinked file; the next request fetches it again.
         """
         self.standin.hold(self.digest)
         reply = self.get(self.path)

@@ -21,7 +21,7 @@ class ManifestTests(DaemonTestCase):
 
     def answered(self, path: str, headers: Mapping[str, str]) -> Reply:
         """
-        Ask while ECR gives the manifest with other headers.
+        Send a request while ECR returns the manifest with other headers.
         """
         fault = self.standin.fail("registry", status=200, headers=headers, body=self.image.manifest)
         reply = self.get(path, Accept=OCI_MANIFEST)
@@ -106,7 +106,7 @@ class BlobTests(DaemonTestCase):
             self.standin.push_blob("team/other", data + bytes(number))
             size = len(data) + number
             self.standin.fail("registry", status=200, method="HEAD", headers=headers, body=bytes(size))
-            # A HEAD, as prefetch asks; and a blob that another repository has brought in.
+            # A HEAD, as prefetch sends; and a blob that another repository has fetched.
             head = self.head(f"/v2/team/app/blobs/{digest}")
             self.assertEqual((200, size), (head.code, head.length), said)
             self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), data + bytes(number), "MISS")

@@ -1,5 +1,5 @@
 """
-How ECR and its buckets are asked, and what is made of what they answer.
+Requests to ECR and its buckets, and how their answers are handled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DENIED = b'{"errors": [{"code": "DENIED", "message": "%s"}]}'
 
 class UpstreamTestCase(DaemonTestCase):
     """
-    Someone who asks the registry, for want of a client.
+    A caller of the registry, without a client.
     """
 
     def setUp(self) -> None:
@@ -53,7 +53,7 @@ class UpstreamTestCase(DaemonTestCase):
 
     def asking(self, question: Coroutine[Any, Any, T]) -> Deferred[T]:
         """
-        Ask, and let happen what can.
+        Send a request, and flush.
         """
         answer = Deferred.fromCoroutine(question)
         self.flush()
@@ -69,7 +69,7 @@ class UpstreamTestCase(DaemonTestCase):
 
     def size(self) -> int:
         """
-        Ask how large the blob is.
+        Request the size of the blob.
         """
         return self.successResultOf(self.asking(self.daemon.upstream.blob_size(self.blob)))
 
@@ -85,7 +85,7 @@ class UpstreamTestCase(DaemonTestCase):
 
     def refused(self, question: Coroutine[Any, Any, object]) -> RegistryError:
         """
-        Ask, and say how the question was refused.
+        Send a request, and return how it was rejected.
         """
         problem: RegistryError = self.failureResultOf(self.asking(question), RegistryError).value
         return problem
@@ -116,7 +116,7 @@ class Sink:
 class RequestTests(UpstreamTestCase):
     def test_carries_what_is_listed_alone(self) -> None:
         """
-        ECR gets its own host name, the token and no header that nobody listed; the bucket no token.
+        ECR gets its own host name, the token and no unlisted header; the bucket no token.
         """
         self.fetched()
         registry, bucket = self.standin.asked
@@ -140,7 +140,7 @@ class RequestTests(UpstreamTestCase):
 
     def test_a_signed_url_is_passed_byte_for_byte(self) -> None:
         """
-        Path and query of a redirect go out exactly as they came in, however they are escaped.
+        Path and query of a redirect are sent exactly as they were received, however they are escaped.
         """
         for target in (
             "/a%2Fb/c%20d?X-Amz-Security-Token=%2F%2b%3D&X-Amz-Signature=0af",
@@ -157,7 +157,7 @@ class RequestTests(UpstreamTestCase):
 
     def test_no_cookie_passes(self) -> None:
         """
-        A cookie that ECR or a bucket sets is sent to nobody.
+        A cookie that ECR or a bucket sets is never sent.
         """
         for service in ("registry", "bucket"):
             self.standin.fail(
@@ -180,7 +180,7 @@ class RequestTests(UpstreamTestCase):
 
     def test_headers_of_the_caller_stay_as_they_are(self) -> None:
         """
-        The agent that pins the encoding leaves its caller's headers alone, and needs none.
+        The agent that sets the encoding leaves its caller's headers alone, and needs none.
         """
         from twisted.web.http_headers import Headers
 
@@ -197,7 +197,7 @@ class RequestTests(UpstreamTestCase):
 class RedirectTests(UpstreamTestCase):
     def redirect(self, *locations: str, status: int = 307) -> None:
         """
-        Have the registry redirect to the first location, that one to the next; the last gives the blob.
+        Have the registry redirect to the first location, that one to the next; the last serves the blob.
         """
         self.standin.heal()
         self.standin.forget_asked()
@@ -229,7 +229,7 @@ class RedirectTests(UpstreamTestCase):
 
     def test_no_other_host_or_port_sees_the_token(self) -> None:
         """
-        Wherever a redirect leads, the token does not go there: another host, another port, a host that looks alike.
+        Wherever a redirect leads, the token does not go there: another host, another port, a similar name.
         """
         host = self.standin.registry
         for location in (
@@ -246,7 +246,7 @@ class RedirectTests(UpstreamTestCase):
 
     def test_relative_ones_are_followed(self) -> None:
         """
-        A relative redirect stays on the host that gave it.
+        A relative redirect stays on the host that sent it.
         """
         self.redirect("https://other.example/a/b?c", "../d?e", "/f")
         self.assertEqual(self.data, self.fetched())
@@ -255,7 +255,7 @@ class RedirectTests(UpstreamTestCase):
 
     def test_none_leads_from_https_to_http(self) -> None:
         """
-        A redirect from https to http is refused, at the first hop and later; nothing is sent there.
+        A redirect from https to http is rejected, at the first hop and later; nothing is sent there.
         """
         for locations in (["http://other.example/x"], ["https://other.example/x", "http://other.example/x"]):
             self.redirect(*locations)
@@ -264,7 +264,7 @@ class RedirectTests(UpstreamTestCase):
 
     def test_from_http_to_https_is_fine(self) -> None:
         """
-        A registry on plain http may have its bucket on either.
+        The bucket of a registry on plain http may use either.
         """
         for bucket in ("http://bucket.example", "https://bucket.example"):
             self.standin = StandIn(self.clock, registry="http://ecr.example", bucket=bucket)
@@ -274,7 +274,7 @@ class RedirectTests(UpstreamTestCase):
 
     def test_to_a_port_that_can_not_be_are_refused(self) -> None:
         """
-        A redirect to a port above 65535 ends in 502 without an attempt to go there.
+        A redirect to a port above 65535 ends in 502 without a connection attempt.
         """
         self.redirect("https://other.example:99999999/x")
         answer = self.asking(self.daemon.upstream.blob(self.blob))
@@ -283,7 +283,7 @@ class RedirectTests(UpstreamTestCase):
 
     def test_to_nowhere_are_refused(self) -> None:
         """
-        Redirects without a place, to other schemes, with a user in them, or that are no URLs end in 502.
+        Redirects without a host, to other schemes, with userinfo, or with an invalid URL end in 502.
         """
         for location in (
             "",
@@ -304,7 +304,7 @@ class RedirectTests(UpstreamTestCase):
 
     def test_of_bytes_that_are_no_text_are_refused(self) -> None:
         """
-        A Location that is no text ends in 502.
+        A Location that is not text ends in 502.
         """
         asking = Deferred.fromCoroutine(self.daemon.upstream.blob(self.blob))
         self.answer_with(b"HTTP/1.1 307 X\r\nLocation: https://other.example/\xff\r\nContent-Length: 0\r\n\r\n")
@@ -312,14 +312,14 @@ class RedirectTests(UpstreamTestCase):
 
     def test_without_a_location(self) -> None:
         """
-        A redirect that doesn't say where ends in 502.
+        A redirect without a Location ends in 502.
         """
         self.standin.fail("registry", status=307)
         self.assertUnavailable(502, "does not go", self.daemon.upstream.blob(self.blob))
 
     def test_of_a_manifest_are_no_answer(self) -> None:
         """
-        Manifests aren't redirected: such an answer is given out as none.
+        Manifests aren't redirected: such an answer counts as invalid.
         """
         self.standin.fail("registry", status=307, headers={"Location": "https://other.example/x"})
         reply = self.get("/v2/team/app/manifests/latest")
@@ -328,7 +328,7 @@ class RedirectTests(UpstreamTestCase):
 
     def test_their_long_bodies_are_not_read(self) -> None:
         """
-        A redirect with a long body does not hold anything up.
+        A redirect with a long body does not delay anything.
         """
         self.standin.fail("registry", status=307, headers={"Location": "https://other.example/x"}, body=bytes(4 * MIB))
         self.standin.fail("api", status=200, body=self.data)
@@ -356,7 +356,7 @@ class BlobSizeTests(UpstreamTestCase):
 
     def test_of_a_redirected_head(self) -> None:
         """
-        Where HEAD is redirected, a range of one byte of the bucket tells the size.
+        If HEAD is redirected, a range of one byte from the bucket gives the size.
         """
         self.standin.quirks.blob_head = 307
         self.assertEqual(1000, self.size())
@@ -364,7 +364,7 @@ class BlobSizeTests(UpstreamTestCase):
 
     def test_of_a_bucket_without_ranges(self) -> None:
         """
-        A bucket that sends everything tells the size as well, and is stopped.
+        A bucket that sends everything gives the size as well, and is stopped.
         """
         self.digest = self.standin.push_blob("team/app", noise("large", 8 * MIB))
         self.standin.quirks.blob_head, self.standin.quirks.ignore_range = 307, True
@@ -373,7 +373,7 @@ class BlobSizeTests(UpstreamTestCase):
 
     def test_of_the_empty_blob_behind_a_redirect(self) -> None:
         """
-        The empty blob, of which no byte can be asked for, has no bytes.
+        The empty blob, of which no byte can be requested, has size 0.
         """
         self.digest = self.standin.push_blob("team/app", b"")
         self.standin.quirks.blob_head = 307
@@ -392,7 +392,7 @@ class BlobSizeTests(UpstreamTestCase):
 
     def test_where_head_is_not_known(self) -> None:
         """
-        A registry that refuses HEAD is asked with GET.
+        A registry that rejects HEAD gets GET.
         """
         self.standin.quirks.blob_head = 401
         self.assertEqual(1000, self.size())
@@ -402,7 +402,7 @@ class BlobSizeTests(UpstreamTestCase):
 
     def test_where_head_is_not_known_and_nothing_redirected(self) -> None:
         """
-        A registry that refuses HEAD and gives blobs itself is asked with GET, which is not read to its end.
+        A registry that rejects HEAD and serves blobs itself gets GET, which is not read to its end.
         """
         self.standin.fail("registry", status=405, method="HEAD")
         self.standin.fail("registry", status=200, method="GET", body=noise("large", 4 * MIB))
@@ -453,7 +453,7 @@ class BlobSizeTests(UpstreamTestCase):
 
     def test_of_what_is_not_there(self) -> None:
         """
-        Its 404 tells ECR's code, which HEAD alone would not.
+        The GET's 404 has ECR's code, which HEAD alone would not.
         """
         self.standin.delete_blob("team/app", self.digest)
         problem = self.refused(self.daemon.upstream.blob_size(self.blob))
@@ -464,7 +464,7 @@ class BlobSizeTests(UpstreamTestCase):
 class BlobTests(UpstreamTestCase):
     def test_may_come_from_the_registry_itself(self) -> None:
         """
-        A registry that gives blobs itself, without a redirect, will do.
+        A registry may serve blobs itself, without a redirect.
         """
         self.standin.fail("registry", status=200, body=self.data)
         self.assertEqual(self.data, self.fetched())
@@ -479,7 +479,7 @@ class BlobTests(UpstreamTestCase):
 
     def test_answers_that_are_none(self) -> None:
         """
-        Whatever is not 200 is no blob.
+        Only 200 is a blob.
         """
         for status in (201, 204, 206, 300, 304):
             fault = self.standin.fail("registry", status=status)
@@ -488,7 +488,7 @@ class BlobTests(UpstreamTestCase):
 
     def test_that_breaks_off(self) -> None:
         """
-        A transfer that breaks off says so, and who broke it off.
+        A transfer that breaks off reports so, and which side did it.
         """
         self.standin.break_off(500)
         sink = Sink()
@@ -502,7 +502,7 @@ class BlobTests(UpstreamTestCase):
 
     def test_that_stalls(self) -> None:
         """
-        Thirty seconds without a kilobyte end a transfer; each kilobyte begins them anew.
+        Thirty seconds without a kilobyte end a transfer; each kilobyte restarts them.
         """
         self.digest = self.standin.push_blob("team/app", noise("large", MIB))
         self.standin.hold(self.digest)
@@ -523,7 +523,7 @@ class BlobTests(UpstreamTestCase):
 
     def test_that_was_paused_is_not_taken_for_stalled(self) -> None:
         """
-        While it is us who wait, no stall is counted; from resuming on it is again.
+        While we pause, no stall is counted; after resuming it is again.
         """
         self.standin.hold(self.digest)
         sink = Sink()
@@ -541,7 +541,7 @@ class BlobTests(UpstreamTestCase):
 
     def test_that_is_aborted(self) -> None:
         """
-        An aborted transfer's connection is closed, and no stall is counted any more.
+        An aborted transfer's connection is closed, and no stall is counted any longer.
         """
         self.standin.hold(self.digest)
         sink = Sink()
@@ -555,7 +555,7 @@ class BlobTests(UpstreamTestCase):
 
     def test_pausing_and_resuming_after_the_end(self) -> None:
         """
-        A transfer that has ended can be resumed without harm: its end stays the one end.
+        Resuming after the end does nothing: there is one end.
         """
         sink = Sink()
         transfer = self.successResultOf(self.asking(self.daemon.upstream.blob(self.blob))).first.deliver(sink)
@@ -568,7 +568,7 @@ class BlobTests(UpstreamTestCase):
 
     def test_what_follows_a_body_is_not_part_of_it(self) -> None:
         """
-        Bytes behind the announced length belong to nothing: the blob is right, and so is the next answer.
+        Bytes behind the announced length are ignored: the blob is right, and so is the next answer.
         """
         asking = Deferred.fromCoroutine(self.daemon.upstream.blob(self.blob))
         self.answer_with(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcHTTP/1.1 200 OK\r\n\r\nx", close=False)
@@ -580,7 +580,7 @@ class BlobTests(UpstreamTestCase):
 
     def test_two_lengths_are_none(self) -> None:
         """
-        An answer with two lengths is refused.
+        An answer with two lengths is rejected.
         """
         asking = Deferred.fromCoroutine(self.daemon.upstream.blob(self.blob))
         self.answer_with(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd")
@@ -588,7 +588,7 @@ class BlobTests(UpstreamTestCase):
 
     def test_what_is_no_http_is_refused(self) -> None:
         """
-        An upstream that speaks something else is 502, with the host's name.
+        An upstream that does not speak HTTP is 502, with the host's name.
         """
         asking = Deferred.fromCoroutine(self.daemon.upstream.blob(self.blob))
         self.answer_with(b"SSH-2.0-OpenSSH\r\n\r\n")
@@ -598,7 +598,7 @@ class BlobTests(UpstreamTestCase):
 class ManifestTests(UpstreamTestCase):
     def test_asks_with_what_the_client_accepts(self) -> None:
         """
-        ECR is asked for the types that the client takes.
+        ECR is asked for the types that the client accepts.
         """
         manifest = self.successResultOf(self.asking(self.daemon.upstream.manifest(self.tag, OCI_MANIFEST)))
         self.assertEqual((OCI_MANIFEST, self.image.manifest), (manifest.content_type, manifest.body))
@@ -613,7 +613,7 @@ class ManifestTests(UpstreamTestCase):
 
     def test_that_does_not_end(self) -> None:
         """
-        A manifest whose last byte does not come within 25 seconds is 504.
+        A manifest whose last byte does not arrive within 25 seconds is 504.
         """
         asking = Deferred.fromCoroutine(self.daemon.upstream.manifest(self.tag, ""))
         self.answer_with(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", close=False)
@@ -626,7 +626,7 @@ class ManifestTests(UpstreamTestCase):
 
     def test_that_is_too_long_is_not_read_on(self) -> None:
         """
-        Of a manifest that is too long no more is read than it takes to know it.
+        Only as much of an oversized manifest is read as needed to notice.
         """
         asking = Deferred.fromCoroutine(self.daemon.upstream.manifest(self.tag, ""))
         self.standin.hang("registry", times=1)
@@ -639,7 +639,7 @@ class ManifestTests(UpstreamTestCase):
 
     def test_whom_nobody_waits_for(self) -> None:
         """
-        A question that is cancelled ends its request, before the headers and after.
+        Cancelling ends the request, before the headers and after.
         """
         for answered in (False, True):
             asking = Deferred.fromCoroutine(self.daemon.upstream.manifest(self.tag, ""))
@@ -659,7 +659,7 @@ class ManifestTests(UpstreamTestCase):
 
     def test_head(self) -> None:
         """
-        HEAD tells type, digest and size without the manifest.
+        HEAD returns type, digest and size without the manifest.
         """
         head = self.successResultOf(self.asking(self.daemon.upstream.head_manifest(self.tag, "")))
         self.assertEqual(
@@ -668,7 +668,7 @@ class ManifestTests(UpstreamTestCase):
 
     def test_head_where_it_is_not_known(self) -> None:
         """
-        Where HEAD is refused, GET tells the same: the digest is computed.
+        If HEAD is rejected, GET returns the same: the digest is computed.
         """
         for status in (403, 404, 405):
             fault = self.standin.fail("registry", status=status, method="HEAD")
@@ -697,7 +697,7 @@ class ManifestTests(UpstreamTestCase):
 
     def test_head_that_makes_no_sense(self) -> None:
         """
-        A digest that is none, or a length that is none, is 502.
+        An invalid digest or length is 502.
         """
         for headers in ({"Docker-Content-Digest": "md5:abc"}, {"Docker-Content-Digest": digest_of(b"x") + "0"}):
             fault = self.standin.fail("registry", status=200, method="HEAD", headers=headers)
@@ -707,12 +707,12 @@ class ManifestTests(UpstreamTestCase):
 
 class RefusalTests(UpstreamTestCase):
     """
-    Which refusals a new token may mend, and what becomes of the others.
+    Which refusals a new token may fix, and what happens to the others.
     """
 
     def renewals(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> int:
         """
-        Have ECR refuse once; say how many more tokens that costs.
+        Have ECR reject one request; return how many more tokens that costs.
         """
         before = len(self.standin.tokens._until)  # noqa: SLF001
         fault = self.standin.fail("registry", status=status, body=body, headers=headers, times=1)
@@ -723,7 +723,7 @@ class RefusalTests(UpstreamTestCase):
 
     def test_about_the_token(self) -> None:
         """
-        401, a 400 that is no word about the request, and a 403 that speaks of the token cost a new one.
+        401, a 400 that is not about the request, and a 403 that mentions the token cost a new one.
         """
         unreadable = b'{"errors": [{"code": "UNKNOWN", "message": "Cannot read the authorization token"}]}'
         for status, body in (
@@ -740,7 +740,7 @@ class RefusalTests(UpstreamTestCase):
 
     def test_about_something_else(self) -> None:
         """
-        IAM's 403, a 400 with a challenge or about the request, and whatever else cost none.
+        IAM's 403, a 400 with a challenge or about the request, and all others cost none.
         """
         challenge = {"WWW-Authenticate": "Basic"}
         for status, body, headers in (
@@ -769,7 +769,7 @@ class RefusalTests(UpstreamTestCase):
 
     def test_that_may_be_about_the_token_cost_one_token_a_minute(self) -> None:
         """
-        And what ECR says is not hidden.
+        And ECR's answer is not hidden.
         """
         for status, body in ((400, b"Bad Request\n"), (401, b"Not Authorized\n")):
             before = len(self.standin.tokens._until)  # noqa: SLF001
@@ -781,7 +781,7 @@ class RefusalTests(UpstreamTestCase):
                 self.assertIn(body.decode().strip() if status == 400 else "does not accept", problem.message)
             self.assertEqual(1, len(self.standin.tokens._until) - before)  # noqa: SLF001
             fault.remove()
-            self.pass_time(2 * RENEW_SECONDS)  # a rejected token is replaced after a minute, asked or not
+            self.pass_time(2 * RENEW_SECONDS)  # a rejected token is replaced after a minute, with or without requests
 
     def test_of_head_alone_leave_the_token_alone(self) -> None:
         """
@@ -804,7 +804,7 @@ class RefusalTests(UpstreamTestCase):
 
     def test_in_strange_words(self) -> None:
         """
-        A 403 or 404 that is no registry's JSON is no answer of ECR's, whatever it is.
+        A 403 or 404 without a registry's JSON is no answer of ECR's.
         """
         for body in (
             b"",
@@ -834,14 +834,14 @@ class RefusalTests(UpstreamTestCase):
 
     def test_of_great_length(self) -> None:
         """
-        A refusal that does not come to its end is 502.
+        A refusal whose body does not end is 502.
         """
         self.standin.fail("registry", status=404, body=bytes(MIB))
         self.assertUnavailable(502, "65536", self.daemon.upstream.manifest(self.tag, ""))
 
     def test_of_a_head_is_told_by_a_get(self) -> None:
         """
-        A HEAD refused for its token is asked again as GET to learn why, and is answered with a fresh token.
+        A HEAD rejected for its token is repeated as GET to learn why, and is answered with a fresh token.
         """
         self.standin.expire_tokens()
         head = self.successResultOf(self.asking_with_time(self.daemon.upstream.head_manifest(self.tag, "")))
@@ -855,7 +855,7 @@ class RefusalTests(UpstreamTestCase):
 
 class QueryTests(SynchronousTestCase):
     """
-    What of a client's query goes to ECR.
+    Which query parameters of a client are passed to ECR.
     """
 
     def ask(self, path: str) -> str:
@@ -863,7 +863,7 @@ class QueryTests(SynchronousTestCase):
 
     def test_of_tags(self) -> None:
         """
-        n, at most 1000, and decoded; last and others as they came; not containerd's ns, nor what signs.
+        n, at most 1000, and decoded; last and others unchanged; neither containerd's ns, nor signature parameters.
         Without n only where the list begins.
         """
         for query, kept in {
@@ -881,7 +881,7 @@ class QueryTests(SynchronousTestCase):
 
     def test_of_referrers(self) -> None:
         """
-        All plain parameters but ns.
+        All plain parameters except ns.
         """
         digest = Digest.of(b"x")
         found = self.ask(f"/v2/a/referrers/{digest}?artifactType=a%2Fb&ns=c&X-Amz-Y=d&n=3&a%26b=c")
@@ -890,12 +890,12 @@ class QueryTests(SynchronousTestCase):
 
 class DescribeTests(SynchronousTestCase):
     """
-    A network's trouble in a line.
+    A network error in one line.
     """
 
     def test_first_cause(self) -> None:
         """
-        Of nested failures the first cause is named.
+        The innermost of nested failures is named.
         """
         inner = Failure(ResponseFailed([Failure(ConnectionLost("reset by peer"))]))
         self.assertIn("reset by peer", describe(ResponseFailed([inner])))
@@ -914,7 +914,7 @@ class DescribeTests(SynchronousTestCase):
 
     def test_always_a_short_line(self) -> None:
         """
-        Long texts are cut, further lines dropped, and who says nothing is named by kind.
+        Long texts are cut, further lines dropped, and errors without text are named by type.
         """
         self.assertEqual("a", describe(ValueError("a\nb\nc")))
         self.assertEqual(200, len(describe(ValueError("x" * 5000))))
@@ -926,7 +926,7 @@ class DescribeTests(SynchronousTestCase):
 class ConnectionTests(UpstreamTestCase):
     def test_are_kept_for_the_next_request(self) -> None:
         """
-        Requests one after another to one host use one connection.
+        Consecutive requests to one host use one connection.
         """
         for _ in range(3):
             self.fetched()
@@ -934,7 +934,7 @@ class ConnectionTests(UpstreamTestCase):
 
     def test_are_closed_when_who_asked_leaves(self) -> None:
         """
-        A client that leaves while ECR makes up a page of tags ends that request.
+        A client that disconnects while ECR builds a page of tags ends that request.
         """
         self.standin.hang("registry")
         reply = self.daemon.send("GET", "/v2/team/app/tags/list")
@@ -947,7 +947,7 @@ class ConnectionTests(UpstreamTestCase):
 
     def test_of_a_second_daemon_are_its_own(self) -> None:
         """
-        No state is shared between two upstreams in one process.
+        Two upstreams in one process share no state.
         """
         first = self.daemon
         other = StandIn(self.clock, registry="https://999999999999.dkr.ecr.eu-west-1.amazonaws.com")

@@ -1,5 +1,5 @@
 """
-Each kind of value has its grammar, and what is outside of it is refused.
+Each type of value has its grammar, and anything else is rejected.
 """
 
 from __future__ import annotations
@@ -30,13 +30,9 @@ from ecrproxy.settings.values import (
 
 
 class ParserTests(SynchronousTestCase):
-    """
-    Each kind of value has its grammar.
-    """
-
     def assert_refused(self, parse: Callable[[str], object], *texts: str) -> None:
         """
-        Hold that none of C{texts} is taken.
+        Assert that none of C{texts} is accepted.
         """
         for text in texts:
             try:
@@ -47,7 +43,7 @@ class ParserTests(SynchronousTestCase):
 
     def test_endpoints_are_urls_or_bare_hosts(self) -> None:
         """
-        A bare host means https; the scheme, the host and the port are all that counts.
+        A bare host means https; only scheme, host and port count.
         """
         expected = {
             "ecr.test": "https://ecr.test",
@@ -98,7 +94,7 @@ class ParserTests(SynchronousTestCase):
 
     def test_an_origin_is_as_browsers_write_it(self) -> None:
         """
-        In lower case and without the default port; a path, a user or a pattern is in no origin.
+        In lower case and without the default port; an origin has no path, user or pattern.
         """
         expected = {
             "*": "*",
@@ -125,7 +121,7 @@ class ParserTests(SynchronousTestCase):
 
     def test_sizes_are_in_powers_of_1024(self) -> None:
         """
-        However the unit is spelled, and with none, sizes are as nginx has them.
+        However the unit is spelled, and without one, sizes are as in nginx.
         """
         expected = {
             **dict.fromkeys(("64g", "64gb", "64GiB", "64G", "64 GB", " 64gib "), 68_719_476_736),
@@ -147,7 +143,7 @@ class ParserTests(SynchronousTestCase):
 
     def test_flags_are_yes_or_no(self) -> None:
         """
-        The usual words are understood, no others.
+        Only the usual words are understood.
         """
         for text in ("true", "True", "yes", "on", "1"):
             self.assertIs(True, parse_flag(text))
@@ -157,7 +153,7 @@ class ParserTests(SynchronousTestCase):
 
     def test_a_pattern_must_match_the_whole_name(self) -> None:
         """
-        `image1|image3` lets in exactly these two.
+        `image1|image3` matches exactly these two.
         """
         pattern = parse_pattern("image1|image3")
         names = ("image1", "image3", "image2", "image11", "image13", "aimage1", "aimage3", "image3/x", "team/image1")
@@ -165,7 +161,7 @@ class ParserTests(SynchronousTestCase):
 
     def test_patterns_may_look_ahead(self) -> None:
         """
-        Namespaces can be left out by what they begin with.
+        Namespaces can be excluded by their prefix.
         """
         pattern = parse_pattern("(?!secret/).*")
         self.assertTrue(pattern.fullmatch("open/image"))
@@ -177,13 +173,14 @@ class ParserTests(SynchronousTestCase):
 
     def test_a_pattern_may_begin_with_flags(self) -> None:
         """
-        What Python and nginx take at the beginning of a pattern is no mistake here.
+        Inline flags at the beginning of a pattern are accepted, as in Python and nginx.
         """
         self.assertTrue(parse_pattern("(?i)IMAGE1|image3").fullmatch("image1"))
 
     def test_what_is_no_pattern_is_refused(self) -> None:
         """
-        Unbalanced parentheses are told even where they would balance within a group, and so is all that re refuses.
+        Unbalanced parentheses are rejected even if they would balance within a group, and so is everything that re
+        rejects.
         """
         self.assert_refused(parse_pattern, "", "(a", "a)", "a)|(b", ")(", "[a", "*", "(?P<x", "a\\")
 
@@ -211,7 +208,7 @@ class ParserTests(SynchronousTestCase):
 
     def test_what_is_no_name_server_is_refused(self) -> None:
         """
-        A server's name can't be looked up without a server, and ports have their range.
+        A server's name can't be resolved without a server, and ports have their range.
         """
         self.assert_refused(
             parse_resolver,
@@ -232,21 +229,21 @@ class ParserTests(SynchronousTestCase):
 
     def test_networks_are_separated_by_space_or_commas(self) -> None:
         """
-        An address is a network of its own.
+        A single address is a network.
         """
         found = parse_networks(" 10.0.0.0/8,192.0.2.7\n fd00::/8 ")
         self.assertEqual(["10.0.0.0/8", "192.0.2.7/32", "fd00::/8"], [str(each) for each in found])
 
     def test_a_network_with_bits_of_a_host_is_told_what_it_may_mean(self) -> None:
         """
-        Who writes 10.1.2.3/8 may mean one machine or sixteen million.
+        10.1.2.3/8 may mean one machine or sixteen million.
         """
         problem = self.assertRaises(ValueError, parse_networks, "10.1.2.3/8")
         self.assertEqual("'10.1.2.3/8' is not a network; give 10.0.0.0/8, if that is meant", str(problem))
 
     def test_ports_are_from_1_to_65535(self) -> None:
         """
-        Both ends are in, all else is out.
+        Both ends are included.
         """
         self.assertEqual((1, 65535), (parse_port("1"), parse_port("65535")))
         self.assert_refused(parse_port, "", "0", "65536", "-1", "+80", "5000 ", "0x50", "5000/tcp", "five")
@@ -264,14 +261,14 @@ class ParserTests(SynchronousTestCase):
 
     def test_paths_are_not_empty(self) -> None:
         """
-        Any text but none, and none with a NUL, is a path.
+        Any non-empty text without NUL is a path.
         """
         self.assertEqual("/a b", parse_path("/a b"))
         self.assert_refused(parse_path, "", "a\0b")
 
     def test_ecr_host_names_tell_their_region(self) -> None:
         """
-        In every partition, with FIPS and dual-stack names too; other hosts tell none.
+        In every partition, with FIPS and dual-stack names too; other hosts have none.
         """
         account = "https://123456789012"
         expected = {

@@ -1,5 +1,5 @@
 """
-What happened to a cached file behind the daemon's back is found out before a client has the whole of it.
+Changes to a cached file behind the daemon's back are noticed before a client has the whole of it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CachedBlob(DaemonTestCase):
         """
         Change a byte of the file.
 
-        @param quietly: leave its time as it was: a disk that rots sets none.
+        @param quietly: leave its time as it was: bit rot sets none.
         """
         path = self.file_of(self.digest)
         status = path.stat()
@@ -61,7 +61,7 @@ class CachedBlob(DaemonTestCase):
 
     def send(self, **headers: str) -> Reply:
         """
-        Ask for the blob with threads that work when told to, and let it go as far as it can without a verdict.
+        Request the blob with threads that work when told to, and go on as far as possible without verification.
         """
         self.hands.idle = False
         reply = self.daemon.send("GET", self.path, **headers)
@@ -98,7 +98,7 @@ class CachedBlob(DaemonTestCase):
 
     def dropped(self) -> int:
         """
-        Count the log lines that say that a file was dropped.
+        Count the log lines about dropped files.
         """
         return self.logged().count("in the cache is dropped")
 
@@ -106,7 +106,7 @@ class CachedBlob(DaemonTestCase):
 class AlteredTests(CachedBlob):
     def test_content_altered_in_place_completes_no_answer(self) -> None:
         """
-        A file with other bytes of the same number is dropped with one line, and the next request gets it anew.
+        A file with other bytes of the same number is dropped with one line, and the next request fetches it again.
         """
         self.get(self.path)
         self.alter()
@@ -119,7 +119,7 @@ class AlteredTests(CachedBlob):
 
     def test_content_that_rotted_while_nobody_ran_completes_no_answer(self) -> None:
         """
-        After a start each file is proved at its first use, whatever its time says.
+        After a start each file is verified at its first use, whatever its time says.
         """
         self.alter(quietly=True)
         self.start()
@@ -128,7 +128,7 @@ class AlteredTests(CachedBlob):
 
     def test_the_last_byte_waits_for_the_proof(self) -> None:
         """
-        A client reads while the file is hashed, and gets the end once it is known to be right.
+        A client reads while the file is hashed, and gets the end once it is verified.
         """
         reply = self.send()
         self.assertEqual((len(self.data) - 1, ""), (len(reply.body), reply.ended))
@@ -144,7 +144,7 @@ class AlteredTests(CachedBlob):
 
     def test_a_range_does_not_wait_but_begins_the_proof(self) -> None:
         """
-        Who asks for a part verifies it; the file is dropped all the same when it turns out to be bad.
+        A range request starts the verification; the file is dropped if it turns out to be bad.
         """
         self.alter(at=2 * MIB)
         reply = self.send(Range="bytes=7-7")
@@ -155,7 +155,7 @@ class AlteredTests(CachedBlob):
 
     def test_a_file_is_hashed_once(self) -> None:
         """
-        However many read it at the same time, or later.
+        However many clients read it at the same time, or later.
         """
         replies = [self.send() for _ in range(3)]
         self.come_to_a_verdict()
@@ -165,7 +165,7 @@ class AlteredTests(CachedBlob):
 
     def test_all_readers_of_a_bad_file_fail(self) -> None:
         """
-        And it is dropped once. That the first has used it does not make it one that nobody has changed.
+        And it is dropped once. That the first has used it does not make it an unchanged one.
         """
         self.get(self.path)
         self.alter()
@@ -177,7 +177,7 @@ class AlteredTests(CachedBlob):
 
     def test_a_reader_that_leaves_ends_no_proof(self) -> None:
         """
-        The others wait for what the first began.
+        The others wait for the same verification.
         """
         one, other = self.send(), self.send()
         one.leave()
@@ -189,7 +189,7 @@ class AlteredTests(CachedBlob):
 
     def test_what_arrived_just_now_is_proved(self) -> None:
         """
-        It was hashed on its way in.
+        It was hashed on arrival.
         """
         path = self.file_of(self.digest)
         path.unlink()
@@ -199,7 +199,7 @@ class AlteredTests(CachedBlob):
 
     def test_a_file_that_is_changed_while_it_is_hashed_is_hashed_again(self) -> None:
         """
-        What was read before the change says nothing about what is there now.
+        What was read before the change says nothing about the current content.
         """
         reply = self.send()
         while self.names_of(self.hands.waiting[0]) != {"settle"}:
@@ -211,7 +211,7 @@ class AlteredTests(CachedBlob):
 
     def test_another_file_in_its_place_is_left_alone(self) -> None:
         """
-        Dropping a bad file drops no good one that came meanwhile.
+        Dropping a bad file does not drop a good one that came meanwhile.
         """
         self.alter()
         reply = self.send()
@@ -229,14 +229,14 @@ class LargeTests(CachedBlob):
 
     def test_large_files_are_hashed_in_steps(self) -> None:
         """
-        Others have their turn at the disk in between.
+        Other disk calls have their turn in between.
         """
         self.get(self.path)
         self.assertEqual([STEP, STEP, 7, 0], self.hashed)
 
     def test_that_a_manifest_gives_a_wrong_size_are_hashed_in_steps_and_once_for_all_who_ask(self) -> None:
         """
-        Whoever can push a manifest could keep all threads that read busy, by a few HEADs.
+        A user who can push a manifest could keep all reading threads busy, by a few HEADs.
         """
         layer = {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": self.digest, "size": 7}
         lie = json.dumps({"layers": [layer]}).encode()
@@ -284,7 +284,7 @@ class ManyFilesTests(DaemonTestCase):
 class FailingDiskTests(CachedBlob):
     def test_a_bad_file_that_can_not_be_removed_is_not_served_again(self) -> None:
         """
-        On a disk that can't be written what is bad costs a transfer each time, and no client its answer.
+        On a read-only disk a bad file costs a transfer each time, and no client its answer.
         """
         self.alter()
         real = Path.unlink
@@ -306,7 +306,7 @@ class FailingDiskTests(CachedBlob):
 
     def test_a_file_that_can_not_be_hashed_is_dropped(self) -> None:
         """
-        A bad block that only the proof meets.
+        For example, a bad block that only hashing reads.
         """
         self.patch(Content, "hash", failing(errno.EIO))
         self.assertBroken(self.get(self.path), b"")
@@ -315,7 +315,7 @@ class FailingDiskTests(CachedBlob):
 
     def test_a_proof_that_fails_by_itself_fails_its_readers(self) -> None:
         """
-        Whatever a thread may say, nobody waits for ever; the file stays.
+        Whatever error a thread has, readers don't wait for ever; the file stays.
         """
         patch = self.patch(Content, "settle", lambda content, state: 1 / 0)
         self.assertBroken(self.get(self.path), b"")
@@ -325,7 +325,7 @@ class FailingDiskTests(CachedBlob):
 
     def test_a_file_that_can_not_be_read_while_it_is_sent_is_dropped(self) -> None:
         """
-        The client is cut off, the log has one line, and the next request gets the blob anew.
+        The client is cut off, the log has one line, and the next request fetches the blob again.
         """
         self.get(self.path)
         really = os.pread
@@ -344,7 +344,7 @@ class FailingDiskTests(CachedBlob):
 
     def test_a_file_that_is_cut_while_it_is_sent_is_dropped(self) -> None:
         """
-        As one that can't be read.
+        Like one that can't be read.
         """
         self.get(self.path)
         reply = self.daemon.send("GET", self.path)
@@ -382,7 +382,7 @@ class SmallTests(DaemonTestCase):
 
     def test_a_rotten_small_blob_that_can_not_be_removed_is_fetched(self) -> None:
         """
-        Nobody goes round in circles over it.
+        The daemon does not loop.
         """
         file = self.file_of(self.digest)
         file.write_bytes(self.data[::-1])

@@ -1,5 +1,5 @@
 """
-A volume that is unmounted while it is used is missed, and what is underneath is left alone.
+A volume that is unmounted while in use is noticed, and the directory underneath is left alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.store_contract import scratch
 
 class Mounts:
     """
-    A file system that can be mounted on a directory, in the eyes of C{os.stat} and C{os.path.ismount}.
+    A file system that can be mounted on a directory, as seen by C{os.stat} and C{os.path.ismount}.
 
     @ivar device: its number; None while it is not mounted.
     """
@@ -35,7 +35,7 @@ class Mounts:
 
     def stat(self, path: Path, **more: Any) -> os.stat_result:
         """
-        Give what is below the mount point its device.
+        Return the device for files below the mount point.
         """
         status = self._stat(path, **more)
         if self.device is None or not path.is_relative_to(self.point):
@@ -46,7 +46,7 @@ class Mounts:
 
     def ismount(self, path: Any) -> bool:
         """
-        Tell whether it is mounted there.
+        Return True if it is mounted there.
         """
         return self.device is not None if Path(path) == self.point else self._ismount(path)
 
@@ -77,13 +77,13 @@ class VolumeTests(SynchronousTestCase):
         (self.point / "cache").mkdir()
         volume = Volume(self.point / "cache")
         (self.point / "cache").rmdir()
-        self.assertFalse(volume.is_gone())  # it was removed, and may be made anew
+        self.assertFalse(volume.is_gone())  # it was removed, and may be made again
         self.mounts.device = None
         self.assertTrue(volume.is_gone())
 
     def test_a_link_that_leads_to_another_volume_is_not_gone_with_the_first(self) -> None:
         """
-        And is gone with the other.
+        But it is gone with the other volume.
         """
         other, link = Path(os.path.realpath(scratch(self))), scratch(self)
         other.mkdir()

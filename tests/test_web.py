@@ -35,7 +35,7 @@ OURS = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 
 def chosen_of(header: str | None, size: int) -> list[tuple[int, int]] | None:
     """
-    What of a blob a Range header asks for; none where it does not count.
+    Return what a Range header selects of a blob; None if the header is ignored.
     """
     ranges = Ranges.parse(header)
     return ranges.of(size) if ranges is not None else None
@@ -104,7 +104,7 @@ class RangeHeaderTests(SynchronousTestCase):
 
     def test_no_more_is_read_in_vain_than_is_wanted(self) -> None:
         """
-        Or than many small gaps have. Beyond, the whole is sent: its client has to take it.
+        Or than many small gaps have. Beyond, the whole is sent: its client has to accept it.
         """
         spans = [(at, at + 10) for at in range(0, 2**30, 2**24)]
         self.assertEqual([], questions(spans, ranged=True))
@@ -114,7 +114,7 @@ class RangeHeaderTests(SynchronousTestCase):
 
     def test_leaves_aside_what_is_none(self) -> None:
         """
-        No header, other units and nonsense ask for the whole.
+        No header, other units and nonsense select the whole.
         """
         for header in (
             None,
@@ -133,7 +133,7 @@ class RangeHeaderTests(SynchronousTestCase):
 
     def test_refuses_what_has_no_byte(self) -> None:
         """
-        A range behind the end, or of the last no bytes, can't be satisfied; nor can any of nothing.
+        A range behind the end, or of the last 0 bytes, is unsatisfiable; so is any of an empty blob.
         """
         for header, size in (
             ("bytes=10-", 10),
@@ -171,7 +171,7 @@ class IfNoneMatchTests(SynchronousTestCase):
 class PathTests(DaemonTestCase):
     def test_base(self) -> None:
         """
-        /v2 and /v2/ are answered by the proxy itself: 200 and an empty JSON object.
+        The proxy itself answers /v2 and /v2/: 200 and an empty JSON object.
         """
         for path in ("/v2", "/v2/", "/v2/?x=y"):
             self.assertWhole(self.get(path), b"{}\n")
@@ -180,7 +180,7 @@ class PathTests(DaemonTestCase):
 
     def test_health(self) -> None:
         """
-        /_health and /healthz are 200 without anything else, whatever state ECR is in.
+        /_health and /healthz are 200 without a body, whatever state ECR is in.
         """
         self.standin.refuse("registry")
         for path in ("/_health", "/healthz"):
@@ -199,7 +199,7 @@ class PathTests(DaemonTestCase):
 
     def test_not_ready(self) -> None:
         """
-        /readyz is 503 and tells the reasons as JSON while something stands in the way.
+        /readyz is 503 with the reasons as JSON while the daemon is not ready.
         """
 
         async def readiness() -> Readiness:
@@ -214,7 +214,7 @@ class PathTests(DaemonTestCase):
 
     def test_others_are_not_there(self) -> None:
         """
-        Paths that are none of the protocol's are 404 in the registry's JSON, and ECR is not asked.
+        Other paths are 404 in the registry's JSON, without a request to ECR.
         """
         for path in (
             "/",
@@ -313,7 +313,7 @@ class MethodTests(DaemonTestCase):
 
     def test_others_are_refused(self) -> None:
         """
-        Whatever would write, and whatever else is not GET or HEAD, is 405 UNSUPPORTED with Allow, and asks nobody.
+        Any method other than GET or HEAD is 405 UNSUPPORTED with Allow, without a request.
         """
         for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "FOO"):
             for path in self.PATHS:
@@ -331,14 +331,14 @@ class MethodTests(DaemonTestCase):
 
     def test_headers_do_not_change_them(self) -> None:
         """
-        X-HTTP-Method-Override overrides nothing.
+        X-HTTP-Method-Override is ignored.
         """
         reply = self.get("/v2/", X_HTTP_Method_Override="DELETE")
         self.assertEqual(200, reply.code)
 
     def test_an_uploads_bytes_go_nowhere(self) -> None:
         """
-        A push is refused with 405, its body read or not.
+        A push is rejected with 405, its body read or not.
         """
         got = self.daemon.raw(b"POST /v2/team/app/blobs/uploads/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
         self.assertTrue(got.startswith(b"HTTP/1.1 405 "), got)
@@ -357,7 +357,7 @@ class NamespaceTests(DaemonTestCase):
 
     def test_lets_in_exactly_what_it_matches(self) -> None:
         """
-        The pattern must match the whole name: image1|image3 lets in these two and nothing else.
+        The pattern must match the whole name: image1|image3 matches these two and nothing else.
         """
         for name, status in {
             "image1": 200,
@@ -372,7 +372,7 @@ class NamespaceTests(DaemonTestCase):
 
     def test_outside_is_denied_without_asking(self) -> None:
         """
-        A repository outside is DENIED for each kind of request; neither ECR nor the cache is looked at.
+        A repository outside is DENIED for each kind of request; neither ECR nor the cache is used.
         """
         self.start()
         image = self.standin.push_image("image2", "latest")
@@ -393,7 +393,7 @@ class NamespaceTests(DaemonTestCase):
 
     def test_may_look_ahead(self) -> None:
         """
-        A pattern may use look-ahead: everything but what begins with secret.
+        A pattern may use look-ahead: everything except names that begin with secret.
         """
         self.standin.push_image("secret/app", "latest")
         self.start(pattern="(?!secret).*")
@@ -412,7 +412,7 @@ class HeaderTests(DaemonTestCase):
 
     def test_may_be_any_bytes(self) -> None:
         """
-        Headers that are no UTF-8 are read as what they are, and are no error of ours.
+        Headers that are not UTF-8 are read as they are, and cause no error.
         """
         for name in (b"Accept", b"If-None-Match", b"If-Range", b"Range", b"Authorization", b"User-Agent"):
             for path in (self.manifest, self.blob):
@@ -449,7 +449,7 @@ class HeaderTests(DaemonTestCase):
 
     def test_manifest_has_digest_and_etag(self) -> None:
         """
-        A manifest's GET and HEAD carry its digest, which ECR leaves out of GET, an ETag, its type and length.
+        A manifest's GET and HEAD have its digest, which ECR leaves out of GET, an ETag, its type and length.
         """
         for ask in (self.get, self.head):
             reply = ask(self.manifest)
@@ -465,7 +465,7 @@ class HeaderTests(DaemonTestCase):
 
     def test_blob_has_digest_and_etag(self) -> None:
         """
-        A blob's GET and HEAD, cold or cached, carry its digest, an ETag, its length, and that ranges are accepted.
+        A blob's GET and HEAD, cold or cached, have its digest, an ETag, its length, and Accept-Ranges.
         """
         for ask in (self.head, self.get, self.get, self.head):
             reply = ask(self.blob)
@@ -482,7 +482,8 @@ class HeaderTests(DaemonTestCase):
 
     def test_length_is_told(self) -> None:
         """
-        Answers of known length say it, so that the connection stays of use: two requests on one are both answered.
+        Answers of known length have Content-Length, so the connection stays open: two requests on one are both
+        answered.
         """
         line = f"GET {self.blob} HTTP/1.1\r\nHost: proxy\r\n\r\n".encode()
         got = self.daemon.raw(line + line)
@@ -510,7 +511,7 @@ class HeaderTests(DaemonTestCase):
 
     def test_server_names_no_software(self) -> None:
         """
-        No answer tells which version of Twisted is behind it.
+        No answer reveals the version of Twisted.
         """
         for path in ("/v2/", self.blob, "/nothing", "/_health"):
             self.assertEqual("ecrproxy", self.get(path).header("Server"))
@@ -546,7 +547,7 @@ class HeaderTests(DaemonTestCase):
 
     def test_no_web_page_of_another_site_may_read_an_answer(self) -> None:
         """
-        No answer invites other sites' scripts, nor may one be embedded or taken for something else.
+        No answer allows other sites' scripts, nor can it be embedded or taken for another type.
         """
         replies = [
             self.get(self.blob),
@@ -562,7 +563,7 @@ class HeaderTests(DaemonTestCase):
 
     def test_a_web_page_that_may_not_ask_is_refused(self) -> None:
         """
-        Of another site, or of one whose name was made to lead here; nothing is asked of ECR for it.
+        Of another site, or of one whose name was made to resolve to this machine; nothing is requested from ECR for it.
         """
         asked = len(self.standin.asked)
         for headers in (
@@ -572,7 +573,7 @@ class HeaderTests(DaemonTestCase):
             {"Sec_Fetch_Site": "same-site"},
             {"Accept_Language": "en", "Host": "evil.example:5000"},
             {"Accept_Language": "", "Host": "evil.example"},
-            # An image or a frame of another site, over plain HTTP: Chromium sends nothing else that tells.
+            # An image or a frame of another site, over plain HTTP: Chromium sends no other sign.
             {"Accept_Language": "en", "Host": "192.0.2.1:5000"},
             {"Accept_Language": "en", "Host": "ecr-proxy:5000"},
             {"Accept_Language": "*", "Sec_Fetch_Mode": "no-cors", "Sec_Fetch_Site": "cross-site"},
@@ -584,7 +585,7 @@ class HeaderTests(DaemonTestCase):
 
     def test_programs_and_who_looks_for_himself_are_answered(self) -> None:
         """
-        By whatever name programs ask, Node's fetch among them; a person in a browser where it says who caused that.
+        Whatever name programs use, Node's fetch among them; a person in a browser if it reports a user's navigation.
         """
         for headers in (
             {"Host": "registry.example:5000"},
@@ -597,7 +598,7 @@ class HeaderTests(DaemonTestCase):
 
     def test_the_origin_that_the_operator_names_may_ask(self) -> None:
         """
-        Its pages may read every answer, and people may look by its name; those of other sites get none.
+        Its pages may read every answer, and people may use its name; those of other sites get none.
         """
         self.start(pages=Pages("http://ui.example:8080"))
         reply = self.get(self.manifest, Origin="http://ui.example:8080")
@@ -611,7 +612,7 @@ class HeaderTests(DaemonTestCase):
 
     def test_a_page_that_can_not_know_the_password_need_not_be_told_apart(self) -> None:
         """
-        Where clients prove who they are, or over TLS, people may look by any name.
+        If clients authenticate, or over TLS, people may use any name.
         """
         named = {"Accept_Language": "en", "Host": "registry.example"}
         self.start(pages=Pages(proved=True))
@@ -653,7 +654,8 @@ class HeaderTests(DaemonTestCase):
 
     def test_if_none_match(self) -> None:
         """
-        Who has a manifest or blob already gets 304 without a body, warm or cold; with another tag all of it.
+        A client that has the manifest or blob already gets 304 without a body, warm or cold; with another tag all of
+        it.
         """
         for path, digest, body in (
             (self.manifest, self.image.digest, self.image.manifest),
@@ -669,7 +671,7 @@ class HeaderTests(DaemonTestCase):
 
     def test_a_client_credential_goes_nowhere(self) -> None:
         """
-        What a client sends of itself, its Authorization above all, reaches neither ECR nor the bucket.
+        A client's headers, above all its Authorization, reach neither ECR nor the bucket.
         """
         for path in (self.manifest, self.blob, "/v2/team/app/tags/list"):
             reply = self.get(
@@ -689,7 +691,7 @@ class HeaderTests(DaemonTestCase):
 
     def test_no_location(self) -> None:
         """
-        A client is never sent to the bucket.
+        A client is never redirected to the bucket.
         """
         for reply in (self.get(self.blob), self.head(self.blob)):
             self.assertEqual((200, None), (reply.code, reply.header("Location")))
@@ -704,7 +706,7 @@ class HeaderTests(DaemonTestCase):
 
 class BlobRangeTests(DaemonTestCase):
     """
-    Ranges of a blob that is not here, is on its way, and is here.
+    Ranges of a blob that is cold, in flight, and cached.
     """
 
     def setUp(self) -> None:
@@ -743,7 +745,7 @@ class BlobRangeTests(DaemonTestCase):
 
     def test_single(self) -> None:
         """
-        One range is answered 206 with exactly its bytes and where they belong.
+        One range is answered 206 with exactly its bytes and Content-Range.
         """
         for header, start, stop in (
             ("bytes=0-0", 0, 1),
@@ -762,7 +764,7 @@ class BlobRangeTests(DaemonTestCase):
 
     def test_not_satisfiable(self) -> None:
         """
-        A range behind the end is 416 and tells the length.
+        A range behind the end is 416 with the length.
         """
         for header in ("bytes=300000-", "bytes=300000-300001", "bytes=-0"):
             for _, reply in self.each(Range=header):
@@ -790,7 +792,7 @@ class BlobRangeTests(DaemonTestCase):
 
     def test_head_has_none(self) -> None:
         """
-        HEAD tells the whole length, whatever range it names.
+        HEAD returns the whole length, whatever range it names.
         """
         for reply in (
             self.head(self.path, Range="bytes=0-1"),
@@ -801,7 +803,7 @@ class BlobRangeTests(DaemonTestCase):
 
     def test_of_a_manifest_are_sent_too(self) -> None:
         """
-        Containerd 2.1.0 to 2.1.4 asks for manifests in parts, and fails where it gets the whole.
+        Containerd 2.1.0 to 2.1.4 requests manifests in ranges, and fails if it gets the whole.
         """
         small = self.standin.push_image("team/app", "small").manifest
         large = self.standin.push_image("team/app", "large", layers=[layer(f"{n}", b"") for n in range(900)]).manifest
@@ -822,7 +824,7 @@ class BlobRangeTests(DaemonTestCase):
 
     def test_of_nothing(self) -> None:
         """
-        No byte of the empty blob can be had.
+        The empty blob has no satisfiable range.
         """
         path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', b'')}"
         for _ in range(2):
@@ -830,14 +832,14 @@ class BlobRangeTests(DaemonTestCase):
 
     def test_of_an_uncached_blob(self) -> None:
         """
-        A range of a blob that the cache can't have is answered as well.
+        A range of a blob that can't be cached is answered as well.
         """
         self.start(limit=1000)
         self.assertWhole(self.get(self.path, Range="bytes=1000-1999"), self.data[1000:2000], "BYPASS", 206)
 
     def test_of_a_large_uncached_blob(self) -> None:
         """
-        So it is if the blob is far larger than what is held of it in memory, and a reader of all goes along.
+        So it is if the blob is far larger than what is held of it in memory, with another reader of the whole.
         """
         self.start(limit=1000)
         data = noise("large", 12 * MIB)
@@ -849,7 +851,7 @@ class BlobRangeTests(DaemonTestCase):
 
     def test_many_of_a_cold_blob_cost_one_transfer(self) -> None:
         """
-        A client that fetches a cold blob in ranges side by side, as containerd does, costs one transfer.
+        A client that fetches a cold blob in parallel ranges, as containerd does, costs one transfer.
         """
         replies = [self.daemon.send("GET", self.path, Range=f"bytes={n}-{n + 99_999}") for n in (0, 100_000, 200_000)]
         self.flush()
@@ -859,7 +861,7 @@ class BlobRangeTests(DaemonTestCase):
 
 class WrongBytesTests(DaemonTestCase):
     """
-    What is not what its digest says never completes an answer, and is never cached.
+    Content with another digest never completes an answer, and is never cached.
     """
 
     def setUp(self) -> None:
@@ -876,7 +878,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def assertIncomplete(self, reply: Reply) -> None:
         """
-        The client has fewer bytes than it was told to expect, and sees that something broke.
+        Assert that the client has fewer bytes than announced, and sees the break.
         """
         self.assertEqual("broken", reply.ended)
         if reply.length is not None:
@@ -919,7 +921,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_short(self) -> None:
         """
-        A shorter blob that ends well is not taken for the whole.
+        A shorter blob with a clean end is not taken for the whole.
         """
         self.standin.corrupt(self.digest, self.data[:-1])
         self.assertIncomplete(self.get(self.path))
@@ -935,7 +937,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_broken_off(self) -> None:
         """
-        A transfer that breaks off, and can't be gone on with, breaks the answer off.
+        A transfer that breaks off, and can't be resumed, breaks the answer off.
         """
         self.standin.refuse("bucket")
         self.standin.break_off(100_000)
@@ -945,7 +947,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_nothing_instead(self) -> None:
         """
-        An empty 200 in a blob's place is trouble upstream: 502, not an empty blob.
+        An empty 200 in a blob's place is an upstream error: 502, not an empty blob.
         """
         self.standin.corrupt(self.digest, b"")
         reply = self.get(self.path)
@@ -954,7 +956,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_something_instead_of_nothing(self) -> None:
         """
-        Bytes where the empty blob should be are not given out as it.
+        Bytes in the place of the empty blob are not sent.
         """
         digest = self.standin.push_blob("team/app", b"")
         self.standin.corrupt(digest, b"something")
@@ -971,7 +973,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_packed(self) -> None:
         """
-        An answer that comes gzipped, unasked, is refused with 502: it is neither unpacked nor passed on.
+        An answer with an unrequested gzip coding is rejected with 502: it is neither unpacked nor passed on.
         """
         import gzip
 
@@ -983,7 +985,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_a_packed_manifest(self) -> None:
         """
-        The same holds of manifests.
+        The same holds for manifests.
         """
         self.standin.fail("registry", status=200, body=b"x", headers={"Content-Encoding": "gzip"})
         self.assertRefused(self.get("/v2/team/app/manifests/latest"), 502, "UNAVAILABLE", "gzip")
@@ -996,7 +998,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_after_a_part_was_sent_are_dropped_and_logged(self) -> None:
         """
-        A client verifies the part that it asked for; the cache keeps nothing that its digest does not name.
+        A client verifies the range that it requested; the cache keeps nothing with another digest.
         """
         self.standin.corrupt(self.digest, bytes(200_000))
         with capturedLogs() as events:
@@ -1010,7 +1012,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_of_another_size_are_not_sent_as_a_part(self) -> None:
         """
-        A page in place of the blob is refused: nothing else would tell, for parts are not verified.
+        A page in place of the blob is rejected: nothing else would show it, for ranges are not verified.
         """
         image = self.standin.push_image("team/app", "latest", layers=[self.data])
         self.standin.corrupt(image.layers[0], b"<html>Sign in to continue</html>" * 100)
@@ -1021,7 +1023,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def mislead(self, wrong: bytes) -> None:
         """
-        Have the bucket give C{wrong} once in place of the blob; of that, the cache has no file.
+        Have the bucket send C{wrong} once in place of the blob; there is no cached file then.
         """
         self.standin.corrupt(self.digest, wrong)
         self.get(self.path)
@@ -1034,7 +1036,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_of_another_size_mislead_no_reader_of_a_part_afterwards(self) -> None:
         """
-        What a bucket told once is held against ECR before a part is refused for it.
+        A bucket's earlier answer is checked with ECR before a range is rejected for it.
         """
         for wrong in (self.data[:-1], self.data + b"more", b""):
             self.start()
@@ -1044,7 +1046,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_of_another_size_mislead_none_of_several_at_once_afterwards(self) -> None:
         """
-        Who waits for what another reader has begun is not refused for what that one was told.
+        A request that waits for another's is not rejected for what that one got.
         """
         headers = [{"Range": "bytes=10-19"}, {"Range": "bytes=150-159"}, {}]
         for wrong in (self.data[:100], self.data + b"more"):
@@ -1060,7 +1062,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_of_another_size_under_way_have_no_part_refused(self) -> None:
         """
-        What is beyond the end that a bucket tells is asked for apart, if ECR says that it is there.
+        A range beyond the size that a bucket reports is requested separately, if ECR confirms the size.
         """
         for limit in (2**30, 1000):
             self.start(limit=limit)
@@ -1079,7 +1081,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_of_another_size_mislead_nobody_who_asks_at_the_same_time(self) -> None:
         """
-        Nor those who wait for the same answer of the bucket.
+        Nor clients that wait for the same answer of the bucket.
         """
         for wrong in (self.data[:-1], self.data + b"more", b""):
             self.start()
@@ -1107,7 +1109,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_for_all_who_joined(self) -> None:
         """
-        All who follow a transfer of wrong bytes are cut, and those who pass through uncached as well.
+        All followers of a transfer of wrong bytes are cut off, uncached ones as well.
         """
         self.standin.corrupt(self.digest, bytes(200_000))
         for limit in (2**30, 1000):
@@ -1121,7 +1123,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_on_a_connection_that_is_kept(self) -> None:
         """
-        A connection on which an answer broke ends there: what was asked for next is not taken for the missing bytes.
+        A connection on which an answer broke ends there: the next answer is not taken for the missing bytes.
         """
         line = f"GET {self.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
         self.standin.refuse("bucket")
@@ -1135,7 +1137,7 @@ class WrongBytesTests(DaemonTestCase):
 
     def test_old_clients_see_it_too(self) -> None:
         """
-        Over HTTP/1.0 as well fewer bytes come than were told.
+        Over HTTP/1.0 as well there are fewer bytes than announced.
         """
         self.standin.corrupt(self.digest, bytes(200_000))
         got = self.daemon.raw(f"GET {self.path} HTTP/1.0\r\n\r\n".encode())
@@ -1158,7 +1160,7 @@ class UpstreamTroubleTests(DaemonTestCase):
 
     def test_throttled(self) -> None:
         """
-        ECR's 429 is passed on as TOOMANYREQUESTS with Retry-After, ECR's own where it gave one.
+        ECR's 429 is passed on as TOOMANYREQUESTS with Retry-After, ECR's own if it sent one.
         """
         for given, told in (
             (None, "1"),
@@ -1176,7 +1178,7 @@ class UpstreamTroubleTests(DaemonTestCase):
 
     def test_failing(self) -> None:
         """
-        ECR's 5xx are 502, 503 or 504, saying that it was ECR and what it answered.
+        ECR's 5xx are 502, 503 or 504, with ECR's name and its answer.
         """
         for status, told in {500: 502, 501: 502, 502: 502, 503: 503, 504: 504, 418: 502}.items():
             self.start()
@@ -1190,7 +1192,7 @@ class UpstreamTroubleTests(DaemonTestCase):
 
     def test_unreachable(self) -> None:
         """
-        When ECR can't be reached, 502 names its host.
+        If ECR can't be reached, 502 names its host.
         """
         from twisted.internet.error import ConnectionRefusedError
 
@@ -1200,7 +1202,7 @@ class UpstreamTroubleTests(DaemonTestCase):
 
     def test_silent(self) -> None:
         """
-        When ECR or the bucket does not answer within 25 seconds, 504 names which.
+        If ECR or the bucket does not answer within 25 seconds, 504 names which.
         """
         for service, host in (("registry", "123456789012.dkr.ecr"), ("bucket", "starport-layer-bucket")):
             fault = self.standin.hang(service)  # type: ignore[arg-type]
@@ -1213,7 +1215,7 @@ class UpstreamTroubleTests(DaemonTestCase):
 
     def test_a_bucket_that_refuses(self) -> None:
         """
-        What the bucket answers instead of a blob is 502, its 503 is 503; the bucket is named, without its words or URL.
+        A bucket's answer other than a blob is 502, its 503 is 503; the bucket is named, without its words or URL.
         """
         self.standin.push_image("team/app", "latest")
         for status in (403, 404, 500, 503, 206):
@@ -1256,7 +1258,7 @@ class UpstreamTroubleTests(DaemonTestCase):
 
     def test_a_bug_of_ours_tells_nothing(self) -> None:
         """
-        What nobody foresaw is 500 in the registry's JSON, with the details in the log alone.
+        An unexpected exception is 500 in the registry's JSON, with the details only in the log.
         """
 
         def failing(*args: object) -> object:
@@ -1270,7 +1272,7 @@ class UpstreamTroubleTests(DaemonTestCase):
 
     def test_a_bug_while_an_answer_goes_out_aborts_it(self) -> None:
         """
-        What fails after the headers have left ends the connection: a cut answer never looks whole.
+        An exception after the headers have left ends the connection: a cut answer never looks whole.
         """
         data = noise("blob", 200_000)
         path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
@@ -1306,7 +1308,7 @@ class TagListTests(DaemonTestCase):
 
     def test_pages_lead_on_to_the_last(self) -> None:
         """
-        Following Link from page to page gives each tag once; links are relative, ECR's word in them is untouched.
+        Following Link from page to page returns each tag once; links are relative, ECR's token in them is unchanged.
         """
         path, tags = f"{self.path}?n=100", list[str]()
         for pages in range(3):
@@ -1329,7 +1331,7 @@ class TagListTests(DaemonTestCase):
 
     def test_a_link_may_be_any_bytes(self) -> None:
         """
-        A Link of ECR's that is no UTF-8 leads on if it can, and costs nobody the page.
+        A Link of ECR's that is not UTF-8 is used if possible, and does not fail the page.
         """
         on = f'<{self.path}?last=a>; rel="next"'
         for link, expected in ((b"<\xff\x99", None), (b'</v2/x?last=a>; rel="next", \xff', on)):
@@ -1339,7 +1341,7 @@ class TagListTests(DaemonTestCase):
 
     def all_tags(self, count: int) -> list[str]:
         """
-        Push so many tags, and list them in ECR's order.
+        Push so many tags, and return them in ECR's order.
         """
         tags = [f"v{number}" for number in range(count)]
         self.image = self.standin.push_image("team/app", *tags)
@@ -1347,7 +1349,7 @@ class TagListTests(DaemonTestCase):
 
     def test_without_n_all_tags_come_as_one_list(self) -> None:
         """
-        Joined from ECR's pages, which are asked for as large as may be; from C{last} on, if the client says so.
+        Joined from ECR's pages, with the largest page size; from C{last} on, if the client says so.
         """
         tags = self.all_tags(2500)
         reply = self.get(self.path)
@@ -1373,7 +1375,7 @@ class TagListTests(DaemonTestCase):
 
     def test_what_is_more_than_all_tags_is_led_on_to(self) -> None:
         """
-        A list ends at a hundred thousand; its link gives the rest, as one list again.
+        A list ends at a hundred thousand; its link leads to the rest, as one list again.
         """
         self.patch(upstream, "ALL_TAGS", 2000)
         tags, found, path = self.all_tags(4500), list[str](), self.path
@@ -1389,7 +1391,7 @@ class TagListTests(DaemonTestCase):
 
     def test_tags_longer_than_the_specification_has_are_listed_among_the_others(self) -> None:
         """
-        ECR's may have 300 characters: one of them must not cost everybody the list.
+        ECR's may have 300 characters: one of them must not fail the whole list.
         """
         for length in (129, 300):
             tags = sorted(["t" * length, *self.all_tags(1001)])
@@ -1422,7 +1424,8 @@ class TagListTests(DaemonTestCase):
 
     def test_lists_of_one_repository_are_made_one_at_a_time(self) -> None:
         """
-        However many begin somewhere else: other repositories need not wait for them, and who waits too long is told.
+        However many begin somewhere else: other repositories need not wait for them, and a wait that is too long is
+        rejected.
         """
         self.standin.push_image("team/other", "v1")
         self.standin.hang("registry", "/team/app/")
@@ -1471,7 +1474,7 @@ class TagListTests(DaemonTestCase):
 
     def test_a_page_that_fails_gives_no_list(self) -> None:
         """
-        A list that only looks whole is worse than none; nor are pages that lead in a circle, or hold no tags, joined.
+        An incomplete list is worse than none; nor are pages that form a circle, or hold no tags, joined.
         """
         around = {"Link": f'<{self.path}?last=a>; rel="next"'}
         for body in (b'{"tags": ["a"]}', b'{"tags": null}', b"{}", b'{"tags": {}}', b'{"tags": [1]}', b"["):
@@ -1485,7 +1488,7 @@ class TagListTests(DaemonTestCase):
 
     def test_n_above_a_thousand_is_clamped(self) -> None:
         """
-        ECR refuses more than 1000 a page: the proxy asks for 1000 instead of failing.
+        ECR rejects more than 1000 a page: the proxy asks for 1000 instead of failing.
         """
         for given, asked in {"1000": "n=1000", "1001": "n=1000", "999999": "n=1000", "0007": "n=7", "5": "n=5"}.items():
             self.standin.forget_asked()
@@ -1495,7 +1498,7 @@ class TagListTests(DaemonTestCase):
 
     def test_n_that_is_no_number_is_refused(self) -> None:
         """
-        What is no number of tags is 400 without asking ECR.
+        An invalid number is 400 without asking ECR.
         """
         for given in ("x", "-1", "1.5", "", "%2531", "1e3", "%C2%B2", "+1", "9" * 4000):
             self.assertRefused(self.get(f"{self.path}?n={given}"), 400, "PAGINATION_NUMBER_INVALID")
@@ -1507,7 +1510,7 @@ class TagListTests(DaemonTestCase):
 
     def test_no_tags_at_all_are_asked_for_as_they_are(self) -> None:
         """
-        What n=0 means is ECR's to say, whether it refuses or gives an empty list.
+        ECR decides what n=0 means, whether it rejects it or returns an empty list.
         """
         self.assertRefused(self.get(f"{self.path}?n=0"), 400, "UNSUPPORTED", "maxResults")
         self.assertEqual("n=0", self.standin.asked[0].query)
@@ -1528,7 +1531,7 @@ class TagListTests(DaemonTestCase):
 
     def test_a_link_of_elsewhere_stays_here(self) -> None:
         """
-        Of ECR's Link only its query is used: the client is led to the proxy alone.
+        Only the query of ECR's Link is used: the link always leads to the proxy.
         """
         self.standin.fail(
             "registry",
@@ -1543,13 +1546,13 @@ class TagListTests(DaemonTestCase):
 
     def test_a_last_of_nonsense_is_ecrs_to_refuse(self) -> None:
         """
-        What ECR says to a last that it doesn't know is passed on.
+        ECR's answer to an unknown last is passed on.
         """
         self.assertRefused(self.get(f"{self.path}?last=nonsense"), 400, "UNSUPPORTED", "nextToken")
 
     def test_of_an_unknown_repository(self) -> None:
         """
-        Tags of a repository that ECR doesn't have: NAME_UNKNOWN.
+        NAME_UNKNOWN.
         """
         self.assertRefused(self.get("/v2/nobody/tags/list"), 404, "NAME_UNKNOWN")
 
@@ -1574,7 +1577,7 @@ class ReferrersTests(DaemonTestCase):
 
     def test_are_passed_through(self) -> None:
         """
-        What refers to a digest is listed as an OCI index, as ECR lists it.
+        The referrers of a digest are listed as an OCI index, as ECR lists them.
         """
         reply = self.get(self.path)
         self.assertEqual((200, "BYPASS", OCI_INDEX), (reply.code, reply.cache, reply.header("Content-Type")))
@@ -1583,7 +1586,7 @@ class ReferrersTests(DaemonTestCase):
 
     def test_are_filtered_by_type(self) -> None:
         """
-        The artifactType that a client names, escaped as it was, filters; and the answer says so.
+        The client's artifactType, escaped as it was, filters; and the answer says so.
         """
         reply = self.get(f"{self.path}?artifactType=application%2Fspdx%2Bjson&ns={OURS}")
         (found,) = json.loads(reply.body)["manifests"]
@@ -1613,7 +1616,7 @@ class ReferrersTests(DaemonTestCase):
 
     def test_a_page_in_place_of_a_refusal_is_not_ecrs(self) -> None:
         """
-        ECR knows referrers: who has none of it should not be told that there are none.
+        ECR supports referrers: an error page must not become an empty list.
         """
         for status in (403, 404):
             fault = self.standin.fail("registry", status=status, body=b"404 page not found\n")
@@ -1622,7 +1625,7 @@ class ReferrersTests(DaemonTestCase):
 
     def test_a_refusal_is_ecrs(self) -> None:
         """
-        Clients take some for a registry that knows no referrers, and fall back to tags.
+        Some clients take it for a registry without referrers, and fall back to tags.
         """
         for status, code in (
             (400, "UNSUPPORTED"),
@@ -1640,7 +1643,7 @@ class ReferrersTests(DaemonTestCase):
 
     def test_lead_on(self) -> None:
         """
-        Where ECR gives a page of them, the link to the next leads to the proxy with ECR's query.
+        If ECR sends a page of them, the link to the next leads to the proxy with ECR's query.
         """
         self.standin.fail(
             "registry",
@@ -1657,7 +1660,7 @@ class ReferrersTests(DaemonTestCase):
 
     def test_are_never_more_than_4_mib(self) -> None:
         """
-        A page that does not end is refused.
+        A page that does not end is rejected.
         """
         self.standin.fail("registry", status=200, body=bytes(4 * 2**20 + 1))
         self.assertRefused(self.get(self.path), 502, "UNAVAILABLE", "4194304")
@@ -1666,7 +1669,7 @@ class ReferrersTests(DaemonTestCase):
 class QueryTests(DaemonTestCase):
     def test_does_not_reach_ecr_for_content(self) -> None:
         """
-        A query behind a blob or manifest, containerd's ns above all, neither reaches ECR nor makes another entry.
+        A query on a blob or manifest, above all containerd's ns, neither reaches ECR nor makes another entry.
         """
         image = self.standin.push_image("team/app", "latest")
         for kind, digest in (("manifests", image.digest), ("blobs", image.config)):
@@ -1677,7 +1680,7 @@ class QueryTests(DaemonTestCase):
 
     def test_of_another_registry_is_refused(self) -> None:
         """
-        A client that takes the proxy for the mirror of another registry is not given this one's images.
+        A client that uses the proxy as the mirror of another registry does not get this one's images.
         """
         image = self.standin.push_image("team/app", "latest")
         for kind, digest in (("manifests", image.digest), ("blobs", image.config), ("manifests", "latest")):
@@ -1694,7 +1697,7 @@ class QueryTests(DaemonTestCase):
 
     def test_of_strange_characters_is_refused(self) -> None:
         """
-        Characters that belong in no URL are refused at the door.
+        Characters that are invalid in URLs are rejected at once.
         """
         for query in ("a=b{c}", 'a="b"', "a=<b>", "a=b^"):
             got = self.daemon.raw(f"GET /v2/team/app/tags/list?{query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
@@ -1732,7 +1735,7 @@ class CacheKeyTests(DaemonTestCase):
 
     def test_a_request_without_a_host_has_none(self) -> None:
         """
-        HTTP/1.0 need not name a host, and a listening socket that is a path has no address to take in its place.
+        HTTP/1.0 need not name a host, and a Unix socket has no address to use instead.
         """
         self.start(cache_key="$host|$uri")
         self.standin.push_image("team/app", "v1")
@@ -1745,7 +1748,7 @@ class CacheKeyTests(DaemonTestCase):
 class LogTests(DaemonTestCase):
     def test_a_line_for_a_request(self) -> None:
         """
-        Each request has a line with client, method, path, status, bytes and how the cache took part; no query.
+        Each request has a line with client, method, path, status, bytes and cache status; no query.
         """
         data = noise("x", 1000)
         path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
@@ -1755,7 +1758,7 @@ class LogTests(DaemonTestCase):
 
     def test_the_time_that_it_took(self) -> None:
         """
-        The line says how many seconds the answer took.
+        The line has the seconds that the answer took.
         """
         self.standin.quirks.latency = 2
         self.daemon.send("GET", "/v2/team/app/manifests/x")
@@ -1771,7 +1774,7 @@ class LogTests(DaemonTestCase):
 
     def test_who_leaves_is_no_error(self) -> None:
         """
-        A client that leaves in the middle of an answer leaves no traceback in the log.
+        A client that disconnects in the middle of an answer leaves no traceback in the log.
         """
         data = noise("x", 300_000)
         digest = self.standin.push_blob("team/app", data)
@@ -1796,7 +1799,7 @@ class SiteTests(DaemonTestCase):
 
     def test_two_registries_share_nothing(self) -> None:
         """
-        Nothing is shared between two daemons in one process but what they are given.
+        Two daemons in one process share only what they are given.
         """
         digest = self.standin.push_blob("team/app", b"x")
         path = f"/v2/team/app/blobs/{digest}"

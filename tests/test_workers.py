@@ -1,5 +1,5 @@
 """
-The worker processes, as the parent starts, hears and ends them.
+The worker processes, as the parent starts, supervises and ends them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ DRAIN = 20.0
 @dataclass
 class Spawned:
     """
-    A process that was started, and its transport.
+    A started process, and its transport.
     """
 
     protocol: ProcessProtocol
@@ -74,34 +74,31 @@ class Spawned:
     wire: Any = None
 
     def signalProcess(self, name: str) -> None:
-        """
-        Take a signal.
-        """
         assert self.pid is not None, "a signal to nobody"
         self.signals.append(name)
 
     def end(self, reason: Exception | None = None) -> None:
         """
-        Have it ended.
+        End the process.
         """
         self.pid = None
         self.protocol.processEnded(Failure(reason or ProcessTerminated(1)))
 
     def tell(self, message: FromWorker) -> None:
         """
-        Have it tell its parent something.
+        Send a message to the parent.
         """
         self.send(encode(message))
 
     def send(self, data: bytes) -> None:
         """
-        Have it send bytes as a message.
+        Send bytes as a message.
         """
         self.channel.dataReceived(len(data).to_bytes(4, "big") + data)
 
     def told(self) -> list[Any]:
         """
-        What it was told since the last look.
+        Return what it was sent since the last call.
         """
         data, messages = self.wire.value(), []
         self.wire.clear()
@@ -114,7 +111,7 @@ class Spawned:
 
 class SpawningReactor(Clock):
     """
-    A reactor that starts processes, in a test's idea of them.
+    A reactor that starts processes in memory.
     """
 
     def __init__(self) -> None:
@@ -127,9 +124,6 @@ class SpawningReactor(Clock):
     def spawnProcess(
         self, protocol: ProcessProtocol, program: str, args: list[str], env: dict[str, str], **options: Any
     ) -> Spawned:
-        """
-        Start a process.
-        """
         if self.refuses is not None:
             raise self.refuses
         process = Spawned(protocol, program, args, env, options.pop("childFDs"), pid=4711 + len(self.spawned))
@@ -143,7 +137,7 @@ class SpawningReactor(Clock):
 
     def adoptStreamConnection(self, fd: int, family: int, factory: Any) -> None:
         """
-        Have the parent's end of the channel to the process that was started last.
+        Keep the parent's end of the channel to the process that was started last.
         """
         process = self.spawned[-1]
         process.channel, process.wire = factory.buildProtocol(None), StringTransportWithDisconnection()
@@ -154,14 +148,14 @@ class SpawningReactor(Clock):
     @property
     def running(self) -> list[Spawned]:
         """
-        The processes that have not ended.
+        Return the processes that have not ended.
         """
         return [each for each in self.spawned if each.pid is not None]
 
 
 class Bound:
     """
-    An endpoint that is bound.
+    A bound endpoint.
     """
 
     def __init__(self, number: int) -> None:
@@ -169,7 +163,7 @@ class Bound:
 
     def fileno(self) -> int:
         """
-        Give its socket.
+        Return its socket.
         """
         return self._number
 
@@ -186,7 +180,7 @@ class WorkersTestCase(SynchronousTestCase):
 
     def make(self, count: int = 3, arguments: tuple[str, ...] = ("--port=5000",)) -> Workers:
         """
-        Make workers that were not started.
+        Create workers without starting them.
         """
         self.gathered, self.counted, self.refused = Gathered(FIGURES), list[Counted](), list[str]()
         hear = self.counted.append, self.refused.append
@@ -198,7 +192,7 @@ class WorkersTestCase(SynchronousTestCase):
 class StartTests(WorkersTestCase):
     def test_signals_to_all_processes_do_not_end_a_worker_that_starts(self) -> None:
         """
-        They stay pending until there is a handler; the parent takes its own as ever.
+        They stay pending until there is a handler; the parent handles its own as before.
         """
         self.workers.startService()
         self.assertEqual({signal.SIGHUP, signal.SIGINT, signal.SIGUSR1}, HELD_BACK)
@@ -207,7 +201,7 @@ class StartTests(WorkersTestCase):
 
     def test_there_are_as_many_as_were_asked_for(self) -> None:
         """
-        Nothing is started before the daemon is, then as many workers as the operator wants.
+        Nothing is started before the daemon is, then as many workers as configured.
         """
         for count in (2, 3, 16):
             self.reactor.spawned.clear()
@@ -230,7 +224,7 @@ class StartTests(WorkersTestCase):
 
     def test_nothing_is_imported_from_the_working_directory(self) -> None:
         """
-        Whoever can write there would run code in a worker, and a file like C{secrets.py} keep it from starting.
+        A user who can write there would run code in a worker, and a file like C{secrets.py} would prevent its start.
         """
         self.make(1).startService()
         (process,) = self.reactor.spawned
@@ -244,7 +238,7 @@ class StartTests(WorkersTestCase):
 
     def test_each_inherits_what_is_named_and_nothing_else(self) -> None:
         """
-        Nothing to read, the streams of the log, its end of a channel, and the listening sockets side by side, in the
+        An empty stdin, the streams of the log, its end of a channel, and the listening sockets side by side, in the
         order of the endpoints. The parent keeps no descriptor of the worker's end.
         """
         before = len(list(Path("/proc/self/fd").iterdir()))
@@ -264,7 +258,7 @@ class StartTests(WorkersTestCase):
 
     def test_each_has_the_settings(self) -> None:
         """
-        The environment is the daemon's own, credentials too, with one variable more; the daemon's own is not touched.
+        The environment is the daemon's own, credentials too, with one variable more; the daemon's own is unchanged.
         """
         os.environ["AWS_SECRET_ACCESS_KEY"] = "secret"
         self.workers.startService()
@@ -300,7 +294,7 @@ class RestartTests(WorkersTestCase):
 
     def test_follows_a_death(self) -> None:
         """
-        A second after a worker has ended, for whatever reason, another like it takes its place.
+        A second after a worker has ended, for whatever reason, another like it replaces it.
         """
         for reason in (ProcessTerminated(1), ProcessTerminated(None, signal.SIGBUS), ProcessDone(0)):
             self.reactor.advance(STEADY_SECONDS)
@@ -315,7 +309,7 @@ class RestartTests(WorkersTestCase):
 
     def test_comes_later_each_time_while_they_keep_dying(self) -> None:
         """
-        One that can't run costs little; a place whose worker ran for a minute is filled after a second again.
+        A worker that can't run costs little; one that ran for a minute is replaced after a second again.
         """
         waited = []
         for _ in range(8):
@@ -344,7 +338,7 @@ class RestartTests(WorkersTestCase):
 
     def test_of_one_that_cannot_be_heard_is_once(self) -> None:
         """
-        The parent has no descriptor left for the channel: the worker is killed, and its place filled as ever.
+        The parent has no descriptor left for the channel: the worker is killed, and replaced as usual.
         """
         adopt = self.reactor.adoptStreamConnection
         self.reactor.running[0].end()
@@ -363,7 +357,7 @@ class RestartTests(WorkersTestCase):
 
     def test_that_fails_is_tried_again(self) -> None:
         """
-        While the machine has no room for a process, it is asked again; the daemon still ends when it is told to.
+        While the machine can't start a process, it is tried again; the daemon still stops when told.
         """
         self.reactor.refuses = BlockingIOError(11, "Resource temporarily unavailable")
         self.reactor.running[0].end()
@@ -399,7 +393,7 @@ class EndTests(WorkersTestCase):
 
     def test_is_forced_after_a_while(self) -> None:
         """
-        A worker that is still there after its clients had their time is killed; those that have ended are left alone.
+        A worker that still runs after the time for its clients is killed; those that have ended are left alone.
         """
         stopping = self.workers.stopService()
         self.reactor.spawned[0].end(ProcessDone(0))
@@ -417,7 +411,7 @@ class EndTests(WorkersTestCase):
 
     def test_starts_no_others(self) -> None:
         """
-        A worker that was about to be replaced isn't, once the daemon ends, nor one that ends meanwhile.
+        A worker that was about to be replaced isn't, once the daemon stops, nor one that ends meanwhile.
         """
         self.reactor.spawned[0].end()
         self.reactor.advance(FIRST_PAUSE / 2)
@@ -431,7 +425,7 @@ class EndTests(WorkersTestCase):
 
     def test_of_none_is_at_once(self) -> None:
         """
-        Without a worker alive there is nothing to wait for.
+        Without a running worker there is nothing to wait for.
         """
         for process in self.reactor.spawned:
             process.end()
@@ -441,7 +435,7 @@ class EndTests(WorkersTestCase):
 
 class ChannelTests(WorkersTestCase):
     """
-    What workers tell, and what becomes of those that tell nonsense or nothing.
+    Messages of workers, and what happens to workers that send nonsense or nothing.
     """
 
     def setUp(self) -> None:
@@ -458,7 +452,7 @@ class ChannelTests(WorkersTestCase):
 
     def test_nonsense_ends_a_worker_and_another_takes_its_place(self) -> None:
         """
-        Nothing of it is believed, and nothing that comes after it is heard; so it is with a message that is too large.
+        Nothing of it is believed, and later messages are ignored; the same holds for a message that is too large.
         """
         for at, nonsense in enumerate((b'["Counted",{}]', b"\xff", b"[" * 5000)):
             process = self.reactor.running[0]
@@ -487,7 +481,7 @@ class ChannelTests(WorkersTestCase):
 
     def test_a_worker_that_tells_nothing_any_more_is_killed(self) -> None:
         """
-        As systemd does with a daemon whose event loop stands still; a parent that stood still itself kills nobody.
+        As systemd does with a daemon whose event loop stalls; a parent that stalled itself kills none.
         """
         silent, *others = self.reactor.spawned
         for _ in range(SILENT_SECONDS):
@@ -520,7 +514,7 @@ class ChannelTests(WorkersTestCase):
 
     def test_those_that_do_not_answer_are_not_waited_for(self) -> None:
         """
-        One answers, one hangs, one dies meanwhile: what is known is told, and who is missing.
+        One answers, one hangs, one dies meanwhile: what is known is returned, and which are missing.
         """
         asked = Deferred.fromCoroutine(self.workers.readiness())
         answers, hangs, dies = self.reactor.spawned
@@ -532,7 +526,7 @@ class ChannelTests(WorkersTestCase):
         self.reactor.advance(ANSWER_SECONDS)
         found = self.successResultOf(asked)
         self.assertEqual((True, ("2 of 3 worker processes do not answer",)), (found.can_serve, found.reasons))
-        hangs.tell(ReadinessTold(0, well))  # too late: nobody waits for it
+        hangs.tell(ReadinessTold(0, well))  # too late: nothing waits for it
 
     def test_one_that_stands_still_is_not_waited_for(self) -> None:
         """
@@ -571,7 +565,7 @@ class ChannelTests(WorkersTestCase):
 class FlagsTests(SynchronousTestCase):
     def test_are_handed_on_as_they_were_given(self) -> None:
         """
-        The flags written for a worker are read there as what the operator gave.
+        The flags written for a worker are parsed there as what the operator gave.
         """
         for flags in (
             [],
@@ -589,7 +583,7 @@ class FlagsTests(SynchronousTestCase):
 
     def test_what_the_file_says_is_handed_on_as_flags(self) -> None:
         """
-        And not the file, which may say something else by the time a worker is replaced. Flags win over it.
+        And not the file, which may have changed by the time a worker is replaced. Flags override it.
         """
         given, handed = Options(), Options()
         given.parseOptions(["--config=/etc/x.toml", "--port=80"])

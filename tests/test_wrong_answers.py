@@ -1,5 +1,5 @@
 """
-Answers of ECR and its buckets that are not what was asked for: never kept, never a whole answer to a client.
+Wrong answers of ECR and its buckets: never cached, never a complete answer to a client.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Answers = Mapping[str, tuple[int, Mapping[str, str], bytes]]
 
 def wrong(body: bytes, usual: Mapping[str, str]) -> Answers:
     """
-    Name ways to answer wrongly where C{body} was asked for; C{usual} are the headers of a right answer.
+    Return ways to answer wrongly to a request for C{body}; C{usual} are the headers of a right answer.
     """
     half = len(body) // 2
     return {
@@ -47,16 +47,16 @@ def wrong(body: bytes, usual: Mapping[str, str]) -> Answers:
 
 class WrongAnswerTestCase(DaemonTestCase):
     """
-    Things that nobody has asked for yet.
+    Content that was not requested yet.
     """
 
     count = 0
 
     def check(self, answers: Answers, push: Callable[[], tuple[str, bytes]], strike: Callable[..., object]) -> None:
         """
-        Give each wrong answer for a thing of its own, and the right one afterwards.
+        Send each wrong answer for content of its own, and the right one afterwards.
 
-        @param push: makes a thing; tells its path and its bytes.
+        @param push: pushes the content; returns its path and its bytes.
         @param strike: has upstream answer so.
         """
         for name, (status, headers, body) in answers.items():
@@ -64,7 +64,7 @@ class WrongAnswerTestCase(DaemonTestCase):
             before = self.files()
             strike(status=status, headers=headers, body=body)
             reply = self.daemon.send("GET", path)
-            self.pass_time(60)  # whatever is tried again has been tried
+            self.pass_time(60)  # all retries are over
             self.assertNoAnswer(name, reply, right)
             self.assertEqual(before, self.files(), name)
             self.standin.heal()
@@ -73,7 +73,7 @@ class WrongAnswerTestCase(DaemonTestCase):
 
     def assertNoAnswer(self, name: str, reply: Reply, right: bytes) -> None:
         """
-        The client has an error, or an answer that it can't take for a whole one.
+        Assert that the client has an error, or an answer that it can't take for a complete one.
         """
         if reply.ended == "whole":
             self.assertEqual((502, "UNAVAILABLE"), reply.error[:2], name)
@@ -84,12 +84,12 @@ class WrongAnswerTestCase(DaemonTestCase):
 
 class HeadTests(DaemonTestCase):
     """
-    A HEAD, whose answer no bytes will prove.
+    A HEAD, whose answer no bytes will verify.
     """
 
     def test_a_page_in_place_of_a_blob_or_a_manifest_does_not_pass(self) -> None:
         """
-        Its size and type are those of something else; once upstream is well, the right ones are told.
+        Its size and type are those of something else; once upstream works, the right ones are returned.
         """
         image = self.standin.push_image("team/app", "latest")
         blob = noise("blob", 2000)
@@ -117,14 +117,14 @@ class BlobTests(WrongAnswerTestCase):
 
     def test_from_a_bucket(self) -> None:
         """
-        Whatever a bucket sends instead of a blob is no answer and not kept; the next request has the blob.
+        Whatever a bucket sends instead of a blob is rejected and not cached; the next request has the blob.
         """
         answers = wrong(noise("blob", 2000), BINARY)
         self.check(answers, self.push, lambda **answer: self.standin.fail("bucket", **answer))
 
     def test_from_the_registry_itself(self) -> None:
         """
-        So it is where ECR sends the blob itself.
+        The same holds if ECR sends the blob itself.
         """
         answers = wrong(noise("blob", 2000), BINARY)
         self.check(
@@ -133,7 +133,7 @@ class BlobTests(WrongAnswerTestCase):
 
     def test_larger_than_a_part(self) -> None:
         """
-        So it is with a blob that comes over several connections, and with what its parts are.
+        The same holds for a blob over several connections, and for its parts.
         """
         data = noise("large", 20 * 2**20)
         digest = self.standin.push_blob("team/app", data)
@@ -167,7 +167,7 @@ class ReversedPartTests(DaemonTestCase):
             self.pass_time(60)
             self.assertEqual(1, len(self.arriving()))
             self.standin.heal()
-            # Every byte but those that are there already is right: only the range can make them be written again.
+            # Every byte except those already there is right: only the range can cause them to be written again.
             self.standin.corrupt(digest, bytes(start) + data[start:])
             self.standin.fail("bucket", status=206, headers={"Content-Range": said}, body=b"x" * 65, times=1)
             for _ in range(2):
@@ -181,7 +181,7 @@ class ReversedPartTests(DaemonTestCase):
 class ManifestTests(WrongAnswerTestCase):
     def push_by(self, name: Callable[[str], str]) -> Callable[[], tuple[str, bytes]]:
         """
-        Push manifests, to be asked for by C{name} of their digests; each has a tag.
+        Push manifests, to be requested by C{name} of their digests; each has a tag.
         """
 
         def push() -> tuple[str, bytes]:
@@ -195,13 +195,13 @@ class ManifestTests(WrongAnswerTestCase):
 
     def strike(self, **answer: object) -> None:
         """
-        Have ECR answer all questions about manifests so.
+        Have ECR answer all requests for manifests so.
         """
         self.standin.fail("registry", path_contains="/manifests/", **answer)  # type: ignore[arg-type]
 
     def test_by_digest(self) -> None:
         """
-        Whatever ECR sends instead of a manifest is no answer and not kept; the next request has the manifest.
+        Whatever ECR sends instead of a manifest is rejected and not cached; the next request has the manifest.
         """
         image = self.standin.push_image("team/app", "other")
         answers = dict(wrong(image.manifest, {"Content-Type": OCI_MANIFEST}))
@@ -210,7 +210,7 @@ class ManifestTests(WrongAnswerTestCase):
 
     def test_by_tag(self) -> None:
         """
-        So it is by tag, where only what ECR says of the bytes can be held against them.
+        The same holds by tag, where the bytes can be compared only with what ECR says of them.
         """
         image = self.standin.push_image("team/app", "other")
         answers = dict(wrong(image.manifest, {"Content-Type": OCI_MANIFEST, "Docker-Content-Digest": image.digest}))
@@ -230,7 +230,7 @@ class ManifestTests(WrongAnswerTestCase):
 
     def test_of_a_digest_that_lies(self) -> None:
         """
-        Bytes that are not what ECR calls them are refused, whichever of the two is wrong.
+        Bytes that don't match ECR's digest are rejected, whichever of the two is wrong.
         """
         image = self.standin.push_image("team/app", "other")
         for named in (digest_of(b"another"), digest_of(b"another", "sha512"), "sha256:x", "md5:1234", "nonsense"):
@@ -242,7 +242,7 @@ class ManifestTests(WrongAnswerTestCase):
 
     def test_of_the_truth(self) -> None:
         """
-        A digest that is right is no reason to refuse, of either algorithm.
+        A right digest of either algorithm is accepted.
         """
         image = self.standin.push_image("team/app", "other")
         for named in (image.digest, digest_of(image.manifest, "sha512")):
@@ -251,7 +251,7 @@ class ManifestTests(WrongAnswerTestCase):
 
     def wrongly(self, reference: str, headers: Mapping[str, str], body: bytes) -> Reply:
         """
-        Ask once, and have ECR answer so.
+        Send one request, and have ECR answer so.
         """
         fault = self.standin.fail("registry", status=200, headers=headers, body=body)
         reply = self.get(f"/v2/team/app/manifests/{reference}")
@@ -262,7 +262,7 @@ class ManifestTests(WrongAnswerTestCase):
 class PageTests(WrongAnswerTestCase):
     def test_of_tags(self) -> None:
         """
-        A list that is a part, a redirect or nothing is no list.
+        A list that is incomplete, a redirect or empty is no list.
         """
         self.standin.push_image("team/app", "latest")
         body = json.dumps({"name": "team/app", "tags": ["latest"]}).encode()

@@ -25,7 +25,7 @@ class Answer:
 
 def errors(status: int, code: str, message: str) -> Answer:
     """
-    Put an error the way the distribution protocol does.
+    Build an error in the distribution protocol's format.
     """
     body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
     return Answer(status, body, {"Content-Type": "application/json; charset=utf-8"})
@@ -33,14 +33,14 @@ def errors(status: int, code: str, message: str) -> Answer:
 
 class Answering(Resource):
     """
-    A resource whose answer takes its time.
+    A resource whose answer may be delayed.
     """
 
     isLeaf = True
 
     async def answer(self, request: Request) -> Answer:
         """
-        Say what to reply.
+        Return the answer.
         """
         raise NotImplementedError
 

@@ -22,7 +22,9 @@ PIECE = 256 * 1024
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer."""
+    """
+    A complete answer.
+    """
 
     status: int
     headers: Mapping[str, str]
@@ -30,7 +32,7 @@ class Reply:
 
     def json(self) -> Any:
         """
-        Read the body as JSON.
+        Parse the body as JSON.
         """
         return json.loads(self.body)
 
@@ -49,7 +51,7 @@ class Transfer:
 
 def connect(url: str, ca: Path | None, timeout: float) -> http.client.HTTPConnection:
     """
-    Make a connection to where a URL points; with TLS the test's CA is believed.
+    Connect to a URL's host; with TLS the test's CA is trusted.
     """
     parts = urlsplit(url)
     if parts.scheme == "https":
@@ -67,7 +69,7 @@ def ask(
     timeout: float = PATIENCE,
 ) -> Reply:
     """
-    Make one request; redirects are not followed.
+    Send one request; redirects are not followed.
     """
     connection = connect(url, ca, timeout)
     try:
@@ -82,7 +84,7 @@ def ask(
 
 def answers(url: str, status: int = 200) -> Callable[[], bool]:
     """
-    Make the question whether a URL is answered as it should be by now.
+    Return a condition: the URL has the expected answer by now.
     """
 
     def now() -> bool:
@@ -103,15 +105,15 @@ def download(
     """
     Read a large answer without keeping it.
 
-    @param begun: is called when the first bytes have come.
-    @param connection: on which it comes, if not on one of its own.
+    @param begun: called when the first bytes have arrived.
+    @param connection: the connection to use, if not one of its own.
     """
     connection = connection or connect(url, None, timeout=PATIENCE)
     try:
         connection.request("GET", urlsplit(url).path, headers=dict(headers or {}))
         response = connection.getresponse()
         sha, size, pause, last = hashlib.sha256(), 0, 0.0, time.monotonic()
-        # read1 gives what is there: the first byte is not kept for the first piece.
+        # read1 returns what is there: the first byte does not wait for the first piece.
         while piece := response.read1(PIECE):
             now = time.monotonic()
             pause, last = max(pause, now - last), now

@@ -16,7 +16,7 @@ PACKAGES = "python3,python3-venv,ca-certificates"
 
 def import_base(docker: Docker, home: Path) -> str:
     """
-    Make the base, and give it to an engine.
+    Build the base, and import it into an engine.
     """
     root = home / "base"
     sources = Path("/etc/apt/sources.list.d/debian.sources").read_text("utf-8")
@@ -27,7 +27,7 @@ def import_base(docker: Docker, home: Path) -> str:
     making = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", suite[1], str(root), mirror[1]]
     done = subprocess.run(making, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
-    # Whoever vouches for the package index here does so in the build as well.
+    # If the package index here is trusted, so it is in the build.
     authorities = Path("etc/ssl/certs/ca-certificates.crt")
     (root / authorities).write_bytes((Path("/") / authorities).read_bytes())
     packed = home / "base.tar"

@@ -1,5 +1,5 @@
 """
-Chromium, driven as a person would: by keyboard, and by what is to be seen and heard.
+Chromium, driven as by a person: by keyboard, and by what can be seen and heard.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 
 from .processes import environment, free_port
 
-# It asks nobody but whom it is told to; as root it has no sandbox.
+# It makes no requests of its own; as root it has no sandbox.
 QUIET = (
     "--headless=new",
     "--no-sandbox",
@@ -72,33 +72,30 @@ class Browser:
         self.size(1200, 1000)
 
     def close(self) -> None:
-        """
-        End it.
-        """
         self.driver.quit()
 
     def tell(self, command: str, **parameters: Any) -> Any:
         """
-        Give a command of the DevTools protocol.
+        Send a command of the DevTools protocol.
         """
         return self.driver.execute_cdp_cmd(command, parameters)
 
     def run(self, script: str) -> Any:
         """
-        Run a script in the page, and give what it returns.
+        Run a script in the page, and return its result.
         """
         return self.driver.execute_script(script)
 
     def size(self, width: int, height: int) -> None:
         """
-        Be as large; narrow is a phone.
+        Set the size; narrow is a phone.
         """
         shape = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.tell("Emulation.setDeviceMetricsOverride", **shape)
 
     def dark(self, *, dark: bool) -> None:
         """
-        Have the system be dark or light.
+        Set the system's dark or light mode.
         """
         feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.tell("Emulation.setEmulatedMedia", features=[feature])
@@ -111,7 +108,7 @@ class Browser:
 
     def texts(self, selector: str) -> list[str]:
         """
-        Give the texts to be seen in what a selector finds.
+        Return the visible texts of a selector's elements.
         """
         script = "return [...document.querySelectorAll(arguments[0])].map((each) => each.innerText)"
         found: list[str] = self.driver.execute_script(script, selector)
@@ -119,28 +116,28 @@ class Browser:
 
     def worst_contrast(self) -> tuple[float, str]:
         """
-        Find the text that is hardest to tell from what is behind it, and the ratio as WCAG has it.
+        Find the text with the lowest contrast, and the ratio as WCAG defines it.
         """
         ratio, text = self.run(CONTRAST)
         return ratio, text
 
     def spoken(self) -> list[tuple[str, str]]:
         """
-        Give role and name of all that a screen reader comes to.
+        Return role and name of everything that a screen reader finds.
         """
         nodes = self.tell("Accessibility.getFullAXTree")["nodes"]
         return [(each["role"]["value"], each.get("name", {}).get("value", "")) for each in nodes if not each["ignored"]]
 
     def complaints(self) -> list[str]:
         """
-        Give what the console says, but for what Chromium says of its own first page.
+        Return the console's messages, except Chromium's own about its first page.
         """
         said: list[str] = [each["message"] for each in self.driver.get_log("browser")]
         return [each for each in said if not each.startswith("chrome://")]
 
     def asked(self) -> set[str]:
         """
-        Give the addresses that pages asked for since this was called last.
+        Return the URLs that pages requested since the last call.
         """
         events = [json.loads(each["message"])["message"] for each in self.driver.get_log("performance")]
         sent = [each["params"] for each in events if each["method"] == "Network.requestWillBeSent"]
@@ -148,6 +145,6 @@ class Browser:
 
     def picture(self, path: Path) -> None:
         """
-        Take one.
+        Take a screenshot.
         """
         path.write_bytes(base64.b64decode(self.tell("Page.captureScreenshot", format="png")["data"]))

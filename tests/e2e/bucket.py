@@ -1,12 +1,12 @@
 """
 The bucket behind the front: a store of objects that knows no tokens.
 
-An address holds for one object, for a GET, and for as long as its query says.
+A URL is valid for one object, for a GET, and for as long as its query says.
 An Authorization header beside the signature is one scheme too many (400).  A
 single Range is honoured; several are answered with the whole object.  Bytes
-leave at a set rate for each connection, so that a transfer lasts long enough
-to be watched; and none leave behind the half of an answer while there is a
-certain file.
+are sent at a set rate for each connection, so that a transfer lasts long enough
+to be watched; and while a certain file exists, none beyond the first half of an answer
+are sent.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from twisted.web.server import NOT_DONE_YET
 from zope.interface import implementer
 
 PIECE = 64 * 1024
-# How far a transfer may run ahead to make up for a timer that came late.
+# How far a transfer may run ahead to make up for a late timer.
 SLACK = 0.05
-# How often it is looked whether the file that holds the bytes back is still there.
+# How often to check whether the file that holds the bytes back still exists.
 LOOK = 0.02
 LIFE = 3600
 SINGLE_RANGE = re.compile(r"bytes=(?:(?P<first>\d+)-(?P<last>\d*)|-(?P<tail>\d+))")
@@ -36,7 +36,9 @@ SINGLE_RANGE = re.compile(r"bytes=(?:(?P<first>\d+)-(?P<last>\d*)|-(?P<tail>\d+)
 
 @dataclass
 class Counters:
-    """What the bucket gave, and to how many."""
+    """
+    What the bucket sent, and to how many.
+    """
 
     requests: int = 0
     finished: int = 0
@@ -46,7 +48,9 @@ class Counters:
 
 @dataclass(frozen=True)
 class Grant:
-    """One object, and until when its address holds."""
+    """
+    One object, and the expiry of its URL.
+    """
 
     path: Path
     until: float
@@ -55,10 +59,10 @@ class Grant:
 @dataclass(frozen=True)
 class Pace:
     """
-    How fast bytes leave.
+    How fast bytes are sent.
 
-    @ivar rate: bytes a second, for each connection; 0 for as many as there are.
-    @ivar hold: no answer goes past its half while this file is there.
+    @ivar rate: bytes a second, for each connection; 0 means no limit.
+    @ivar hold: no answer goes beyond its first half while this file exists.
     """
 
     rate: int = 0
@@ -66,14 +70,14 @@ class Pace:
 
     def held(self) -> bool:
         """
-        Say whether the second half has to wait.
+        Return True if the second half has to wait.
         """
         return self.hold is not None and self.hold.exists()
 
 
 class Bucket(Resource):
     """
-    The registry's blobs, under addresses that were signed for them.
+    The registry's blobs, under signed URLs.
     """
 
     isLeaf = True
@@ -86,7 +90,7 @@ class Bucket(Resource):
 
     def sign(self, digest: str) -> str:
         """
-        Make an address for a blob.
+        Sign a URL for a blob.
         """
         algorithm, _, encoded = digest.partition(":")
         path = self._storage / "docker/registry/v2/blobs" / algorithm / encoded[:2] / encoded
@@ -105,13 +109,13 @@ class Bucket(Resource):
 
     def render_HEAD(self, request: Request) -> bytes:
         """
-        Refuse: the signature is for a GET.
+        Reject: the signature is for a GET.
         """
         return self._refuse(request, 403, "SignatureDoesNotMatch")
 
     def render_GET(self, request: Request) -> bytes | int:
         """
-        Send the object, or the one range of it that was asked for.
+        Send the object, or its one requested range.
         """
         if request.getHeader("Authorization") is not None:
             return self._refuse(request, 400, "InvalidArgument")
@@ -144,7 +148,7 @@ class Bucket(Resource):
 
 def wanted(value: str | None, size: int) -> tuple[int, int]:
     """
-    Turn a Range header into the first and the last byte to send.
+    Convert a Range header into the first and the last byte to send.
     """
     match = SINGLE_RANGE.fullmatch(value) if value else None
     if match is None:
@@ -157,7 +161,7 @@ def wanted(value: str | None, size: int) -> tuple[int, int]:
 @implementer(IPushProducer)
 class Sending:
     """
-    A part of a file on its way, at a steady rate and never ahead of the reader.
+    A part of a file in transfer, at a steady rate and never ahead of the reader.
     """
 
     def __init__(
@@ -183,13 +187,13 @@ class Sending:
 
     def pauseProducing(self) -> None:
         """
-        Wait: the reader is behind.
+        Pause: the reader is behind.
         """
         self._paused = True
 
     def resumeProducing(self) -> None:
         """
-        Go on: the reader has caught up.
+        Resume: the reader has caught up.
         """
         self._paused = False
         if self._call is None:
@@ -197,7 +201,7 @@ class Sending:
 
     def stopProducing(self) -> None:
         """
-        Give up: the reader has gone.
+        Stop: the reader has disconnected.
         """
         self._paused, self._left = True, 0
         self._source.close()

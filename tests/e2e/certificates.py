@@ -21,7 +21,9 @@ PROXY = "proxy.example"
 
 @dataclass(frozen=True)
 class Certificates:
-    """Where a server's key and chain are, and the directory that holds the CA alone."""
+    """
+    The paths of a server's key and chain, and the directory that holds only the CA.
+    """
 
     key: Path
     chain: Path
@@ -30,14 +32,14 @@ class Certificates:
     @property
     def ca(self) -> Path:
         """
-        The CA's certificate, which clients believe.
+        Return the path of the CA's certificate, which clients trust.
         """
         return self.ca_directory / "ca.crt"
 
 
 def name(common: str) -> x509.Name:
     """
-    Make a name that has only its common part.
+    Return a name that has only its common part.
     """
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
@@ -50,9 +52,9 @@ def build(
     life: dt.timedelta = LIFE,
 ) -> x509.Certificate:
     """
-    Make a certificate: of the authority when it signs itself, else of the server, on loopback and as recipes call it.
+    Build a certificate: the CA's own if it signs itself, else the server's, for loopback and the recipes' names.
 
-    @param life: how long it is good yet; below zero, since when it is no more.
+    @param life: how long it is still valid; if negative, how long ago it expired.
     """
     authority = subject == issuer
     now = dt.datetime.now(dt.UTC)
@@ -74,7 +76,7 @@ def build(
 
 def make_client(directory: Path, server: Certificates, authority: str) -> Path:
     """
-    Make a CA of clients and a client's certificate of it, in a directory as docker and skopeo want it.
+    Create a CA of clients and a client's certificate of it, in a directory as docker and skopeo want it.
 
     @return: the directory; the CA of the clients is in its C{clients.pem}.
     """
@@ -92,7 +94,7 @@ def make_client(directory: Path, server: Certificates, authority: str) -> Path:
 
 def make_certificates(directory: Path, life: dt.timedelta = LIFE) -> Certificates:
     """
-    Make an authority, and a server's certificate for the loopback address.
+    Create a CA, and a server's certificate for the loopback address.
     """
     made = Certificates(directory / "server.key", directory / "server.crt", directory / "ca")
     made.ca_directory.mkdir(parents=True)

@@ -38,9 +38,9 @@ class Equipment:
 
 def start_registry(home: Path, storage: Path, auth: str = "") -> tuple[Process, str]:
     """
-    Start a plain registry over a directory, and give its address.
+    Start a plain registry over a directory, and return its address.
 
-    @param auth: whom it lets in, as its configuration file has it; empty for everybody.
+    @param auth: its access rules, as in its configuration file; empty for everybody.
     """
     home.mkdir(parents=True, exist_ok=True)
     address = f"127.0.0.1:{free_port()}"
@@ -58,7 +58,7 @@ def start_registry(home: Path, storage: Path, auth: str = "") -> tuple[Process, 
 
 def start_moto(home: Path) -> tuple[Process, str]:
     """
-    Start moto, another stand-in for AWS's API, and give its URL.
+    Start moto, another stand-in for AWS's API, and return its URL.
     """
     port = free_port()
     argv = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
@@ -69,7 +69,7 @@ def start_moto(home: Path) -> tuple[Process, str]:
 
 def wait_or_stop(process: Process, url: str, status: int = 200) -> None:
     """
-    Wait until a program answers; one that never does is not left running.
+    Wait until a program answers; stop one that never does.
     """
     try:
         process.wait_until(answers(url, status))
@@ -101,13 +101,13 @@ class Daemon:
     @property
     def variables(self) -> dict[str, str]:
         """
-        Give the variables that it is started with.
+        Return the variables for its start.
         """
         return {name: value for name, value in self._settings.items() if value is not None}
 
     def start(self) -> Process:
         """
-        Start the daemon, which is not ready yet.
+        Start the daemon, without waiting until it is ready.
         """
         self._torn = {each for each in self._arriving() if each.name.startswith(DRAFTS)}  # their writer was killed
         return Process(
@@ -119,20 +119,20 @@ class Daemon:
 
     def ask(self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> Reply:
         """
-        Make one request.
+        Send one request.
         """
         return ask(self.url + path, method, headers, ca=self._equipment.certificates.ca)
 
     def ready(self) -> bool:
         """
-        Say whether the daemon calls itself ready: each of its workers, as far as several questions can tell.
+        Return True if the daemon says that it is ready: each of its workers, as far as several requests can show.
         """
         times = 1 if self.variables.get("PROXY_WORKER_PROCESSES", "1") == "1" else LOOKS
         return all(self.answers("/readyz", 200) for _ in range(times))
 
     def answers(self, path: str, status: int) -> bool:
         """
-        Say whether a path is answered as it should be by now.
+        Return True if a path has the expected answer by now.
         """
         try:
             return self.ask(path).status == status
@@ -158,29 +158,29 @@ class Daemon:
 
     def restart(self) -> None:
         """
-        Start again over the same directory, after an end of whatever kind.
+        Start again over the same directory, however the daemon ended.
         """
         self.process = self.start()
         self.wait()
 
     def holds(self, digest: str) -> bool:
         """
-        Say whether the cache has a blob.
+        Return True if the cache has a blob.
         """
         return any((self.cache / "content").rglob(digest.removeprefix("sha256:")))
 
     def wrong_content(self) -> list[Path]:
         """
-        List the files of the cache that are not what their names say.
+        List the files of the cache that do not match their digests.
         """
         contents = [each for each in (self.cache / "content").rglob("*") if each.is_file()]
         return [each for each in contents if hash_of(each) != each.name]
 
     def settle(self) -> None:
         """
-        Wait until the disk has what the clients have, who do not wait for it, and the daemon has let go of it.
+        Wait until the disk has what the clients have, who do not wait for it, and the daemon has closed it.
 
-        Until then who asks again may still join the transfer, and what a client was given has no entry yet.
+        Until then another client may still join the transfer, and what a client got has no entry yet.
         """
         eventually(lambda: not self._arriving() - self._torn, "nothing is arriving any more")
         eventually(lambda: not self._open_files(), "the daemon has no file of the cache open")
@@ -188,7 +188,7 @@ class Daemon:
 
     def arriving(self) -> list[Path]:
         """
-        List the transfers that are under way, or were when the daemon ended.
+        List the transfers that are in flight, or were when the daemon ended.
         """
         return [each for each in self._arriving() if not each.name.startswith(DRAFTS) and each.suffix != ".claim"]
 
@@ -220,7 +220,7 @@ class Daemon:
 
 def hash_of(path: Path) -> str:
     """
-    Hash a file.
+    Return the hash of a file.
     """
     with path.open("rb") as source:
         return hashlib.file_digest(source, "sha256").hexdigest()
@@ -228,7 +228,7 @@ def hash_of(path: Path) -> str:
 
 class Chain:
     """
-    A registry, a front and a daemon of their own, which end together.
+    A registry, a front and a daemon of their own, which are stopped together.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ class Chain:
 
     def counters(self) -> dict[str, Any]:
         """
-        Ask the front what it has been asked.
+        Return the front's counters.
         """
         counted: dict[str, Any] = ask(f"{self.front_url}/_counters").json()
         return counted
@@ -296,20 +296,20 @@ class Chain:
 
     def logs(self) -> str:
         """
-        Read the end of what each program has said.
+        Return the end of each program's output.
         """
         return "\n".join(f"-- {each.name}\n{each.tail()}" for each in self._running)
 
 
 def standard_settings(front: str) -> dict[str, str | None]:
     """
-    Make the settings of a daemon before a front.
+    Return the settings of a daemon before a front.
     """
     return {
         "PROXY_ECR_ENDPOINT": front,
         "PROXY_DNS_RESOLVER": "system",
         "PROXY_NAMESPACE_PATTERN": PATTERN,
-        # What the recipes call it, whose endpoint is on this machine here.
+        # The name in the recipes, whose endpoint is on this machine here.
         "PROXY_REGISTRY_ALIASES": "123456789012.dkr.ecr.eu-west-1.amazonaws.com",
         "AWS_REGION": "eu-west-1",
         "AWS_ACCESS_KEY_ID": "AKIASTANDIN",
@@ -317,14 +317,14 @@ def standard_settings(front: str) -> dict[str, str | None]:
         "AWS_ENDPOINT_URL": front,
         # One machine runs several of them here.
         "PROXY_ADMIN_LISTEN": "off",
-        # Nothing answers there, and asking takes its time.
+        # Nothing answers there, and waiting for that takes time.
         "AWS_EC2_METADATA_DISABLED": "true",
     }
 
 
 def tls_settings(certificates: Certificates) -> dict[str, str | None]:
     """
-    Make the settings of a daemon that serves TLS.
+    Return the settings of a daemon that serves TLS.
     """
     return {
         "PROXY_SSL_KEY": str(certificates.key),

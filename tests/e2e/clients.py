@@ -16,7 +16,7 @@ from .sid import Sid
 
 PULL = 2 * PATIENCE
 
-# Files are added to /etc for one program alone.
+# Files are added to /etc for one program only.
 ADDING = """
 mount -t tmpfs tmpfs /mnt
 mkdir /mnt/upper /mnt/work
@@ -29,7 +29,9 @@ exec "$@"
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a command."""
+    """
+    The result of a command.
+    """
 
     status: int
     output: str
@@ -38,13 +40,13 @@ class Done:
 
 class CommandError(Exception):
     """
-    A command that should have worked did not.
+    Raised if a command that should have worked did not.
     """
 
 
 def adding(etc: Path | None, argv: Sequence[str | Path]) -> list[str | Path]:
     """
-    Make a command that finds these files in /etc, and all that is there besides.
+    Return a command that finds these files in /etc, besides all that is there.
     """
     return ["unshare", "--mount", "sh", "-ec", ADDING, "sh", etc, *argv] if etc else list(argv)
 
@@ -56,7 +58,7 @@ class Client:
 
     @ivar seconds: how long a command may take.
     @ivar etc: what it finds in /etc besides what is there.
-    @ivar sid: the release that the program is of; none for this machine's own.
+    @ivar sid: the release that the program is of; None for this machine's own.
     """
 
     home: Path
@@ -67,7 +69,7 @@ class Client:
 
     def command(self, argv: Sequence[str | Path]) -> list[str | Path]:
         """
-        Make the command that runs C{argv} where the program lives.
+        Return the command that runs C{argv} where the program is installed.
         """
         if self.sid is not None:
             return self.sid.inside(self.home, argv, self.etc)
@@ -75,7 +77,7 @@ class Client:
 
     def attempt(self, *argv: str | Path) -> Done:
         """
-        Run a command and tell how it went.
+        Run a command and return its result.
         """
         done = subprocess.run(
             [str(each) for each in self.command(argv)],
@@ -91,7 +93,7 @@ class Client:
 
     def run(self, *argv: str | Path) -> str:
         """
-        Run a command that has to work, and give what it printed.
+        Run a command that has to work, and return its output.
         """
         done = self.attempt(*argv)
         if done.status:
@@ -101,12 +103,12 @@ class Client:
 
 class Docker(Client):
     """
-    The docker command, and the engine that it speaks to.
+    The docker command, and its engine.
     """
 
     def pull(self, reference: str) -> str:
         """
-        Pull an image and give its id.
+        Pull an image and return its id.
         """
         self.run("docker", "pull", "--quiet", reference)
         return self.run("docker", "image", "inspect", "--format", "{{.Id}}", reference)
@@ -119,13 +121,13 @@ class Docker(Client):
 
     def log_out(self, registry: str) -> None:
         """
-        Forget the password for a registry.
+        Log out of a registry.
         """
         self.run("docker", "logout", registry)
 
     def complaint(self, reference: str) -> str:
         """
-        Pull what can't be pulled, and give what docker says of it.
+        Pull what can't be pulled, and return docker's error.
         """
         done = self.attempt("docker", "pull", reference)
         if not done.status:
@@ -158,16 +160,13 @@ class Skopeo(Client):
         self.run(*words, "--preserve-digests", *options, source, target)
 
     def tags(self, repository: str, *options: str | Path) -> list[str]:
-        """
-        List a repository's tags.
-        """
         words = self.run("skopeo", "list-tags", *options, f"docker://{repository}")
         tags: list[str] = json.loads(words)["Tags"]
         return tags
 
     def policy(self) -> Path:
         """
-        Write the policy that lets in unsigned images.
+        Write the policy that accepts unsigned images.
         """
         return write_policy(self.home)
 
@@ -179,16 +178,13 @@ class Podman(Client):
 
     def pull(self, reference: str, *options: str | Path) -> str:
         """
-        Pull an image and give its id.
+        Pull an image and return its id.
         """
         write_policy(self.home / ".config/containers")
         pulled = self._podman("pull", "--quiet", *options, reference).splitlines()[-1]
         return f"sha256:{pulled}"
 
     def forget(self) -> None:
-        """
-        Remove all images.
-        """
         self._podman("rmi", "--all", "--force")
 
     def _podman(self, *words: str | Path) -> str:
@@ -213,10 +209,10 @@ def write_policy(directory: Path) -> Path:
 
 def start_engine(home: Path, etc: Path | None = None) -> tuple[Process, Docker]:
     """
-    Start a Docker Engine that keeps to its own directory and to loopback.
+    Start a Docker Engine with its own directory, on loopback only.
 
-    The best storage driver needs a file system that overlays can stand on;
-    where there is none, plain directories do.
+    The best storage driver needs a file system that supports overlays;
+    without one, plain directories do.
     """
     complaints = []
     for driver in ("overlay2", "vfs"):
@@ -239,7 +235,7 @@ def start_engine_on(driver: str, home: Path, etc: Path | None) -> tuple[Process,
         *("--data-root", home / "data", "--exec-root", home / "exec"),
         *("--pidfile", home / "pid", "--host", host, "--storage-driver", driver),
     ]
-    # An engine leaves the network of --network host mounted: among mounts of its own, that goes with it.
+    # An engine leaves the network of --network host mounted: in a mount namespace of its own, that goes with it.
     argv = ["unshare", "--mount", *adding(etc, argv)]
     engine = Process(argv, environment(home), home / "dockerd.log", home)
     try:

@@ -1,8 +1,8 @@
 """
 A company's registries: two accounts of ECR, one like ECR Public, and one of the distribution project.
 
-C{python -m tests.e2e.company NAME} is one of the first three, as a program: whatever it is asked is what
-L{tests.registry} answers. The fourth is Debian's, whose tokens L{TokenService} gives out.
+C{python -m tests.e2e.company NAME} runs one of the first three as a program: it answers as
+L{tests.registry} does. The fourth is Debian's, whose tokens L{TokenService} issues.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LOGIN: Final = ("pulls", "not-a-secret")
 
 def fill(shelves: Shelves, registry: str) -> Mapping[str, Image]:
     """
-    Push images of one name, which is the same in all registries; their contents are not.
+    Push images with the same name in all registries, but different content.
 
     @return: for each tag.
     """
@@ -64,9 +64,9 @@ def fill(shelves: Shelves, registry: str) -> Mapping[str, Image]:
 
 class TokenService:
     """
-    Gives out tokens as distribution's "Token Authentication Specification" has it, to who shows L{LOGIN}.
+    Issues tokens as in distribution's "Token Authentication Specification", for clients that send L{LOGIN}.
 
-    @param home: where its certificate goes, which the registry believes.
+    @param home: where its certificate goes, which the registry trusts.
     """
 
     def __init__(self, home: Path) -> None:
@@ -100,7 +100,7 @@ class TokenService:
     @property
     def auth(self) -> str:
         """
-        What the registry's configuration file says of it.
+        Return its section of the registry's configuration file.
         """
         realm = f"http://{LOCAL}:{self._server.server_port}/token"
         said = {"realm": realm, "service": "hub.example", "issuer": "tokens", "rootcertbundle": str(self._bundle)}
@@ -133,7 +133,7 @@ class TokenService:
 
     def stop(self) -> None:
         """
-        Serve no more.
+        Stop serving.
         """
         self._server.shutdown()
         self._server.server_close()
@@ -149,7 +149,7 @@ def _encoded(data: bytes) -> bytes:
 
 def main() -> None:
     """
-    Be one registry until stopped.
+    Run one registry until stopped.
     """
     from twisted.internet import reactor as installed
 
@@ -167,7 +167,7 @@ def main() -> None:
         standin.bearers.public, standin.quirks.blob_head = True, 401
     else:
         standin = StandIn(reactor, registry=registry, bucket=bucket)
-        # The token that moto gives to whoever is of this account.
+        # The token that moto issues for this account.
         standin.tokens.take(base64.b64encode(f"AWS:{options.registry[:12]}-auth-token".encode()).decode())
     fill(standin, options.registry)
     for port in (options.port, options.bucket_port, options.realm_port):

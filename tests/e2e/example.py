@@ -1,5 +1,5 @@
 """
-The status page with figures that are made up, for looks: C{python -m tests.e2e.example PORT}.
+The status page with made-up data, for its looks: C{python -m tests.e2e.example PORT}.
 
 A daemon that has run for a minute has little to show. This one has been busy, and is the same each time.
 """
@@ -42,14 +42,14 @@ LAYER = 1800 * MIB
 
 def digest(seed: int) -> str:
     """
-    Make a digest.
+    Return a digest.
     """
     return f"sha256:{random.Random(seed).getrandbits(256):064x}"
 
 
 def history() -> tuple[Point, ...]:
     """
-    Make a while: a quiet time, a rollout of something new, and what a cluster pulls anyway.
+    Return a history: a quiet time, a rollout of something new, and a cluster's usual pulls.
     """
     chance, points = random.Random(3), []
     for at in range(STEPS):
@@ -65,7 +65,7 @@ def history() -> tuple[Point, ...]:
 
 class Example:
     """
-    Stands in for a daemon's Status.
+    Replaces a daemon's Status.
     """
 
     def __init__(self) -> None:
@@ -73,14 +73,11 @@ class Example:
 
     async def readiness(self) -> Readiness:
         """
-        Be well.
+        Return a ready state.
         """
         return Readiness(can_serve=True, can_fetch=True, reasons=())
 
     async def snapshot(self, registry: str | None = None, scale: Scale = SCALES[0]) -> Snapshot:
-        """
-        Make one.
-        """
         now = time.time()
         return Snapshot(
             version="1.0.0",
@@ -137,7 +134,7 @@ UPSTREAM = UpstreamState(
 
 def cache(now: float) -> Fill:
     """
-    Make a cache that is three quarters full.
+    Return a cache that is three quarters full.
     """
     leaving = (
         Leaving("content", digest(1), 84 * MIB, now - 3.2 * DAY),
@@ -152,7 +149,7 @@ def cache(now: float) -> Fill:
 
 def transfers() -> tuple[Transfer, ...]:
     """
-    Make what is on its way.
+    Return transfers in flight.
     """
     return (
         Transfer("team/ml/trainer-cuda", digest(11), LAYER, LAYER * 26 // 100, 12, kept=True),
@@ -163,7 +160,7 @@ def transfers() -> tuple[Transfer, ...]:
 
 def failed(now: float) -> tuple[Failed, ...]:
     """
-    Make what clients did not get.
+    Return failed requests.
     """
     at, web, api = now - 0.18 * HOUR, "/v2/team/web/manifests/4.11.0", f"/v2/team/api/blobs/{digest(21)}"
     return (
@@ -174,7 +171,7 @@ def failed(now: float) -> tuple[Failed, ...]:
 
 def incidents(now: float) -> tuple[Incident, ...]:
     """
-    Make what has gone wrong.
+    Return incidents.
     """
     return (
         Incident(now - 0.186 * HOUR, "warn", "ECR keeps failing, it is left alone for 5 s: the registry answers 503"),
@@ -185,7 +182,7 @@ def incidents(now: float) -> tuple[Incident, ...]:
 
 def main() -> None:
     """
-    Serve it until told to stop.
+    Serve the page until stopped.
     """
     reactor = cast(Any, global_reactor)
     status = cast("Status", Example())

@@ -1,19 +1,19 @@
 """
 What Amazon ECR has and a plain registry lacks, as a small program before one.
 
-A registry of the distribution project keeps the images.  This front gives it
-ECR's manners, as they can be told from public documents and reports:
+A registry of the distribution project keeps the images.  This front adds
+ECR's behaviour, as known from public documents and reports:
 
-- C{POST /} is the AWS call GetAuthorizationToken.  Its token is the only thing
-  that opens C{/v2/}: none is answered 401 with a Basic challenge in plain text,
-  an unknown one 400 without any challenge, an old one 403.
+- C{POST /} is the AWS call GetAuthorizationToken.  Only its token opens
+  C{/v2/}: a missing one is answered 401 with a Basic challenge in plain text,
+  an unknown one 400 without any challenge, an expired one 403.
 - The GET of a manifest comes without Docker-Content-Digest, its HEAD with it.
-- The GET of a blob is a redirect to a bucket on another port, under an address
-  that is good for one object and one hour.  See L{bucket}.
+- The GET of a blob is a redirect to a bucket on another port, under a URL
+  that is valid for one object and one hour.  See L{bucket}.
 - Pages of tags end in an absolute link with an opaque C{last}.
-- Errors speak ECR's words.
+- Errors use ECR's words.
 
-C{GET /_counters} tells what has been asked of it so far.
+C{GET /_counters} returns the counts of requests so far.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from twisted.internet.protocol import ServerFactory
 
     class Reactor(IReactorCore, IReactorTCP, IReactorTime):
-        """What of the reactor is used here."""
+        """
+        What the front uses of the reactor.
+        """
 
 
 DEFAULT_PAGE = 100
@@ -63,7 +65,7 @@ class Registry(Answering):
 
     async def answer(self, request: Request) -> Answer:
         """
-        Count the request, look at its token, and serve it.
+        Count the request, check its token, and serve it.
         """
         path, method = request.path.decode("ascii"), request.method.decode("ascii")
         route = ROUTE.fullmatch(path)
@@ -151,7 +153,7 @@ class Figures(Resource):
 
     def render_GET(self, request: Request) -> bytes:
         """
-        Tell what has been asked so far.
+        Return the counters.
         """
         asked = vars(self._counters) | {"bucket": vars(self._bucket.counters)}
         request.setHeader("Content-Type", "application/json")
@@ -160,21 +162,21 @@ class Figures(Resource):
 
 def arguments(request: Request) -> dict[str, str]:
     """
-    Read the query, where each name counts once.
+    Parse the query, where each name counts once.
     """
     return {name.decode(): values[0].decode() for name, values in (request.args or {}).items()}
 
 
 def place(number: int) -> str:
     """
-    Write down a place in a list so that nobody can make sense of it.
+    Encode a place in a list as an opaque token.
     """
     return base64.urlsafe_b64encode(secrets.token_bytes(24) + b"%d" % number).decode()
 
 
 def start_of(last: str) -> int:
     """
-    Read what L{place} wrote; the beginning when there is nothing to read.
+    Decode a token of L{place}; return the beginning if there is none.
     """
     return int(base64.urlsafe_b64decode(last)[24:]) if last else 0
 
@@ -199,7 +201,7 @@ def listen(reactor: Reactor, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """
-    Read the command line and serve until told to stop.
+    Parse the command line and serve until stopped.
     """
     parser = argparse.ArgumentParser(description="A registry with the manners of Amazon ECR.")
     parser.add_argument("--registry", required=True, help="URL of the plain registry")

@@ -1,7 +1,7 @@
 """
 Several processes on one cache directory, and a stand-in for ECR that counts what its bucket sends.
 
-They are workers of one daemon, or daemons that were started separately: what is said of them is the same.
+They are workers of one daemon, or separate daemons: the same claims hold for both.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _COUNTS: Final = {DAEMONS: 2, WORKERS: 3}
 @dataclass
 class StandIn:
     """
-    The stand-in, running.
+    The running stand-in.
 
-    @ivar names: what it holds: digests by name.
+    @ivar names: its content: digests by name.
     """
 
     registry: str
@@ -45,7 +45,7 @@ class StandIn:
     @property
     def sent(self) -> int:
         """
-        The bytes that the bucket has sent.
+        Return the bytes that the bucket has sent.
         """
         return int(ask(self.asked).json()["bytes_sent"])
 
@@ -108,13 +108,13 @@ class Group:
     @property
     def one(self) -> Daemon:
         """
-        Any daemon: it knows the directory.
+        Return any daemon, for access to the directory.
         """
         return self._daemons[-1]
 
     def connect(self, count: int) -> dict[int, list[http.client.HTTPConnection]]:
         """
-        Make so many connections to each of the processes.
+        Open so many connections to each of the processes.
         """
         if self.kind == WORKERS:
             return accepted_by(self.pids, self._daemons[0].port, count)
@@ -125,9 +125,6 @@ class Group:
         return made
 
     def kill(self, pid: int) -> None:
-        """
-        Kill one of the processes.
-        """
         for daemon in self._daemons:
             if daemon.process.pid == pid:
                 daemon.process.kill()
@@ -137,21 +134,18 @@ class Group:
 
     def content(self, digest: str) -> Path:
         """
-        Name the file of a blob.
+        Return the path of a blob's file.
         """
         name = digest.removeprefix("sha256:")
         return self.cache / "content/sha256" / name[:2] / name
 
     def stop(self) -> None:
-        """
-        End all.
-        """
         for daemon in self._daemons:
             daemon.process.stop()
 
     def said(self) -> str:
         """
-        Read all that they have logged.
+        Return everything that they have logged.
         """
         return "".join(each.process.output.read_text("utf-8", "replace") for each in self._daemons)
 
@@ -160,7 +154,7 @@ def pull(
     connection: http.client.HTTPConnection, repository: str, digest: str, begun: Callable[[], object] = lambda: None
 ) -> Transfer:
     """
-    Pull a blob on a connection, which is closed then.
+    Pull a blob on a connection, which is closed afterwards.
     """
     url = f"http://{connection.host}:{connection.port}/v2/{repository}/blobs/{digest}"
     return download(url, begun=begun, connection=connection)

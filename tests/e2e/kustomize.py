@@ -1,5 +1,5 @@
 """
-The Kubernetes manifests as kubectl renders them, and what is told by them.
+The Kubernetes manifests as kubectl renders them, and how to query them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Manifest = dict[str, Any]
 
 class Rendered:
     """
-    What a folder with a kustomization makes.
+    The output of a folder with a kustomization.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,7 +54,7 @@ class Rendered:
 
     def one(self, kind: str, name: str = DAEMON) -> Manifest:
         """
-        Give the one that there is of a kind.
+        Return the only object of a kind.
         """
         (found,) = self.all_of(kind, name)
         return found
@@ -62,7 +62,7 @@ class Rendered:
     @property
     def workload(self) -> Manifest:
         """
-        The Deployment, or the StatefulSet that it was made.
+        Return the Deployment, or the StatefulSet that replaced it.
         """
         (found,) = self.all_of("Deployment") + self.all_of("StatefulSet")
         return found
@@ -70,7 +70,7 @@ class Rendered:
     @property
     def pod(self) -> Manifest:
         """
-        What its pods are made of.
+        Return the template of its pods.
         """
         template: Manifest = self.workload["spec"]["template"]
         return template
@@ -78,7 +78,7 @@ class Rendered:
     @property
     def container(self) -> Manifest:
         """
-        The one container of a pod.
+        Return the only container of a pod.
         """
         (found,) = self.pod["spec"]["containers"]
         container: Manifest = found
@@ -87,7 +87,7 @@ class Rendered:
     @property
     def settings(self) -> Mapping[str, str]:
         """
-        The variables that the daemon is started with.
+        Return the variables with which the daemon is started.
         """
         settings = self.one("ConfigMap")
         named = [each["configMapRef"]["name"] for each in self.container["envFrom"] if "configMapRef" in each]
@@ -98,7 +98,7 @@ class Rendered:
 
 def overlay(folder: Path, components: Sequence[str], **more: object) -> Rendered:
     """
-    Render the base with components, in a folder of one's own.
+    Render the base with components, in a folder of its own.
 
     @param more: what else the kustomization says.
     """

@@ -1,8 +1,8 @@
 """
-A machine of its own for systemd: the real one as the first process of its own namespaces, over a copy of this
-machine's files that is thrown away. It shares the network, and nothing else.
+A machine for systemd: the real one as the first process of its own namespaces, over a disposable copy of this machine's
+files. It shares the network, and nothing else.
 
-Only what a test puts there is started: the targets that units speak of are empty.
+Only what a test puts there is started: the targets that units refer to are empty.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UNITS = "run/units"
 TARGETS = ("sysinit", "basic", "shutdown", "sockets", "umount", "final", "network-online", "multi-user", "slices")
 SECONDS = 300.0
 
-# What is written goes to memory. Credentials are handed over by mounts that have to propagate.
+# Writes go to memory. Credentials are passed through mounts that have to propagate.
 BOOT = """
 set -e
 echo $$ > "$1/cgroup.procs"
@@ -77,7 +77,7 @@ class Machine:
 
     def path(self, name: str) -> Path:
         """
-        Give the path by which this machine knows a file of that one.
+        Return the path of that machine's file on this one.
         """
         return Path(f"/proc/{self._first}/root") / name.removeprefix("/")
 
@@ -92,7 +92,7 @@ class Machine:
 
     def attempt(self, *argv: str | Path) -> subprocess.CompletedProcess[str]:
         """
-        Run a command there and tell how it went.
+        Run a command there and return its result.
         """
         inside = ["nsenter", f"--target={self._first}", "--mount", "--pid", "--cgroup", "--uts", "--ipc"]
         return subprocess.run(
@@ -107,7 +107,7 @@ class Machine:
 
     def run(self, *argv: str | Path) -> str:
         """
-        Run a command there that has to work, and give what it printed.
+        Run a command there that has to work, and return its output.
         """
         done = self.attempt(*argv)
         if done.returncode:
@@ -116,7 +116,7 @@ class Machine:
 
     def show(self, unit: str, name: str) -> str:
         """
-        Ask systemd for a unit's property.
+        Return a unit's property from systemd.
         """
         return self.run("systemctl", "show", "--value", "--property", name, unit)
 
@@ -125,7 +125,7 @@ class Machine:
 
     def stop(self) -> None:
         """
-        End all that runs there.
+        Stop everything that runs there.
         """
         self._process.kill()  # what it has started goes with it
         eventually(self._forget, "its control groups are empty")

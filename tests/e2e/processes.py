@@ -1,5 +1,5 @@
 """
-Programs that the tests start, wait for, and end: each by its own process id.
+Programs that the tests start, wait for, and stop: each by its own process id.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ SHARE: Final = 500
 
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """
-    Make the environment of a program: nothing of this one's leaks into it.
+    Return a program's environment without this process's variables.
     """
     return {"PATH": PATH, "HOME": str(home), "LANG": "C.UTF-8", **(extra or {})}
 
 
 def free_port() -> int:
     """
-    Find a port that nobody has, and that was given to nobody lately: it takes a while until it is bound.
+    Find a free port that was not returned recently: it takes a while until it is bound.
     """
     while True:
         port = next(own_ports())
         with socket.socket() as probe:
-            # As servers do: a closed connection's remains are no obstacle.
+            # As servers do: a closed connection in TIME_WAIT is no obstacle.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
@@ -53,7 +53,7 @@ def free_port() -> int:
 @cache
 def own_ports() -> Iterator[int]:
     """
-    Claim ports that other runs on this machine leave alone, and give one after another.
+    Claim ports that other runs on this machine leave alone, and return one after another.
     """
     for first in PORTS[::SHARE]:
         claim = socket.socket(socket.AF_UNIX)
@@ -73,14 +73,14 @@ def _in_turn(claim: socket.socket, ports: Sequence[int]) -> Iterator[int]:
 
 def eventually(holds: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
     """
-    Wait until something holds, or say what did not.
+    Wait until something holds, or fail with what did not.
     """
     deadline, late = time.monotonic() + seconds, False
     while not holds():
         if late:
             raise TimeoutError(f"{what}: not within {seconds:g} s")
         time.sleep(0.02)
-        # The last look is after the deadline: what kept us from looking in time may have kept nothing else.
+        # The last check is after the deadline: whatever delayed this process may have delayed nothing else.
         late = time.monotonic() > deadline
 
 
@@ -93,7 +93,7 @@ def children(pid: int) -> list[int]:
 
 def alive(pid: int) -> bool:
     """
-    Say whether a process is there, and not only its remains.
+    Return True if a process runs, and is no zombie.
     """
     try:
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
@@ -103,7 +103,7 @@ def alive(pid: int) -> bool:
 
 def hears(pid: int, number: signal.Signals) -> bool:
     """
-    Say whether a process has a handler of its own for a signal by now.
+    Return True if a process has a handler of its own for a signal by now.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -115,8 +115,8 @@ def hears(pid: int, number: signal.Signals) -> bool:
 
 def serving(pid: int, count: int) -> list[int]:
     """
-    Wait until all workers of a daemon serve, and list them. They listen before they heed signals, which would end them
-    until then.
+    Wait until all workers of a daemon serve, and list them. They listen before they handle signals, which would end
+    them until then.
     """
 
     def serve() -> bool:
@@ -158,26 +158,26 @@ class Process:
     @property
     def pid(self) -> int:
         """
-        The process id, of this program alone.
+        Return the process id of this program.
         """
         return self._popen.pid
 
     @property
     def status(self) -> int | None:
         """
-        The exit status, or None while it runs.
+        Return the exit status, or None while it runs.
         """
         return self._popen.poll()
 
     def tail(self) -> str:
         """
-        Read the end of what the program has said.
+        Return the end of the program's output.
         """
         return self.output.read_bytes()[-TAIL:].decode(errors="replace")
 
     def wait_until(self, ready: Callable[[], bool], seconds: float = PATIENCE) -> None:
         """
-        Wait until the program is ready, and tell what it said if it is not.
+        Wait until the program is ready, and show its output if it is not.
         """
 
         def ready_or_gone() -> bool:
@@ -192,7 +192,7 @@ class Process:
 
     def terminate(self, seconds: float = PATIENCE) -> int:
         """
-        Ask the program to end, and give its exit status.
+        Ask the program to end, and return its exit status.
         """
         self.send(signal.SIGTERM)
         return self.wait(seconds)
@@ -206,13 +206,13 @@ class Process:
 
     def wait(self, seconds: float = PATIENCE) -> int:
         """
-        Wait for its end, and give its exit status.
+        Wait for its end, and return its exit status.
         """
         return self._popen.wait(seconds)
 
     def kill(self) -> None:
         """
-        End the program as a power cut would.
+        Kill the program as a power cut would.
         """
         if self.status is None:
             os.kill(self.pid, signal.SIGKILL)
@@ -220,7 +220,7 @@ class Process:
 
     def stop(self) -> None:
         """
-        End the program in whatever way it takes.
+        Stop the program, by SIGKILL if necessary.
         """
         try:
             self.terminate()

@@ -2,8 +2,8 @@
 Debian's unstable release in a folder: this year's clients, beside the older ones of the machine. And containerd 1.7,
 which many nodes have, of the release before it.
 
-Each command runs among mounts of its own, over a copy of the folder's files that goes with it. It shares the
-machine's network and processes, and the directory that is its home.
+Each command runs in a mount namespace of its own, over a disposable copy of the folder's files. It shares the
+machine's network and processes, and its home directory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGES = (
 OLDER = "trixie"
 CONTAINERD_1_7 = "/opt/containerd-1.7/usr/bin/containerd"
 
-# The release's files stay as they are: what a program writes goes to memory.
+# The release's files stay as they are: writes go to memory.
 ENTER = """
 root=$1 home=$2 etc=$3
 shift 3
@@ -51,7 +51,7 @@ class Sid:
 
     def inside(self, home: Path, argv: Sequence[str | Path], etc: Path | None = None) -> list[str | Path]:
         """
-        Make the command that runs C{argv} there.
+        Return the command that runs C{argv} there.
 
         @param home: the directory that it shares with this machine, under the same name.
         @param etc: files that it finds in /etc besides the release's own.
@@ -61,7 +61,7 @@ class Sid:
 
 def make_sid(home: Path) -> Sid:
     """
-    Make the folder, and install the clients in it.
+    Create the folder, and install the clients in it.
     """
     root = home / "sid"
     sources = Path("/etc/apt/sources.list.d/debian.sources").read_text("utf-8")
@@ -75,7 +75,7 @@ def make_sid(home: Path) -> Sid:
     policy.write_text("#!/bin/sh\nexit 101\n")
     policy.chmod(0o755)
     quietly = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--quiet", "--quiet", "--yes")
-    # Sid's index is only good for a week; a mirror may be older.
+    # Sid's index is only valid for a week; a mirror may be older.
     _run("chroot", root, *quietly, "-o", "Acquire::Check-Valid-Until=false", "update")
     _run("chroot", root, *quietly, "--no-install-recommends", "-o", "APT::Sandbox::User=root", "install", *PACKAGES)
     _unpack(root, mirror[1])
@@ -84,7 +84,7 @@ def make_sid(home: Path) -> Sid:
 
 def _unpack(root: Path, mirror: str) -> None:
     """
-    Put the older containerd beside the other. It is not installed: the two are one package.
+    Unpack the older containerd beside the other. It is not installed: the two are one package.
     """
     folder = root / "opt/older"
     for name in ("lists", "parts"):

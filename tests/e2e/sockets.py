@@ -31,7 +31,7 @@ class Tcp(NamedTuple):
 
 def descendants(pid: int) -> list[int]:
     """
-    List a process and all that descend from it.
+    List a process and its descendants.
     """
     found = [pid]
     for each in found:
@@ -72,8 +72,8 @@ def _port(address: str) -> int:
 
 def listening(pid: int) -> set[int | str]:
     """
-    List what a process can be come to through: TCP ports; paths of UNIX sockets, of abstract ones with an @ before it;
-    and by its kind whatever takes datagrams or raw packets, which has no connections that it would have to accept.
+    List where a process can be reached: TCP ports; paths of UNIX sockets, of abstract ones with an @ before it; and by
+    its type any socket for datagrams or raw packets, which need no accepted connections.
     """
     own = sockets_of(pid)
     paths = {row[7] if len(row) > 7 else "no name" for row in _rows(pid, "unix") if row[6] in own and _accepts(row[3])}
@@ -98,7 +98,7 @@ def accepted_by(pids: Sequence[int], port: int, count: int) -> dict[int, list[ht
     """
     Connect to a port that several processes accept from until each of them has C{count} of the connections.
 
-    Whoever is awake first accepts: where all are idle, that may be one and the same for a while.
+    Whichever is awake first accepts: if all are idle, that may be the same one for a while.
     """
     found: dict[int, list[http.client.HTTPConnection]] = {pid: [] for pid in pids}
     for _ in range(TRIES):

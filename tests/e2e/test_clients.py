@@ -1,5 +1,5 @@
 """
-Who may pull: real clients with passwords, certificates and addresses, and where their secrets end.
+Access control: real clients with passwords, certificates and addresses, and where their secrets go.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def htpasswd(tmp_path: Path) -> Path:
 @pytest.fixture(params=["http", "https", "workers"])
 def closed(make_chain: MakeChain, htpasswd: Path, docker: Docker, request: pytest.FixtureRequest) -> Iterator[Chain]:
     """
-    Give a chain whose daemon asks for a password; docker has none for it afterwards.
+    Return a chain whose daemon requires a password; docker has none for it afterwards.
     """
     settings = {"PROXY_HTPASSWD": str(htpasswd)}
     if request.param == "workers":
@@ -54,7 +54,7 @@ def closed(make_chain: MakeChain, htpasswd: Path, docker: Docker, request: pytes
 
 def authorization(name: str, password: str) -> dict[str, str]:
     """
-    Write the header that shows a password.
+    Return the header for a password.
     """
     return {"Authorization": f"Basic {base64.b64encode(f'{name}:{password}'.encode()).decode()}"}
 
@@ -108,7 +108,7 @@ def test_a_client_that_half_closes_is_answered(make_chain: MakeChain, images: Im
 
 def test_a_password_that_is_taken_away_opens_no_more(make_chain: MakeChain, htpasswd: Path) -> None:
     """
-    The file is read again when it changes, and the daemon is not started anew for it.
+    The file is read again when it changes, without a restart.
     """
     chain = make_chain(settings={"PROXY_HTPASSWD": str(htpasswd)})
     shown = authorization("ann", PASSWORD)
@@ -124,7 +124,7 @@ def test_certificates_are_asked_for(
     make_chain: MakeChain, equipment: Equipment, skopeo: Skopeo, images: Images, tmp_path: Path
 ) -> None:
     """
-    A client with a certificate of the CA is let in, one without is told, one of another CA does not get through TLS.
+    A client with a certificate of the CA is accepted, one without gets an error, one of another CA fails in TLS.
     """
     ours, others = (make_client(tmp_path / name, equipment.certificates, "Clients") for name in ("ours", "others"))
     chain = make_chain(tls=True, settings={"PROXY_CLIENT_CA": str(ours / "clients.pem")})
@@ -139,7 +139,7 @@ def test_certificates_are_asked_for(
 
 def said_to(port: int, line: bytes) -> bytes:
     """
-    Ask what listens behind a PROXY header, and give the status line.
+    Send a request after a PROXY header, and return the status line.
     """
     with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
         client.sendall(line + b"\r\nGET /v2/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -148,7 +148,7 @@ def said_to(port: int, line: bytes) -> bytes:
 
 def test_networks_are_those_of_the_clients_own_addresses(make_chain: MakeChain) -> None:
     """
-    Behind a load balancer that speaks the PROXY protocol too, of both families.
+    Behind a load balancer with the PROXY protocol too, of both families.
     """
     port = free_port()
     chain = make_chain(
@@ -178,7 +178,7 @@ def test_networks_are_those_of_the_clients_own_addresses(make_chain: MakeChain) 
 
 def seen_by_others(pid: int) -> bytes:
     """
-    Read what every user of the machine may read of a process.
+    Return what every user of the machine may read of a process.
     """
     return b"".join(Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "comm", "status"))
 
@@ -188,7 +188,8 @@ def test_no_secret_is_written_anywhere(
     make_chain: MakeChain, htpasswd: Path, docker: Docker, images: Images, workers: str
 ) -> None:
     """
-    After pulls, refusals and failures no log, no file of the cache, and no process tells a password, a token or a key.
+    After pulls, refusals and failures no log, no file of the cache, and no process reveals a password, a token or a
+    key.
     """
     admin = free_port()
     chain = make_chain(
@@ -213,7 +214,7 @@ def test_no_secret_is_written_anywhere(
     pids = [chain.daemon.process.pid, *children(chain.daemon.process.pid)]
     if workers == "2":
         wait_for_workers(chain)
-    chain.daemon.settle()  # what is read below is not to go meanwhile
+    chain.daemon.settle()  # the files read below must not vanish meanwhile
     chain.cut()
     replies += [chain.daemon.ask(f"/v2/{images.many}/tags/list?last={PASSWORD}", headers=shown)]
     replies += [ask(f"http://127.0.0.1:{admin}/{path}") for path in ("metrics", "readyz")]

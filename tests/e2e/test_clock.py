@@ -1,5 +1,5 @@
 """
-The machine's clock is set while the daemon runs: libfaketime sets it, for the daemon alone.
+The machine's clock is set while the daemon runs: libfaketime sets it, only for the daemon.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ENOUGH = 4 * 2**20
 
 class Clock:
     """
-    What the daemon takes for the time of the day; the seconds that it counts go on as they are.
+    The daemon's wall clock; its monotonic clock is unchanged.
     """
 
     def __init__(self, file: Path) -> None:
@@ -44,7 +44,7 @@ class Clock:
 
 def test_a_clock_set_forward_ends_nothing(make_chain: MakeChain, images: Images, tmp_path: Path) -> None:
     """
-    Neither a transfer nor a connection that rests is taken for too old; the next pull is served.
+    Neither a transfer nor an idle connection is taken for too old; the next pull is served.
     """
     clock = Clock(tmp_path / "clock")
     settings = {**clock.settings, "PROXY_IDLE_SECONDS": "600"}
@@ -59,7 +59,7 @@ def test_a_clock_set_forward_ends_nothing(make_chain: MakeChain, images: Images,
     clock.set("+3650d")
     for _ in range(3):  # whatever was due would happen between two requests
         assert chain.daemon.ask("/v2/team/absent/manifests/1").status == 404
-    assert resting.sock is not None  # else http.client would connect anew
+    assert resting.sock is not None  # else http.client would connect again
     resting.auto_open = 0
     resting.request("GET", "/healthz")
     assert resting.getresponse().status == 200
@@ -75,7 +75,7 @@ def test_a_clock_set_forward_ends_nothing(make_chain: MakeChain, images: Images,
 
 def test_a_clock_set_back_stops_no_timer(make_chain: MakeChain, images: Images, tmp_path: Path) -> None:
     """
-    A connection that rests for longer than it may is closed all the same; a pull is served.
+    An idle connection is still closed after its timeout; a pull is served.
     """
     clock = Clock(tmp_path / "clock")
     chain = make_chain(settings={**clock.settings, "PROXY_IDLE_SECONDS": "3"})

@@ -79,7 +79,7 @@ class Company:
 
     def _settings(self, endpoints: Mapping[str, str], aws: str) -> dict[str, str | None]:
         """
-        Make the settings: the recipe, but for where the registries and the password are here.
+        Return the settings: the recipe, with the registries' addresses and the password here.
         """
         text, password = (RECIPES / "ecr-proxy.toml").read_text(), self._home / "password"
         password.write_text(LOGIN[1])
@@ -132,7 +132,7 @@ class Company:
 
     def logs(self) -> str:
         """
-        Read the end of what each program has said.
+        Return the end of each program's output.
         """
         return "\n".join(f"-- {each.name}\n{each.tail()}" for each in self._running())
 
@@ -158,7 +158,7 @@ def _push_tools(home: Path, skopeo: Skopeo, address: str) -> dict[str, tuple[str
 @pytest.fixture(scope="module")
 def place(home: Path) -> Path:
     """
-    Give a directory with a short name: podman's paths may only have fifty characters.
+    Return a directory with a short name: podman's paths may only have fifty characters.
     """
     directory = home / "company"
     for name in ("docker", "containerd-2", "containerd-1.7", "containerd-1.6", "podman-5", "podman-4"):
@@ -169,7 +169,7 @@ def place(home: Path) -> Path:
 @pytest.fixture(scope="module")
 def company(equipment: Equipment, place: Path, skopeo: Skopeo) -> Iterator[Company]:
     """
-    Give the registries behind their daemon.
+    Return the registries behind their daemon.
     """
     company = Company(equipment, place, skopeo)
     yield company
@@ -179,7 +179,7 @@ def company(equipment: Equipment, place: Path, skopeo: Skopeo) -> Iterator[Compa
 @pytest.fixture(autouse=True)
 def told(company: Company, request: pytest.FixtureRequest) -> Iterator[None]:
     """
-    Show what the programs have said, if a test fails.
+    Show the programs' output if a test fails.
     """
     yield
     if request.node.stash.get(FAILED, False):
@@ -189,7 +189,7 @@ def told(company: Company, request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def clients(sid: Sid, company: Company, place: Path) -> Iterator[Mapping[str, Pull]]:
     """
-    Give how each client pulls, by the recipes as they stand, but for the proxy's port.
+    Return how each client pulls, by the unchanged recipes, except for the proxy's port.
     """
     recent, older = _etc(place / "etc", company.daemon), _etc(place / "older", company.daemon)
     shutil.copy(DEPLOY / "containerd/config.toml", older / "containerd/config.toml")
@@ -213,7 +213,7 @@ def clients(sid: Sid, company: Company, place: Path) -> Iterator[Mapping[str, Pu
 
 def _build(docker: Docker, name: str) -> str:
     """
-    Build an image from another by BuildKit, the builder within the engine, and give the digest of that one.
+    Build an image from another by BuildKit, the builder within the engine, and return the digest of that one.
     """
     context, said = docker.home / "context", docker.home / "built.json"
     context.mkdir(exist_ok=True)
@@ -243,7 +243,7 @@ def test_each_registry_is_pulled_from_by_its_own_name(
     """
     The same repository and tag of three registries are three images, whose layer has crossed the network once.
 
-    A client asks for it once as well, so each begins with another registry.
+    A client requests it once as well, so each begins with another registry.
     """
     first = CLIENTS.index(client)
     for registry in [*NAMES, *NAMES][first:][: len(NAMES)]:
@@ -254,7 +254,7 @@ def test_each_registry_is_pulled_from_by_its_own_name(
 
 def test_one_that_is_stopped_costs_the_others_nothing(company: Company, clients: Mapping[str, Pull]) -> None:
     """
-    Clients go on pulling from those what nobody has pulled before, however often others ask for that one.
+    Clients go on pulling new images from the others, however many requests that one gets.
     """
     with company.without(EU), ThreadPoolExecutor(ASKED) as pool:
         paths = [f"/v2/team/app{number}/manifests/2?ns={EU}" for number in range(ASKED)]
@@ -268,7 +268,7 @@ def test_what_refers_to_an_image_is_found_where_the_registry_keeps_no_list(
     company: Company, sid: Sid, place: Path
 ) -> None:
     """
-    oras looks for a tag instead, if it is told that there is no list: distribution 2 says so by a page.
+    oras looks for a tag instead, if it learns that there is no list: distribution 2 says so by a page.
     """
     oras = Client(place, sid=sid)
     (place / "note").write_text("about the tool")
@@ -280,8 +280,8 @@ def test_what_refers_to_an_image_is_found_where_the_registry_keeps_no_list(
 
 def test_other_registries_are_asked_themselves(company: Company, clients: Mapping[str, Pull]) -> None:
     """
-    The proxy answers 404 for what its configuration does not name, and Docker and containerd go on; as they do while
-    it is stopped.
+    The proxy answers 404 for what its configuration does not name, and Docker and containerd go on; as they do while it
+    is stopped.
     """
     name, images = f"{company.elsewhere}/library/tool", company.images[HUB]
     for client in MIRRORING:

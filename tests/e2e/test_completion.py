@@ -20,7 +20,7 @@ from .images import Images
 from .processes import PATH, environment, free_port
 
 SECONDS = 120.0
-# What the completed line runs instead tells the line; what the script asks for is asked of the program itself.
+# The program that the completed line runs instead prints the line; queries of the script go to the real program.
 TELLS = """
 ecr-proxy() {
     if [ "$2" = repositories ]; then command ecr-proxy "$@"; else printf 'RAN:%s:\\n' "$*"; fi
@@ -38,7 +38,7 @@ START = {
 
 def typed(shell: str, line: str, home: Path, variables: Mapping[str, str]) -> str:
     """
-    Type a line into a shell at a terminal, press TAB and Enter, and tell which line it ran.
+    Type a line into a shell at a terminal, press TAB and Enter, and return which line it ran.
     """
     setup = home / f"setup.{shell}"
     setup.write_text(START[shell] + TELLS + "echo READY:$((40 + 2))\n")
@@ -66,7 +66,7 @@ def typed(shell: str, line: str, home: Path, variables: Mapping[str, str]) -> st
 
 def read_until(master: int, end: str, after: str = "") -> str:
     """
-    Read what a terminal shows, and give what stands between two marks.
+    Read a terminal's output, and return the text between two marks.
     """
     shown, until = "", time.monotonic() + SECONDS
     while True:
@@ -81,7 +81,7 @@ def read_until(master: int, end: str, after: str = "") -> str:
 
 def fish(line: str, home: Path, variables: Mapping[str, str]) -> set[str]:
     """
-    Have fish complete a line, and give what it offers.
+    Have fish complete a line, and return its suggestions.
     """
     script = f"ecr-proxy completion fish | source; complete -C '{line}'"
     done = subprocess.run(
@@ -101,7 +101,7 @@ def fish(line: str, home: Path, variables: Mapping[str, str]) -> set[str]:
 @pytest.fixture
 def variables(equipment: Equipment) -> dict[str, str]:
     """
-    Have the command on the PATH, and no daemon.
+    Put the command on the PATH, without a daemon.
     """
     return {"PATH": f"{equipment.twistd.parent}:{PATH}", "PROXY_ADMIN_LISTEN": "off"}
 
@@ -120,10 +120,10 @@ LINES = {
 @pytest.mark.parametrize("shell", PREPARED)
 def test_tab_completes(shell: str, line: str, variables: dict[str, str], tmp_path: Path) -> None:
     """
-    Subcommands, flags, choices and files, as somebody types them.
+    Subcommands, flags, choices and files, as a user types them.
     """
     (tmp_path / "list.txt").touch()
-    # zsh puts the = behind a flag that takes a value.
+    # zsh puts the = after a flag that takes a value.
     assert typed(shell, line, tmp_path, variables).strip().rstrip("=") == LINES[line]
 
 

@@ -1,5 +1,5 @@
 """
-Connections that begin with the wrong protocol, that bring no PROXY header, that are too many for the system.
+Connections with the wrong protocol, without a PROXY header, or beyond the system's limits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIB = 2**20
 
 def hello() -> bytes:
     """
-    Make the first flight of a TLS client.
+    Return the first flight of a TLS client.
     """
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
@@ -38,18 +38,18 @@ def hello() -> bytes:
 
 def said_to(port: int, *pieces: bytes) -> bytes:
     """
-    Send pieces one after the other, and only then read what came back, up to the end of the connection.
+    Send pieces one after the other, and only then read the answer, up to the end of the connection.
     """
     with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
         for piece in pieces:
             client.sendall(piece)
-            time.sleep(0.1)  # long enough for a reset to come, if there is one
+            time.sleep(0.1)  # long enough for a reset to arrive, if there is one
         return client.makefile("rb").read()
 
 
 def behind_balancer(make_chain: MakeChain) -> tuple[Chain, int]:
     """
-    Start a daemon behind a load balancer, and give its port.
+    Start a daemon behind a load balancer, and return its port.
     """
     port, plain = free_port(), free_port()
     listen = f"haproxy:tcp:{port}:interface=127.0.0.1 tcp:{plain}:interface=127.0.0.1"
@@ -61,7 +61,7 @@ def behind_balancer(make_chain: MakeChain) -> tuple[Chain, int]:
 
 def test_a_tls_hello_to_a_plain_port_is_answered_in_http(make_chain: MakeChain) -> None:
     """
-    In one piece or two: more input does not destroy the answer. openssl takes it for what it is.
+    In one piece or two: more input does not destroy the answer. openssl recognizes it.
     """
     chain, behind = behind_balancer(make_chain)
     first, plain = hello(), int(chain.daemon.url.rpartition(":")[2])
@@ -135,7 +135,7 @@ def test_silent_connections_lock_nobody_out_behind_a_balancer(make_chain: MakeCh
 
 def is_gone(client: socket.socket) -> bool:
     """
-    Tell whether the other side has closed or reset a connection on which nothing was sent.
+    Return True if the other side has closed or reset a connection on which nothing was sent.
     """
     client.setblocking(False)
     try:
@@ -148,7 +148,7 @@ def is_gone(client: socket.socket) -> bool:
 
 def test_without_descriptors_connections_wait(make_chain: MakeChain, images: Images) -> None:
     """
-    Each of sixty clients is served in the end, and the log does not grow with the time.
+    Each of sixty clients is served in the end, and the log does not grow with time.
     """
     chain = make_chain(settings={"PROXY_IDLE_SECONDS": "5"})
     assert chain.daemon.ask(blob_path(images)).status == 200

@@ -1,5 +1,5 @@
 """
-The image as the Dockerfile makes it, run by a real Docker Engine as README.rst says.
+The image as the Dockerfile builds it, run by a real Docker Engine as README.rst says.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def image(builder: Docker, base: str) -> str:
-    """
-    Build the image.
-    """
     built = ("docker", "build", "--network", "host", "--build-arg", f"BASE={base}", "--tag", IMAGE, CHECKOUT)
     builder.run(*built)
     return IMAGE
@@ -60,7 +57,7 @@ class Container:
     @property
     def state(self) -> dict[str, Any]:
         """
-        What the engine says of it.
+        Return its state from the engine.
         """
         described: list[dict[str, Any]] = json.loads(self._docker.run("docker", "inspect", self.name))
         state: dict[str, Any] = described[0]["State"]
@@ -68,13 +65,13 @@ class Container:
 
     def wait_until_healthy(self) -> None:
         """
-        Wait for the HEALTHCHECK's word.
+        Wait until the HEALTHCHECK succeeds.
         """
         eventually(lambda: self.state["Health"]["Status"] == "healthy", "the container is healthy")
 
     def stop(self) -> int:
         """
-        Have the engine end it as it ends any, and give its exit status.
+        Have the engine stop it like any container, and return its exit status.
         """
         self._docker.run("docker", "stop", "--time", f"{PATIENCE:.0f}", self.name)
         status: int = self.state["ExitCode"]
@@ -84,7 +81,7 @@ class Container:
 
 def test_the_image_is_small_and_says_what_it_is(builder: Docker, image: str, figures: Figures) -> None:
     """
-    Two layers above the base, no pip in what runs, labels.
+    Two layers above the base, no pip at run time, labels.
     """
     base, made = (json.loads(builder.run("docker", "image", "inspect", each))[0] for each in (BASE, image))
     added = (made["Size"] - base["Size"]) / MIB
@@ -99,7 +96,7 @@ def test_docker_pulls_through_the_container(
     builder: Docker, image: str, make_chain: MakeChain, docker: Docker, images: Images
 ) -> None:
     """
-    With a read-only root, without any capability, its cache in a volume; SIGTERM ends it well.
+    With a read-only root, without any capability, its cache in a volume; SIGTERM ends it cleanly.
     """
     chain: Chain = make_chain()
     container = Container(builder, image, standard_settings(chain.front_url))
@@ -111,7 +108,7 @@ def test_docker_pulls_through_the_container(
 
 def test_the_health_check_speaks_tls(builder: Docker, image: str, make_chain: MakeChain, tmp_path: Path) -> None:
     """
-    A container that serves TLS turns healthy too.
+    A container that serves TLS becomes healthy too.
     """
     chain: Chain = make_chain()
     made = chain.certificates
@@ -148,7 +145,7 @@ def test_the_nginx_proxys_own_line_works(
 
 def test_root_without_rights_is_told_what_to_do(builder: Docker, image: str) -> None:
     """
-    The daemon does not run as root, whatever was left of root's rights.
+    The daemon does not run as root, whatever capabilities are left.
     """
     started = ("docker", "run", "--rm", "--network", "host", "--cap-drop", "ALL", "--tmpfs", "/cache", image)
     assert "--user 65532:65532" in builder.attempt(*started).complaint
@@ -156,7 +153,7 @@ def test_root_without_rights_is_told_what_to_do(builder: Docker, image: str) -> 
 
 def confinement(rendered: Rendered) -> list[str]:
     """
-    Tell Docker what a kubelet is told of user and privileges.
+    Return Docker's options for a kubelet's user and privileges.
     """
     pod, container = rendered.pod["spec"], rendered.container
     user, own = pod["securityContext"], container["securityContext"]
@@ -169,7 +166,7 @@ def confinement(rendered: Rendered) -> list[str]:
 
 def empty_directories(rendered: Rendered, home: Path) -> list[str]:
     """
-    Make what a kubelet makes of the mounts: directories that are empty, root's, and for all to write.
+    Create what a kubelet creates for the mounts: directories that are empty, root's, and writable for all.
     """
     volumes = []
     for mount in rendered.container["volumeMounts"]:
@@ -185,7 +182,7 @@ def test_the_pod_of_the_kubernetes_manifests_serves(
     builder: Docker, image: str, make_chain: MakeChain, docker: Docker, images: Images, tmp_path: Path, workers: str
 ) -> None:
     """
-    Its container starts, is found ready and alive by the probes, and serves, with the rights that the manifests give.
+    Its container starts, passes its probes, and serves, with the rights that the manifests give.
     """
     chain: Chain = make_chain()
     rendered = overlay(tmp_path / "overlay", [])

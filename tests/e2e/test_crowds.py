@@ -46,14 +46,14 @@ class Crowd:
 
     def gone(self) -> int:
         """
-        Tell how many of them the daemon has closed.
+        Return how many of them the daemon has closed.
         """
         return len(self._poll.poll(0))
 
 
 def one_more(port: int, address: str) -> bytes:
     """
-    Ask from an address, and give what comes before the end of the connection.
+    Send a request from an address, and return what comes before the end of the connection.
     """
     with socket.socket() as client:
         client.settimeout(PATIENCE)
@@ -69,7 +69,7 @@ def one_more(port: int, address: str) -> bytes:
 @pytest.fixture
 def stack() -> Iterator[contextlib.ExitStack]:
     """
-    Close what is opened; and be allowed so many open files.
+    Close what is opened; and raise the limit of open files.
     """
     before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if before < 4 * CROWD:
@@ -80,7 +80,7 @@ def stack() -> Iterator[contextlib.ExitStack]:
 
 def limit_acted(port: int, limit: str) -> int:
     """
-    Read how often a limit has acted.
+    Return how often a limit was applied.
     """
     found = re.search(rf'ecr_proxy_client_limits_total{{limit="{limit}"}} (\S+)', page_of(port))
     return int(float(found[1])) if found else 0

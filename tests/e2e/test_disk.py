@@ -1,5 +1,5 @@
 """
-Troubles of the disk that only a kernel makes: full, read-only, changed behind the daemon's back; and no more files.
+Disk troubles that only a kernel causes: full, read-only, changed behind the daemon's back; and no more descriptors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SLOW = 24 * 2**20
 
 def small_path(images: Images) -> str:
     """
-    Give the path of a manifest.
+    Return the path of a manifest.
     """
     return f"/v2/{images.big.repository}/manifests/{images.big.digest}"
 
@@ -65,7 +65,7 @@ def pull(chain: Chain, images: Images) -> Transfer:
 
 def pull_cut_off(chain: Chain, images: Images) -> None:
     """
-    Pull the large blob, which must not come to its end.
+    Pull the large blob, which must not be complete.
     """
     with contextlib.suppress(OSError, http.client.HTTPException):
         assert download(chain.daemon.url + blob_path(images)).size < BIG
@@ -73,7 +73,7 @@ def pull_cut_off(chain: Chain, images: Images) -> None:
 
 def reasons(daemon: Daemon) -> str:
     """
-    Ask why the daemon isn't ready.
+    Return why the daemon isn't ready.
     """
     return ", ".join(daemon.ask("/readyz").json()["reasons"])
 
@@ -89,7 +89,7 @@ def says(daemon: Daemon, why: str) -> bool:
 
 def begun(daemon: Daemon) -> int:
     """
-    Count the lines that tell that the disk is in trouble.
+    Count the lines that report disk trouble.
     """
     return daemon.process.output.read_text().count("going on without it")
 
@@ -104,7 +104,7 @@ def file_of(daemon: Daemon, digest: str) -> Path:
 
 def test_a_blob_larger_than_the_disk_is_handed_through(make_chain: MakeChain, images: Images, disk: Path) -> None:
     """
-    The disk's size is the limit, whatever the settings say: one line tells.
+    The disk's size is the limit, whatever the settings say: one line says so.
     """
     chain = make_chain(settings={"PROXY_CACHE_DIR": str(disk)})
     chain.daemon.cache = disk
@@ -119,7 +119,7 @@ def test_a_blob_larger_than_the_disk_is_handed_through(make_chain: MakeChain, im
 
 def test_a_disk_that_others_fill_up_has_room_made(make_chain: MakeChain, images: Images, disk: Path) -> None:
     """
-    Below its limit, the cache gives up what was used least recently for what is used now.
+    Below its limit, the cache evicts what was used least recently for what is used now.
     """
     run("mount", "-o", f"remount,size={BIG + BIG // 4}", disk)
     chain = make_chain(settings={"PROXY_CACHE_DIR": str(disk)})
@@ -140,7 +140,7 @@ def test_a_disk_that_others_fill_up_has_room_made(make_chain: MakeChain, images:
 
 def test_a_read_only_disk_keeps_no_pull_from_its_bytes(make_chain: MakeChain, images: Images, disk: Path) -> None:
     """
-    What it has is served, all else handed through; when it can be written again, it is.
+    What it has is served, everything else streams through; once the disk can be written again, it is.
     """
     run("mount", "-o", f"remount,size={BIG * 3}", disk)
     chain = make_chain(settings={"PROXY_CACHE_DIR": str(disk)})
@@ -163,7 +163,7 @@ def test_a_read_only_disk_keeps_no_pull_from_its_bytes(make_chain: MakeChain, im
 
 def test_a_cache_removed_in_the_middle_of_a_pull_costs_no_byte(make_chain: MakeChain, images: Images) -> None:
     """
-    The client gets all of it; the directory is made anew, and holds the next one.
+    The client gets all of it; the directory is created again, and holds the next one.
     """
     chain = make_chain(front=("--rate", str(SLOW)))
     with ThreadPoolExecutor(1) as pool:
@@ -190,7 +190,7 @@ def alter(path: Path) -> None:
 @pytest.mark.parametrize("restarted", [False, True])
 def test_an_altered_file_completes_no_answer(make_chain: MakeChain, images: Images, restarted: bool) -> None:
     """
-    Whether it happened while the daemon ran or not: the client is cut off, and the next one gets the right bytes.
+    Whether or not it happened while the daemon ran: the client is cut off, and the next one gets the right bytes.
     """
     chain = make_chain()
     pull(chain, images)
@@ -200,7 +200,7 @@ def test_an_altered_file_completes_no_answer(make_chain: MakeChain, images: Imag
     if restarted:
         chain.daemon.process.kill()
     alter(path)
-    if restarted:  # as a disk that rots leaves it
+    if restarted:  # as bit rot leaves it
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         chain.daemon.restart()
     pull_cut_off(chain, images)
@@ -217,7 +217,7 @@ def test_a_file_cut_or_deleted_is_fetched_again(
     make_chain: MakeChain, images: Images, harm: Callable[[Path], None]
 ) -> None:
     """
-    It is seen before a byte of it is sent.
+    It is noticed before a byte of it is sent.
     """
     chain = make_chain()
     pull(chain, images)
@@ -230,7 +230,7 @@ def test_a_file_cut_or_deleted_is_fetched_again(
 
 def test_no_more_file_descriptors_pass(make_chain: MakeChain, images: Images) -> None:
     """
-    While clients hold all of them others wait or are turned away; then all is as before, with the cache intact.
+    While clients hold all of them others wait or are rejected; then all is as before, with the cache intact.
     """
     chain = make_chain(settings={"PROXY_IDLE_SECONDS": "5"})
     pull(chain, images)

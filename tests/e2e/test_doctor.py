@@ -1,5 +1,5 @@
 """
-C{ecr-proxy doctor} beside a real daemon, with moto for STS, and with much that is wrong.
+C{ecr-proxy doctor} beside a real daemon, with moto for STS, and with many faults.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def examine(
     chain: Chain, home: Path, *arguments: str, status: int = -1, variables: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, str]]:
     """
-    Run the command with the daemon's variables and others, and give what it found by check.
+    Run the command with the daemon's variables and others, and return its findings by check.
 
-    A C{status} is what the command has to end with.
+    C{status} is the command's expected exit status.
     """
     client = Client(home, chain.daemon.variables | dict(variables or {}))
     done = client.attempt(chain.command, "doctor", "--json", *arguments)
@@ -96,7 +96,7 @@ def test_what_the_daemon_assumes_of_ecr_is_held_against_an_image(
 
 def test_refused_credentials_fail(make_chain: MakeChain, tmp_path: Path) -> None:
     """
-    The other checks are made all the same.
+    The other checks still run.
     """
     chain = make_chain(front=("--refuse-credentials",), wait=False)
     found = examine(chain, tmp_path, status=1)
@@ -108,7 +108,7 @@ def test_refused_credentials_fail(make_chain: MakeChain, tmp_path: Path) -> None
 
 def test_an_aws_and_a_registry_that_are_away_fail(make_chain: MakeChain, tmp_path: Path) -> None:
     """
-    Each by itself, and within the time that was given.
+    Each by itself, and within the given time.
     """
     chain = make_chain()
     chain.cut()
@@ -121,7 +121,7 @@ def test_an_aws_and_a_registry_that_are_away_fail(make_chain: MakeChain, tmp_pat
 
 def test_an_aws_and_a_registry_that_are_silent_fail(make_chain: MakeChain, tmp_path: Path) -> None:
     """
-    They take connections, and never answer: each check gives up by itself, before all of it would.
+    They accept connections, and never answer: each check times out by itself, before the whole run would.
     """
     chain = make_chain()
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -135,7 +135,7 @@ def test_an_aws_and_a_registry_that_are_silent_fail(make_chain: MakeChain, tmp_p
 
 def test_no_credentials_fail(make_chain: MakeChain, tmp_path: Path) -> None:
     """
-    With what to do about it; an empty variable is none.
+    With advice; an empty variable counts as unset.
     """
     chain = make_chain()
     found = examine(chain, tmp_path, status=1, variables={"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""})
@@ -156,7 +156,7 @@ class Web(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         with contextlib.suppress(OSError):
-            self.rfile.read(1)  # until whoever asks has lost patience
+            self.rfile.read(1)  # until the client has timed out
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -165,7 +165,7 @@ class Web(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serving(context: ssl.SSLContext | None = None) -> Iterator[int]:
     """
-    Serve, with TLS or without, and give the port.
+    Serve, with TLS or without, and return the port.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
     if context is not None:
@@ -179,7 +179,7 @@ def serving(context: ssl.SSLContext | None = None) -> Iterator[int]:
 
 
 TLS: dict[str, tuple[str, bool, dt.timedelta, str, str]] = {
-    # host, whether the CA is trusted, how long the certificate is good; verdict and words
+    # host, whether the CA is trusted, how long the certificate is valid; verdict and words
     "trusted": ("127.0.0.1", True, dt.timedelta(days=90), "ok", "certificate of 'Test CA'"),
     "ends soon": ("127.0.0.1", True, dt.timedelta(days=2), "warning", "ends in 2.0 days"),
     "unknown CA": ("127.0.0.1", False, dt.timedelta(days=90), "failed", "signed by 'Test CA'"),
@@ -191,7 +191,7 @@ TLS: dict[str, tuple[str, bool, dt.timedelta, str, str]] = {
 @pytest.mark.parametrize("case", TLS)
 def test_a_registrys_certificate_is_judged(make_chain: MakeChain, tmp_path: Path, case: str) -> None:
     """
-    Who has signed it, for whom, and until when.
+    Its issuer, its names, and its expiry.
     """
     host, trusted, life, verdict, words = TLS[case]
     made = make_certificates(tmp_path / "certificates", life)
@@ -217,7 +217,7 @@ def test_what_is_no_tls_is_told(make_chain: MakeChain, tmp_path: Path) -> None:
 
 def test_a_hop_limit_that_is_too_small_is_seen(make_chain: MakeChain, tmp_path: Path) -> None:
     """
-    The service answers, but gives no session: as it looks from within a container.
+    The service answers, but issues no session: as it looks from within a container.
     """
     chain = make_chain()
     with serving() as port:
@@ -234,7 +234,7 @@ def test_a_hop_limit_that_is_too_small_is_seen(make_chain: MakeChain, tmp_path: 
 @contextlib.contextmanager
 def name_server() -> Iterator[int]:
     """
-    Answer each question for an address with the loopback one, and give the port.
+    Answer each query for an address with the loopback one, and return the port.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         asked.bind(("127.0.0.1", 0))
@@ -259,7 +259,7 @@ def name_server() -> Iterator[int]:
 
 def test_chosen_name_servers_are_asked(make_chain: MakeChain, tmp_path: Path) -> None:
     """
-    One that answers leads to the registry; one that does not is told.
+    One that answers leads to the registry; one that does not is reported.
     """
     chain = make_chain()
     endpoint = f"http://registry.test:{chain.front_url.rpartition(':')[2]}"
@@ -294,7 +294,7 @@ def test_a_port_and_a_directory_that_can_not_be_had_fail(
 
 def test_a_wrong_setting_is_one_line(equipment: Equipment, tmp_path: Path) -> None:
     """
-    The daemon's own, with the status for a command that was used wrongly.
+    The daemon's own, with the status for usage errors.
     """
     settings = standard_settings("http://127.0.0.1:9") | {"PROXY_CACHE_LIMIT": "much"}
     given = {name: value for name, value in settings.items() if value is not None}

@@ -1,5 +1,5 @@
 """
-How the daemon ends, whether asked to or not, and what is left of it.
+How the daemon ends, on request or not, and what is left of it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Reading:
 
     def rest(self) -> str:
         """
-        Read to the end, and give the digest of all.
+        Read to the end, and return the digest of all.
 
         @raise http.client.IncompleteRead: if that was not all.
         """
@@ -88,7 +88,7 @@ def reading(chain: Chain, path: str, size: int) -> Iterator[Reading]:
 
 def put(made: Certificates, key: Path, certificate: Path) -> None:
     """
-    Put a key and a certificate where the daemon looks for them.
+    Put a key and a certificate where the daemon reads them.
     """
     key.write_bytes(made.key.read_bytes())
     certificate.write_bytes(made.chain.read_bytes())
@@ -96,7 +96,7 @@ def put(made: Certificates, key: Path, certificate: Path) -> None:
 
 def trusts(chain: Chain, made: Certificates) -> bool:
     """
-    Say whether a new connection shows the certificate of this authority.
+    Return True if a new connection has a certificate of this CA.
     """
     try:
         return ask(chain.daemon.url + "/healthz", ca=made.ca).status == 200
@@ -131,7 +131,7 @@ def test_a_kill_in_the_middle_of_a_transfer_leaves_nothing_wrong(
 @COUNTS
 def test_a_transfer_goes_on_after_a_kill(make_chain: MakeChain, images: Images, hold: Path, count: str) -> None:
     """
-    What is on the disk is not fetched again: the bucket sends the rest alone.
+    What is on the disk is not fetched again: the bucket sends only the rest.
     """
     chain = make_chain(front=("--hold", str(hold)), settings={"PROXY_WORKER_PROCESSES": count})
     with reading(chain, blob_path(images), HELD):
@@ -140,7 +140,7 @@ def test_a_transfer_goes_on_after_a_kill(make_chain: MakeChain, images: Images, 
 
     chain.daemon.restart()
     assert chain.daemon.arriving() == [left]
-    before = chain.counters()["bucket"]["bytes"]  # by now the bucket knows that who asked first has gone
+    before = chain.counters()["bucket"]["bytes"]  # by now the bucket knows that the first client has gone
     hold.unlink()
     pulled = download(chain.daemon.url + blob_path(images))
     assert (pulled.status, pulled.digest) == (200, images.big.layers[0])
@@ -153,7 +153,7 @@ def test_a_transfer_goes_on_after_a_kill(make_chain: MakeChain, images: Images, 
 @COUNTS
 def test_what_was_whole_before_a_kill_is_served_after_it(make_chain: MakeChain, images: Images, count: str) -> None:
     """
-    The directory is the whole truth: it needs no orderly end.
+    The directory is the only truth: it needs no clean shutdown.
     """
     chain = make_chain(settings={"PROXY_WORKER_PROCESSES": count})
     path = blob_path(images)
@@ -168,7 +168,7 @@ def test_what_was_whole_before_a_kill_is_served_after_it(make_chain: MakeChain, 
 
 def test_sigterm_ends_the_daemon(make_chain: MakeChain) -> None:
     """
-    The signal that service managers and containers send is enough, and is obeyed in good order.
+    The signal that service managers and containers send is enough, and ends it cleanly.
     """
     chain = make_chain()
     assert chain.daemon.process.terminate() == 0
@@ -177,7 +177,7 @@ def test_sigterm_ends_the_daemon(make_chain: MakeChain) -> None:
 
 def test_sigint_ends_the_daemon(make_chain: MakeChain) -> None:
     """
-    So is Ctrl-C.
+    So does Ctrl-C.
     """
     chain = make_chain()
     chain.daemon.process.send(signal.SIGINT)
@@ -186,7 +186,7 @@ def test_sigint_ends_the_daemon(make_chain: MakeChain) -> None:
 
 def refuses(chain: Chain) -> bool:
     """
-    Say whether no connection can be made any more.
+    Return True if new connections are refused.
     """
     try:
         socket.create_connection(("127.0.0.1", chain.daemon.port), 5).close()
@@ -201,7 +201,7 @@ def test_a_socket_of_systemd_loses_no_connection(
     make_chain: MakeChain, equipment: Equipment, images: Images, tmp_path: Path
 ) -> None:
     """
-    While one daemon ends nobody is refused: who connects waits for the next, which has the same socket.
+    While one daemon ends no connection is refused: it waits for the next daemon, which has the same socket.
     """
     chain = make_chain(front=("--rate", str(SLOW)))
     chain.daemon.process.stop()
@@ -246,7 +246,7 @@ class TestDrain:
     @TLS
     def test_a_transfer_goes_on_to_its_end(self, make_chain: MakeChain, images: Images, count: str, tls: bool) -> None:
         """
-        A client whose blob is on its way gets all of it, though nobody else gets in; then the daemon ends well.
+        A client whose blob is in transfer gets all of it, though new ones are rejected; then the daemon ends cleanly.
         """
         chain = make_chain(front=("--rate", str(SLOW)), tls=tls, settings={"PROXY_WORKER_PROCESSES": count} | LONG)
         with reading(chain, blob_path(images), ENOUGH) as transfer:
@@ -261,7 +261,7 @@ class TestDrain:
     @COUNTS
     def test_a_client_that_reads_slowly_gets_all(self, make_chain: MakeChain, images: Images, count: str) -> None:
         """
-        The same of a blob that is in the cache.
+        The same for a blob that is in the cache.
         """
         chain = make_chain(settings={"PROXY_WORKER_PROCESSES": count} | LONG)
         assert chain.daemon.ask(blob_path(images)).status == 200
@@ -278,7 +278,7 @@ class TestDrain:
         self, make_chain: MakeChain, equipment: Equipment, count: str, tls: bool
     ) -> None:
         """
-        A client that keeps its connection for later, and does not look at it, does not keep the daemon.
+        A client with an idle keep-alive connection does not delay the daemon.
         """
         chain = make_chain(tls=tls, settings={"PROXY_WORKER_PROCESSES": count, "PROXY_IDLE_SECONDS": "300"} | LONG)
         connection = connect(chain.daemon.url, equipment.certificates.ca, PATIENCE)
@@ -290,7 +290,7 @@ class TestDrain:
     @COUNTS
     def test_a_second_signal_ends_it_at_once(self, make_chain: MakeChain, images: Images, count: str) -> None:
         """
-        Whoever does not want to wait says so once more; no process is left.
+        No process is left.
         """
         settings = {"PROXY_WORKER_PROCESSES": count} | LONG
         chain = make_chain(front=("--rate", str(SLOW)), settings=settings)
@@ -305,7 +305,7 @@ class TestDrain:
     @COUNTS
     def test_the_limit_cuts(self, make_chain: MakeChain, images: Images, count: str) -> None:
         """
-        A client that takes longer than it may is cut off, knows it, and leaves nothing wrong.
+        A client that takes longer than the limit is cut off, notices that, and leaves nothing wrong.
         """
         settings = {"PROXY_WORKER_PROCESSES": count, "PROXY_DRAIN_SECONDS": "1"}
         chain = make_chain(front=("--rate", str(SLOW)), settings=settings)
@@ -324,7 +324,7 @@ class TestSighup:
     @COUNTS
     def test_what_is_new_is_used(self, make_chain: MakeChain, tmp_path: Path, count: str) -> None:
         """
-        New connections get the new certificate, others go on; a pair that is none changes nothing.
+        New connections get the new certificate, others go on; an invalid pair changes nothing.
         """
         first, second = make_certificates(tmp_path / "first"), make_certificates(tmp_path / "second")
         key, certificate = tmp_path / "key", tmp_path / "certificate"
@@ -363,7 +363,7 @@ class TestSighup:
         self, make_chain: MakeChain, images: Images, tmp_path: Path, count: str
     ) -> None:
         """
-        All processes have them; those of a file that is wrong, none.
+        All processes have them; an invalid file changes nothing in any of them.
         """
         file = tmp_path / "settings.toml"
         file.write_text("")
@@ -395,7 +395,7 @@ class TestSighup:
         self, make_chain: MakeChain, tmp_path: Path, count: str
     ) -> None:
         """
-        What was asked for meanwhile is done once they can be read.
+        What was requested meanwhile is done once they can be read.
         """
         pair, folder, hangs = make_certificates(tmp_path / "first"), tmp_path / "files", tmp_path / "hangs"
         key, certificate, file = (folder / name for name in ("key", "certificate", "settings.toml"))

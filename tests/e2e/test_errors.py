@@ -1,5 +1,5 @@
 """
-What can't be pulled is refused in the words that Docker's users know.
+Failed pulls have the errors that Docker's users know.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SOME_DIGEST = "sha256:" + "0" * 64
 @pytest.fixture
 def chain(make_chain: MakeChain) -> Chain:
     """
-    Give a chain with an empty cache.
+    Return a chain with an empty cache.
     """
     return make_chain()
 
@@ -29,12 +29,12 @@ def chain(make_chain: MakeChain) -> Chain:
 @pytest.mark.parametrize("missing", ["team/single:missing", f"team/single@{SOME_DIGEST}"])
 def test_a_missing_image_is_called_so(chain: Chain, docker: Docker, missing: str) -> None:
     """
-    Docker says of a missing tag or digest what it says before a plain registry.
+    Docker says of a missing tag or digest what it says with a plain registry.
     """
     plain = docker.complaint(f"{chain.plain}/{missing}").replace(chain.plain, "HERE")
     ours = docker.complaint(f"{chain.daemon.address}/{missing}")
     ours = ours.replace(chain.daemon.address, "HERE")
-    # The last part is the registry's own message: here it speaks as ECR does.
+    # The last part is the registry's own message: here it is ECR's.
     words, _, _ = plain.strip().rpartition(": ")
     assert words.endswith("not found: manifest unknown")
     assert ours.strip() == f"{words}: Requested image not found"
@@ -42,7 +42,7 @@ def test_a_missing_image_is_called_so(chain: Chain, docker: Docker, missing: str
 
 def test_a_missing_repository_is_called_so(chain: Chain, docker: Docker) -> None:
     """
-    Docker says that there is no such repository, and gives ECR's own sentence.
+    Docker says that there is no such repository, and shows ECR's own sentence.
     """
     complaint = docker.complaint(f"{chain.daemon.address}/team/absent:1")
     words = f"repository {chain.daemon.address}/team/absent not found: name unknown: "
@@ -52,7 +52,7 @@ def test_a_missing_repository_is_called_so(chain: Chain, docker: Docker) -> None
 
 def test_an_excluded_namespace_is_denied(chain: Chain, docker: Docker, images: Images) -> None:
     """
-    What the pattern leaves out is denied, although the registry has it.
+    What the pattern excludes is denied, although the registry has it.
     """
     before = chain.counters()
     complaint = docker.complaint(f"{chain.daemon.address}/{images.excluded}:1")
@@ -68,8 +68,8 @@ def test_a_tls_hello_to_the_plain_port_is_turned_away_at_once(make_chain: MakeCh
     Docker, skopeo and podman try TLS first, and only then plain HTTP.
 
     A server that waits for the rest of a line which never comes costs each of
-    their commands the ten seconds of a handshake that timed out. That the
-    answer is one of HTTP shows tests/e2e/test_connections.py.
+    their commands the ten seconds of a handshake that timed out.
+    tests/e2e/test_connections.py shows that the answer is HTTP.
     """
     chain = make_chain(settings={"PROXY_HEADER_SECONDS": "0"})
     with pytest.raises((ssl.SSLError, ConnectionError)):  # and not TimeoutError

@@ -56,16 +56,16 @@ class Member(Daemon):
 
     def kept(self) -> set[str]:
         """
-        Name the content that it has.
+        Return the content that it has.
         """
         return {each.name for each in (self.cache / "content").rglob("*") if each.is_file()}
 
 
 def recipe_for(members: list[Member], port: int) -> str:
     """
-    Fill the recipe in as an operator does: where to listen, and where the daemons are.
+    Fill in the recipe as an operator does: the load balancer's address, and those of the daemons.
 
-    A daemon that answers late on a busy machine is not to be taken for one that died.
+    A daemon that answers late on a busy machine must not be taken for one that died.
     """
     text = re.sub(r"bind :5000\n", f"bind 127.0.0.1:{port}\n", RECIPE.read_text())
     text = text.replace("    timeout queue", f"    timeout check {PATIENCE:.0f}s\n    timeout queue")
@@ -158,21 +158,21 @@ class Group:
 
     def stop(self) -> None:
         """
-        Stop all that was started here.
+        Stop everything that was started here.
         """
         for process in [*self.running, *(member.process for member in self.members)]:
             process.stop()
 
     def bucket_bytes(self) -> int:
         """
-        Tell how many bytes of blobs came from upstream so far.
+        Return how many bytes of blobs came from upstream so far.
         """
         counted: int = self.chain.counters()["bucket"]["bytes"]
         return counted
 
     def up(self, name: str, where: str = "daemons") -> bool:
         """
-        Tell whether the load balancer takes this one for up: among C{daemons}, which are ready, or C{living}.
+        Return True if the load balancer reports this one as up: among C{daemons}, which are ready, or C{living}.
         """
         said = re.findall(rf"Server {where}/{name} is (UP|DOWN)", self.balancer.output.read_text())
         return not said or said[-1] == "UP"
@@ -213,7 +213,7 @@ def names() -> Iterator[Names]:
 
 def fetch(url: str, digest: str, path: str) -> int:
     """
-    Fetch a blob as Docker does: a connection that breaks off is begun again where it was.
+    Fetch a blob as Docker does: a connection that breaks off is resumed where it was.
 
     @return: how many bytes it has.
     """
@@ -241,7 +241,7 @@ def fetch(url: str, digest: str, path: str) -> int:
 
 def pull(url: str) -> int:
     """
-    Pull the image, and tell how many bytes its blobs have.
+    Pull the image, and return how many bytes its blobs have.
     """
     manifest = ask(f"{url}/v2/{REPOSITORY}/manifests/{TAG}", headers=accept(MANIFEST))
     assert manifest.status == 200, manifest
@@ -254,7 +254,7 @@ def under_load(url: str, happens: Callable[[], None]) -> int:
     """
     Have clients pull again and again while something happens, and until it has.
 
-    @return: how many pulls there were; each was whole.
+    @return: the number of pulls; each was complete.
     """
     over = threading.Event()
 
@@ -276,7 +276,7 @@ def under_load(url: str, happens: Callable[[], None]) -> int:
 
 def test_three_daemons_are_one_cache(group: Group, figures: Figures) -> None:
     """
-    Each blob is fetched and kept once for all; one that dies or comes new under load costs no pull, and its share.
+    Each blob is fetched and kept once for all; one that dies or is added under load costs no pull, only its share.
     """
     total = pull(group.url)
     assert group.bucket_bytes() == total, "each blob came from upstream once"
@@ -295,7 +295,7 @@ def test_three_daemons_are_one_cache(group: Group, figures: Figures) -> None:
 
     while_dying = under_load(group.url, dies)
     after_death = group.bucket_bytes()
-    # What is asked while its end is being noticed may go to another place than it will have.
+    # Requests while its end is being noticed may go to another daemon than later ones.
     under_way = CLIENTS * (LAYER_BYTES + 1024)
     assert after_death - total <= share + under_way, "what it had is fetched again, and nothing else"
 
@@ -316,7 +316,7 @@ def test_three_daemons_are_one_cache(group: Group, figures: Figures) -> None:
 
 def test_an_orderly_end_of_one_is_noticed_before_it_is_gone(group: Group, docker: Docker) -> None:
     """
-    A daemon that is told to end is taken out of the group, and Docker pulls on.
+    A daemon that shuts down is removed from the group, and Docker pulls on.
     """
     pull(group.url)
     under_load(group.url, lambda: (group.members[2].process.terminate(), None)[1])
@@ -325,7 +325,7 @@ def test_an_orderly_end_of_one_is_noticed_before_it_is_gone(group: Group, docker
 
 def test_what_the_group_has_is_served_when_none_has_a_token(group: Group) -> None:
     """
-    Machines that start while ECR is away have no token. They can serve what they have, and keep their shares.
+    Machines that start while ECR is down have no token. They can serve what they have, and keep their shares.
     """
     total = pull(group.url)
     for member in group.members:
@@ -341,7 +341,7 @@ def test_what_the_group_has_is_served_when_none_has_a_token(group: Group) -> Non
 
 def test_daemons_see_the_addresses_of_clients(group: Group) -> None:
     """
-    The PROXY protocol tells who asks.
+    The PROXY protocol provides them.
     """
     connection = http.client.HTTPConnection("127.0.0.1", group.port, timeout=PATIENCE, source_address=("127.0.0.9", 0))
     connection.request("GET", f"/v2/{REPOSITORY}/manifests/{TAG}", headers=accept(MANIFEST))

@@ -1,5 +1,5 @@
 """
-The daemon's process while AWS refuses it or never answers, and after a restart that everybody has waited for.
+The daemon's process while AWS rejects it or never answers, and after a restart that many clients waited for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def again(chain: Chain, equipment: Equipment, home: Path, **changes: str | None)
 @pytest.fixture
 def warm(make_chain: MakeChain, images: Images) -> Chain:
     """
-    Give a chain with a blob in its cache, whose daemon has ended.
+    Return a chain with a blob in its cache, whose daemon has ended.
     """
     chain = make_chain()
     assert chain.daemon.ask(blob_path(images)).status == 200
@@ -46,7 +46,7 @@ def test_a_credential_process_that_never_returns(
     warm: Chain, equipment: Equipment, images: Images, tmp_path: Path
 ) -> None:
     """
-    The daemon serves what it has, says that it can't fetch, and ends when it is told to.
+    The daemon serves what it has, says that it can't fetch, and ends when told.
     """
     config = tmp_path / "aws"
     config.write_text("[default]\ncredential_process = sleep 30\n")

@@ -1,5 +1,5 @@
 """
-The chart of deploy/helm: rendered by Helm 4, held against the manifests of deploy/kubernetes, and against the
+The chart of deploy/helm: rendered by Helm 4, compared with the manifests of deploy/kubernetes, and checked against the
 published schemas of Kubernetes.
 """
 
@@ -42,7 +42,7 @@ VALUES = {
 
 def run(helm: Path, home: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
     """
-    Run Helm, at home in a folder of its own.
+    Run Helm, with a home in a folder of its own.
     """
     return subprocess.run(
         [helm, *words],
@@ -56,7 +56,7 @@ def run(helm: Path, home: Path, *words: str | Path) -> subprocess.CompletedProce
 
 def render(helm: Path, home: Path, *values: str) -> list[Manifest]:
     """
-    Give what the chart makes of values.
+    Return what the chart renders for values.
     """
     settings = [word for value in (ENDPOINT, *values) for word in ("--set", value)]
     done = run(helm, home, "template", "ecr-proxy", CHART, "--namespace", "ecr-proxy", *settings)
@@ -66,7 +66,7 @@ def render(helm: Path, home: Path, *values: str) -> list[Manifest]:
 
 def without_origin(manifests: Iterable[Manifest]) -> dict[str, Any]:
     """
-    Give manifests by kind and name, without what tells kustomize's from Helm's.
+    Return manifests by kind and name, without what distinguishes kustomize's from Helm's.
     """
     found = {}
     for manifest in copy.deepcopy([each for each in manifests if each["kind"] != "Namespace"]):
@@ -179,7 +179,7 @@ def test_a_label_of_the_operators_release_is_set(helm: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("mode", ["deployment", "statefulset", "daemonset"])
 def test_all_is_as_kubernetes_publishes_it(helm: Path, tmp_path: Path, mode: str) -> None:
     """
-    Each object is what its schema says, with everything on.
+    Each object is valid by its schema, with everything enabled.
     """
     every = (
         "tls.secret=x",
@@ -228,7 +228,7 @@ def test_numbers_and_flags_are_settings_as_they_stand(helm: Path, tmp_path: Path
 @pytest.mark.parametrize("value", ["false", ""])
 def test_what_is_said_counts_where_the_chart_says_something_else(helm: Path, tmp_path: Path, value: str) -> None:
     """
-    Also no, 0 and nothing, which Helm's merge takes for nothing said.
+    Also no, 0 and empty values, which Helm's merge takes for unset.
     """
     rendered = render(helm, tmp_path, f"credentials.roleArn={ROLE}", f"settings.AWS_INSTANCE_AUTH={value}")
     (settings,) = (each["data"] for each in rendered if each["kind"] == "ConfigMap")
@@ -273,7 +273,7 @@ def test_a_cache_has_the_space_for_its_limit(
     helm: Path, tmp_path: Path, mode: str, limit: str, space: str, *, fits: bool
 ) -> None:
     """
-    Kubernetes evicts a pod that takes more than it has, and its cache is gone.
+    Kubernetes evicts a pod that uses more than it has, and its cache is gone.
     """
     values = (ENDPOINT, f"mode={mode}", f"cache.limit={limit}", f"cache.space={space}")
     done = run(helm, tmp_path, "template", CHART, *(word for each in values for word in ("--set", each)))

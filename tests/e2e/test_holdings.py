@@ -30,7 +30,7 @@ Call = Callable[..., Done]
 @pytest.fixture(params=["1", "2"], ids=["alone", "workers"])
 def chain(make_chain: MakeChain, images: Images, request: pytest.FixtureRequest) -> Chain:
     """
-    Give a chain whose daemon, by itself or with workers, has brought in two images.
+    Return a chain whose daemon, by itself or with workers, has fetched two images.
     """
     settings = {"PROXY_ADMIN_LISTEN": f"tcp:{free_port()}:interface=127.0.0.1", "PROXY_WORKER_PROCESSES": request.param}
     chain = make_chain(settings=settings)
@@ -55,7 +55,7 @@ def call(chain: Chain, tmp_path: Path) -> Call:
 
 def told(done: Done) -> Any:
     """
-    Read what it told a program.
+    Return its output for programs.
     """
     assert done.status == 0, done
     return json.loads(done.output)
@@ -63,7 +63,7 @@ def told(done: Done) -> Any:
 
 class Pulling:
     """
-    Clients who pull a layer again and again, until they are told to end.
+    Clients that pull a layer again and again, until they are told to stop.
     """
 
     def __init__(self, url: str, clients: int = 3) -> None:
@@ -92,7 +92,7 @@ class Pulling:
 
 def test_purge_and_verify_break_off_nobodys_pull(chain: Chain, call: Call, images: Images) -> None:
     """
-    Each pull is whole and right while everything is purged and verified under it, again and again.
+    Each pull is complete and right while everything is purged and verified, again and again.
     """
     layer = images.big.layers[0]
     with Pulling(f"{chain.daemon.url}/v2/{images.big.repository}/blobs/{layer}") as pulling:
@@ -111,7 +111,7 @@ def test_purge_and_verify_break_off_nobodys_pull(chain: Chain, call: Call, image
 
 def test_what_was_purged_is_fetched_again(chain: Chain, call: Call, images: Images) -> None:
     """
-    The tag alone goes with its layers; each process, whatever it had in memory, asks for it afresh.
+    Only the tag and its layers are removed; each process, whatever it had in memory, fetches it again.
     """
     image = images.single
     blob = f"/v2/{image.repository}/blobs/{image.layers[0]}"
@@ -123,7 +123,7 @@ def test_what_was_purged_is_fetched_again(chain: Chain, call: Call, images: Imag
     assert not chain.daemon.holds(image.layers[0])
     assert chain.daemon.holds(images.big.layers[0])
 
-    def asked_for_afresh() -> bool:  # a worker that hasn't looked yet may give it from memory
+    def asked_for_afresh() -> bool:  # a worker that hasn't checked yet may serve it from memory
         return chain.daemon.ask(manifest).headers["x-cache-status"] == "MISS"
 
     eventually(asked_for_afresh, "the manifest is asked for afresh")
@@ -132,7 +132,7 @@ def test_what_was_purged_is_fetched_again(chain: Chain, call: Call, images: Imag
 
 def test_ls_and_stats_tell_what_is_there(chain: Chain, call: Call, images: Images) -> None:
     """
-    Tags with the bytes that are on the disk, the same without the daemon, and the same in sum by its own count.
+    Tags with the bytes that are on the disk, the same without the daemon, and the same sum by its own count.
     """
     on_disk = sum(each.stat().st_size for each in (chain.daemon.cache / "content").rglob("*") if each.is_file())
     listed = told(call("ls", "--json"))
@@ -140,7 +140,7 @@ def test_ls_and_stats_tell_what_is_there(chain: Chain, call: Call, images: Image
     tags = {(each["repository"], image["tag"]) for each in listed["repositories"] for image in each["images"]}
     assert tags == {(images.single.repository, images.single.tag), (images.big.repository, images.big.tag)}
 
-    def tells_the_same() -> bool:  # when what was used is written each second
+    def tells_the_same() -> bool:  # when uses are written each second
         return bool(told(call("ls", "--json")) == told(call("ls", "--json", "--offline")))
 
     eventually(tells_the_same, "it tells the same without the daemon")
@@ -156,7 +156,7 @@ def test_ls_and_stats_tell_what_is_there(chain: Chain, call: Call, images: Image
 
 def test_verify_finds_what_rotted(chain: Chain, call: Call, images: Images) -> None:
     """
-    Even where the file's times do not tell; the next pull has the right bytes.
+    Even if the file's times do not show it; the next pull has the right bytes.
     """
     layer = images.single.layers[0]
     (path,) = (chain.daemon.cache / "content").rglob(layer.removeprefix("sha256:"))
@@ -173,7 +173,7 @@ def test_verify_finds_what_rotted(chain: Chain, call: Call, images: Images) -> N
 
 def test_a_person_is_asked(chain: Chain, tmp_path: Path, images: Images) -> None:
     """
-    At a real terminal: what would go, a question, and what went.
+    At a real terminal: what would be removed, a question, and what was removed.
     """
     ours, theirs = pty.openpty()
     running = subprocess.Popen(
@@ -204,7 +204,7 @@ def test_a_person_is_asked(chain: Chain, tmp_path: Path, images: Images) -> None
 
 def test_whatever_is_in_the_way_is_a_line(chain: Chain, call: Call, tmp_path: Path) -> None:
     """
-    No traceback: a reader that leaves, a directory that may not be read, a daemon that is away.
+    No traceback: a closed pipe, an unreadable directory, a daemon that is down.
     """
     client = Client(tmp_path, chain.daemon.variables)
     done = client.attempt("sh", "-c", f"{chain.command} ls --json | head -n 1")

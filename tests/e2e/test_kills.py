@@ -1,5 +1,5 @@
 """
-Kill -9 at a random instant of a storm, a hundred times over; with workers, and with two daemons on one directory, too.
+Kill -9 at a random instant of a storm, a hundred times; with workers, and with two daemons on one directory, too.
 
 C{ECRPROXY_E2E_KILLS=100} is the number for each of them.
 """
@@ -35,7 +35,7 @@ LONGEST = {ONE: 0.6, WORKERS: 1.5, DAEMONS: 1.5}
 CLIENTS = 12
 LIMIT = 48 * 2**20
 RATE = 24 * 2**20
-"""Bytes a second on each of the bucket's connections: so many transfers are under way when the kill comes."""
+"""Bytes a second on each of the bucket's connections: so that many transfers are in flight at the kill."""
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def standin() -> Iterator[StandIn]:
 
 def make(kind: str, twistd: Path, home: Path, registry: str) -> list[Daemon]:
     """
-    Make the daemons, which are yet to be started.
+    Create the daemons without starting them.
     """
     more = {"PROXY_CACHE_DIR": str(home / "cache"), "PROXY_WORKER_PROCESSES": "2" if kind == WORKERS else "1"}
     made = []
@@ -65,14 +65,14 @@ def make(kind: str, twistd: Path, home: Path, registry: str) -> list[Daemon]:
 
 def ready(port: int) -> bool:
     """
-    Say whether a daemon, or one of its workers, can serve.
+    Return True if a daemon, or one of its workers, can serve.
     """
     return answers(f"http://127.0.0.1:{port}/readyz")()
 
 
 def processes(daemons: list[Daemon]) -> list[int]:
     """
-    List what serves clients.
+    List the processes that serve clients.
     """
     return [pid for each in daemons for pid in children(each.process.pid) or [each.process.pid]]
 
@@ -96,7 +96,7 @@ async def storm(
     daemons: list[Daemon], goods: Goods, tally: Tally, chance: random.Random, longest: float, seed: str
 ) -> None:
     """
-    Have clients pull until all is killed, in the middle of it; where there are several processes, first one of them.
+    Have clients pull until all is killed, in the middle of it; with several processes, first one of them.
     """
     crowds = [
         asyncio.ensure_future(Crowd(each.port, goods, tally).run(CLIENTS // len(daemons), f"{seed}-{each.port}"))
@@ -117,7 +117,7 @@ async def storm(
 
 def problems(daemon: Daemon, tally: Tally) -> list[str]:
     """
-    Say what is wrong with a daemon that was just started, and with what clients got so far.
+    Return what is wrong with a daemon that was just started, and with the clients' results so far.
     """
     wrong = [f"{path} is not what its name says" for path in daemon.wrong_content()]
     wrong += wait_for(lambda: daemon.used() <= daemon.limit, f"the directory is within {daemon.limit} bytes")
@@ -129,7 +129,7 @@ def test_a_hundred_kills_in_a_storm_leave_nothing_wrong(
     home: Path, twistd: Path, standin: StandIn, figures: Figures, kind: str
 ) -> None:
     """
-    After each start all content is right and within the limit, nobody got anything partial, and leftovers are swept.
+    After each start all content is right and within the limit, no client got anything partial, and leftovers are swept.
     """
     seed, times = random.randrange(2**32), int(os.environ.get("ECRPROXY_E2E_KILLS", KILLS[kind]))
     print(f"seed {seed}")

@@ -1,6 +1,6 @@
 """
-The manifests of deploy/kubernetes: rendered by kubectl, held against the published schemas of Kubernetes, and against
-what the daemon needs. test_container.py starts the pod's container.
+The manifests of deploy/kubernetes: rendered by kubectl, checked against the published schemas of Kubernetes, and
+against what the daemon needs. test_container.py starts the pod's container.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def rendered(request: pytest.FixtureRequest, tmp_path: Path) -> Rendered:
 
 def gibibytes(quantity: str) -> int:
     """
-    Read what the manifests call a size by.
+    Parse a size of the manifests.
     """
     assert quantity.endswith("Gi")
     return int(quantity.removesuffix("Gi")) * GIB
@@ -63,14 +63,14 @@ def gibibytes(quantity: str) -> int:
 
 def ports_named(rendered: Rendered) -> set[str]:
     """
-    Name the ports of the container.
+    Return the names of the container's ports.
     """
     return {each["name"] for each in rendered.container["ports"]}
 
 
 def test_schemas_find_what_is_wrong() -> None:
     """
-    What the tests below stand on.
+    The tests below rely on it.
     """
     wrong = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "x"}, "spec": {"port": 1}}
     for version in VERSIONS:
@@ -80,7 +80,7 @@ def test_schemas_find_what_is_wrong() -> None:
 
 def test_all_is_as_kubernetes_publishes_it(rendered: Rendered) -> None:
     """
-    Each object is what its schema says, and has no field that it does not know; the Prometheus Operator's have none.
+    Each object is valid by its schema, without unknown fields; the Prometheus Operator's have none.
     """
     for version, manifest in itertools.product(VERSIONS, rendered.manifests):
         if manifest["kind"] not in OPERATORS:
@@ -89,7 +89,7 @@ def test_all_is_as_kubernetes_publishes_it(rendered: Rendered) -> None:
 
 def test_pods_are_confined(rendered: Rendered) -> None:
     """
-    As the restricted standard for pods wants it, which the namespace enforces, and with a read-only root.
+    By the restricted standard for pods, which the namespace enforces, and with a read-only root.
     """
     namespace = rendered.one("Namespace")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
@@ -107,7 +107,7 @@ def test_pods_are_confined(rendered: Rendered) -> None:
 
 def test_selectors_find_the_pods(rendered: Rendered) -> None:
     """
-    Of everything that has one, and the ports that they speak of are there.
+    Of everything that has one, and the ports that they refer to exist.
     """
     assert rendered.pod["metadata"]["labels"].items() >= NAME.items()
     before = [{LABEL: HAPROXY}] if rendered.all_of("Deployment", HAPROXY) else []
@@ -126,10 +126,10 @@ def test_selectors_find_the_pods(rendered: Rendered) -> None:
 
 def test_the_daemon_understands_its_settings(rendered: Rendered) -> None:
     """
-    All that are set are settings, and what belongs together fits: ports, sizes, times, files.
+    All variables are settings, and related ones fit: ports, sizes, times, files.
     """
     endpoint = {"PROXY_ECR_ENDPOINT": "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"}
-    image = {"PROXY_CACHE_DIR": "/cache"}  # which the Dockerfile sets
+    image = {"PROXY_CACHE_DIR": "/cache"}  # set by the Dockerfile
     config = Config.load({}, {**endpoint, **image, **rendered.settings})
     ports = {each["name"]: each["containerPort"] for each in rendered.container["ports"]}
     assert ports == {"registry": config.port, "metrics": 5002}
@@ -155,7 +155,7 @@ def test_the_daemon_understands_its_settings(rendered: Rendered) -> None:
 
 def test_probes_speak_what_the_daemon_speaks(rendered: Rendered) -> None:
     """
-    On a port that has neither TLS nor PROXY headers; /readyz is asked before the first client, /healthz afterwards.
+    On a port that has neither TLS nor PROXY headers; /readyz is for the first client, /healthz for later.
     """
     container = rendered.container
     asked = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
@@ -170,7 +170,7 @@ def test_probes_speak_what_the_daemon_speaks(rendered: Rendered) -> None:
 
 def ways_out(rendered: Rendered) -> Iterable[tuple[str, int]]:
     """
-    Give the networks and ports that pods may speak to.
+    Return the networks and ports that pods may connect to.
     """
     for rule in rendered.one("NetworkPolicy")["spec"]["egress"]:
         for to, port in itertools.product(rule.get("to", [{"ipBlock": {"cidr": "any"}}]), rule["ports"]):
@@ -179,7 +179,7 @@ def ways_out(rendered: Rendered) -> Iterable[tuple[str, int]]:
 
 def test_roles_come_from_where_they_are_given(tmp_path: Path) -> None:
     """
-    With either way to a role keys that happen to be set are ignored; only Pod Identity's agent may be asked over HTTP.
+    With either way to a role other keys are ignored; only Pod Identity's agent may be used over HTTP.
     """
     irsa, pod_identity = (overlay(tmp_path / name, [name]) for name in ("irsa", "pod-identity"))
     assert [each.settings["AWS_INSTANCE_AUTH"] for each in (irsa, pod_identity)] == ["true", "true"]
@@ -189,7 +189,7 @@ def test_roles_come_from_where_they_are_given(tmp_path: Path) -> None:
 
 def test_prometheus_reaches_metrics_and_nobody_the_operators_port(tmp_path: Path) -> None:
     """
-    The operator's port is on loopback by itself. The ServiceMonitor finds the Service, and the alerts know the job.
+    The admin port is on loopback by default. The ServiceMonitor finds the Service, and the alerts know the job.
     """
     plain, watched = overlay(tmp_path / "plain", []), overlay(tmp_path / "watched", ["service-monitor"])
     for each in (plain, watched):
@@ -347,7 +347,7 @@ def test_haproxy_is_refused_where_pods_have_no_names(tmp_path: Path) -> None:
 
 def test_a_volume_makes_it_a_stateful_set(tmp_path: Path) -> None:
     """
-    Whose pods are the Deployment's, but for where the cache is.
+    Its pods are the Deployment's, except for the location of the cache.
     """
     plain, kept = overlay(tmp_path / "plain", []), overlay(tmp_path / "kept", ["volume"])
     assert (plain.workload["kind"], kept.workload["kind"]) == ("Deployment", "StatefulSet")

@@ -61,7 +61,7 @@ def test_a_container_reads_files_of_a_layer_that_is_not_there_yet(
     make_chain: MakeChain, sid: Sid, home: Path, tmp_path: Path, skopeo: Skopeo
 ) -> None:
     """
-    Through the proxy, which asks the bucket first for what it is asked for.
+    Through the proxy, which requests the wanted ranges from the bucket first.
     """
     chain = make_chain(front=("--rate", str(RATE)))
     content = os.urandom(SIZE)
@@ -70,7 +70,7 @@ def test_a_container_reads_files_of_a_layer_that_is_not_there_yet(
     push(skopeo, layout.finish(top), f"{chain.plain}/{REPOSITORY}:1")
     etc = tmp_path / "etc"
     etc.mkdir()
-    (etc / "hosts").write_text(f"127.0.0.1 localhost {PROXY}\n")  # SOCI speaks TLS with what is called localhost
+    (etc / "hosts").write_text(f"127.0.0.1 localhost {PROXY}\n")  # SOCI uses TLS for localhost
     head = 200_000
     given = {
         "PLACE": f"{PROXY}:{chain.daemon.port}",
@@ -82,7 +82,7 @@ def test_a_container_reads_files_of_a_layer_that_is_not_there_yet(
     soci = Process(argv, environment(tmp_path, given), tmp_path / "soci.log", tmp_path)
     try:
         soci.wait_until((tmp_path / "pulled").exists)
-        # else SOCI gave up waiting, and would fetch the whole layer first
+        # else SOCI timed out, and would fetch the whole layer first
         assert "remote snapshot successfully prepared" in soci.output.read_text()
         assert soci.wait() == 0, soci.tail()
     finally:

@@ -1,5 +1,5 @@
 """
-What a real daemon writes to its log, from its first line to its last.
+A real daemon's log, from its first line to its last.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REQUESTS = 40
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     """
-    Read a log, each line of which must be as the schema has it.
+    Parse a log, each line of which must match the schema.
     """
     found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     for each in found:
@@ -46,7 +46,7 @@ def messages(lines: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_each_line_is_an_object(make_chain: MakeChain, images: Images, processes: int) -> None:
     """
-    From twistd's first line to its last, with pulls, faults and an upstream that goes; and no request lacks its line.
+    From twistd's first line to its last, with pulls, faults and an upstream that goes; and every request has its line.
     """
     settings = {"PROXY_LOG_FORMAT": "json", "PROXY_WORKER_PROCESSES": str(processes), "PROXY_UPSTREAM_TRIES": "1"}
     chain = make_chain(settings=settings)
@@ -65,19 +65,19 @@ def test_each_line_is_an_object(make_chain: MakeChain, images: Images, processes
         daemon.ask("/healthz", headers={"X-Request-Id": f"last-{number}"})
     assert daemon.process.terminate() == 0
     lines = lines_of(daemon.process.output)
-    assert any("starting up" in each["message"] for each in lines[:3])  # what is odd about the settings may come before
+    assert any("starting up" in each["message"] for each in lines[:3])  # warnings about settings may come before
     assert lines[-1]["message"] == "Server Shut Down."
     requests = [each for each in lines if each["logger"] == "access"]
     assert {f"last-{number}" for number in range(REQUESTS)} <= {each["request"] for each in requests}
     story = [(each["status"], each["reason"]) for each in requests if each["request"] == "e2e-story"]
-    # each process gathers its own lines before it writes them, so two of them write in any order
+    # each process batches its own lines before it writes them, so two of them write in any order
     assert sorted(story) == [(200, "cached"), (200, "first-use"), (404, "bad-request"), (404, "not-found")]
     assert {each["level"] for each in lines} > {"info", "error"}
 
 
 def start_piped(equipment: Equipment, home: Path, front: str, **settings: str) -> tuple[int, bytes]:
     """
-    Start a daemon as systemd does, ask it to end once it has said that it listens; give its status, and what came.
+    Start a daemon as systemd does, stop it once it says that it listens; return its status and its output.
     """
     reading, writing = os.pipe()
     status = os.fstat(writing)
@@ -107,7 +107,7 @@ def start_piped(equipment: Equipment, home: Path, front: str, **settings: str) -
 
 def test_levels_reach_the_journal(make_chain: MakeChain, equipment: Equipment, tmp_path: Path) -> None:
     """
-    Each line has the mark of its level, and no time; with JSON there is no mark, for the object says it.
+    Each line has the mark of its level, and no time; with JSON there is no mark, for the object has the level.
     """
     front = make_chain(wait=False).front_url
     code, said = start_piped(equipment, tmp_path, front)
@@ -126,7 +126,7 @@ def test_a_reader_that_stops_stops_nobody(
     make_chain: MakeChain, equipment: Equipment, tmp_path: Path, processes: int
 ) -> None:
     """
-    Nothing reads the pipe: requests are answered all the same, and the daemon ends when it is told to.
+    Nothing reads the pipe: requests are still answered, and the daemon ends when told.
     """
     port = free_port()
     front = make_chain(wait=False).front_url
@@ -159,7 +159,7 @@ def test_a_reader_that_stops_stops_nobody(
 
 def answers(port: int, path: str) -> bool:
     """
-    Tell whether there is any answer.
+    Return True if there is any answer.
     """
     try:
         with socket.create_connection(("127.0.0.1", port), 10) as connection:
@@ -171,7 +171,7 @@ def answers(port: int, path: str) -> bool:
 
 def test_what_ends_it_is_critical(refusing: str, equipment: Equipment, tmp_path: Path) -> None:
     """
-    Credentials that are refused end the daemon: the journal learns how grave that is.
+    Rejected credentials end the daemon: the journal has the right level.
     """
     code, said = start_piped(equipment, tmp_path, refusing)
     assert code == 1
@@ -180,7 +180,7 @@ def test_what_ends_it_is_critical(refusing: str, equipment: Equipment, tmp_path:
 
 def test_what_keeps_it_from_starting_is_critical(equipment: Equipment, tmp_path: Path) -> None:
     """
-    As with a wrong setting: one line that the journal takes for what it is, or an object.
+    As with a wrong setting: one line that the journal recognizes, or an object.
     """
     nowhere = "http://127.0.0.1:1"
     code, said = start_piped(equipment, tmp_path, nowhere, PROXY_CACHE_LIMIT="64 parsecs")
@@ -193,7 +193,7 @@ def test_what_keeps_it_from_starting_is_critical(equipment: Equipment, tmp_path:
 
 def test_a_file_is_written_in_the_same_format(equipment: Equipment, tmp_path: Path) -> None:
     """
-    twistd's --logfile says where, the settings say how; from a level on there are no requests.
+    twistd's --logfile is the file, the settings define the format; above a level there are no requests.
     """
     log = tmp_path / "twistd.log"
     usual = {"PROXY_PORT": str(free_port()), "PROXY_CACHE_DIR": str(tmp_path / "cache"), "PROXY_LOG_FORMAT": "json"}

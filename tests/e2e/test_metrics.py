@@ -1,5 +1,5 @@
 """
-What Prometheus is given, judged by Prometheus' own tool.
+The metrics, checked by Prometheus' own tool.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from .processes import PATIENCE, eventually, free_port
 
 def page_of(port: int) -> str:
     """
-    Fetch the figures.
+    Fetch the metrics.
     """
     return ask(f"http://127.0.0.1:{port}/metrics").body.decode()
 
 
 def total(page: str, name: str) -> float:
     """
-    Add up a figure over all its labels.
+    Add up a metric over all its labels.
     """
     return sum(map(float, re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", page, re.MULTILINE)))
 
 
 def promtool(*words: str | Path, text: str = "") -> str:
     """
-    Have promtool judge something, and give what it says if it objects.
+    Have promtool check something, and return its output if it objects.
     """
     argv = ["promtool", *map(str, words)]
     done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=PATIENCE, check=False)
@@ -47,7 +47,7 @@ def promtool(*words: str | Path, text: str = "") -> str:
 
 def named_in(expressions: str) -> set[str]:
     """
-    Name the figures of ours that expressions speak of.
+    Return our metrics that expressions mention.
     """
     return set(re.findall(r"\b(?:ecr_proxy|process)_\w+", expressions))
 
@@ -55,12 +55,12 @@ def named_in(expressions: str) -> set[str]:
 @pytest.fixture
 def page(make_chain: MakeChain, docker: Docker, images: Images) -> str:
     """
-    Give the figures of a daemon that has served a pull.
+    Return the metrics of a daemon that has served a pull.
     """
     port = free_port()
     chain = make_chain(settings={"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1"})
     docker.pull(f"{chain.daemon.address}/{images.single.repository}:{images.single.tag}")
-    # the client does not wait for the disk, and some figures are of what is on it
+    # the client does not wait for the disk, and some metrics are about its content
     eventually(lambda: total(page_of(port), "ecr_proxy_cache_files") > 0, "something is in the cache")
     return page_of(port)
 
@@ -83,7 +83,7 @@ def test_each_alert_has_a_section_that_says_what_to_do() -> None:
 
 def test_rules_and_dashboard_speak_of_figures_that_there_are(page: str, tmp_path: Path) -> None:
     """
-    Each figure that they name is told by a daemon, and each expression of the dashboard and of the documents is one.
+    A daemon has each metric that they name, and each expression of the dashboard and of the documents is valid.
     """
     rules = (CHECKOUT / "deploy/prometheus/alerts.yaml").read_text("utf-8")
     board = json.loads((CHECKOUT / "deploy/grafana/ecrproxy.json").read_text("utf-8"))
@@ -100,7 +100,7 @@ def test_rules_and_dashboard_speak_of_figures_that_there_are(page: str, tmp_path
 
 def test_promtool_finds_nothing_to_object_to(page: str) -> None:
     """
-    After a real pull, with every figure that there is.
+    After a real pull, with every existing metric.
     """
     assert promtool("check", "metrics", text=page) == ""
     assert total(page, "ecr_proxy_upstream_received_bytes_total") > 0
@@ -108,7 +108,7 @@ def test_promtool_finds_nothing_to_object_to(page: str) -> None:
 
 def test_workers_count_together(make_chain: MakeChain, docker: Docker, images: Images) -> None:
     """
-    Whichever processes clients came to, one page tells of all their requests, and of who is connected.
+    Whichever processes served the clients, one page has all their requests, and all connections.
     """
     port = free_port()
     settings = {"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1", "PROXY_WORKER_PROCESSES": "2"}

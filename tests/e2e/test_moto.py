@@ -1,5 +1,5 @@
 """
-The AWS call as another stand-in gives it: moto says that its tokens ended in 2015.
+The AWS call of another stand-in: moto's tokens have an expiry in 2015.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ WATCHED = 5.0
 
 @pytest.fixture
 def moto(tmp_path: Path) -> Iterator[tuple[Process, str]]:
-    """
-    Run moto's server.
-    """
     process, url = start_moto(tmp_path)
     try:
         yield process, url
@@ -33,7 +30,7 @@ def moto(tmp_path: Path) -> Iterator[tuple[Process, str]]:
 
 def calls(process: Process) -> int:
     """
-    Count the calls of AWS: moto logs each as a POST of the root. One that it is too slow for is made again.
+    Count the calls of AWS: moto logs each as a POST of the root. A call that times out is repeated.
     """
     return process.tail().count('"POST / HTTP')
 

@@ -1,7 +1,7 @@
 """
 This year's clients, of Debian's unstable release: by the proxy's address over plain HTTP, and by ECR's own name.
 
-Docker 28, containerd 2.1 and BuildKit try TLS first on localhost, and fall back to HTTP only if what comes back
+Docker 28, containerd 2.1 and BuildKit try TLS first on localhost, and fall back to HTTP only if the answer
 begins with C{HTTP/}.
 """
 
@@ -33,7 +33,7 @@ CACHED, PREFIX = "cached.example", "team/"
 @pytest.fixture
 def chain(make_chain: MakeChain) -> Chain:
     """
-    Give a chain that the clients pull through.
+    Return a chain that the clients pull through.
     """
     return make_chain(settings={"PROXY_REGISTRY_ALIASES": f"{REGISTRY} {CACHED}"})
 
@@ -41,7 +41,7 @@ def chain(make_chain: MakeChain) -> Chain:
 @pytest.fixture
 def place(chain: Chain) -> str:
     """
-    Give the proxy's address as developers write it.
+    Return the proxy's address as developers write it.
     """
     return f"localhost:{chain.daemon.port}"
 
@@ -49,7 +49,7 @@ def place(chain: Chain) -> str:
 @pytest.fixture
 def etc(chain: Chain, tmp_path: Path) -> Path:
     """
-    Give the recipes as they stand, but for the port; and where the proxy is.
+    Return the unchanged recipes, except for the port; and the address of the proxy.
     """
     directory = tmp_path / "etc"
     shutil.copytree(DEPLOY / "containerd/certs.d", directory / "containerd/certs.d")
@@ -123,18 +123,12 @@ def _running(sid: Sid, etc: Path, home: Path, version: int, program: str) -> Ite
 
 @pytest.fixture
 def docker(sid: Sid, etc: Path, tmp_path: Path) -> Iterator[Docker]:
-    """
-    Give a Docker Engine.
-    """
     with running_docker(sid, etc, tmp_path) as docker:
         yield docker
 
 
 @pytest.fixture
 def containerd(sid: Sid, etc: Path, tmp_path: Path) -> Iterator[Containerd]:
-    """
-    Give a containerd.
-    """
     with running_containerd_2(sid, etc, tmp_path) as containerd:
         yield containerd
 
@@ -169,7 +163,7 @@ def test_docker_28_pulls_by_the_name_of_a_registry_that_ecr_caches(
 
 def test_containerd_2_pulls_from_localhost_over_plain_http(containerd: Containerd, place: str, images: Images) -> None:
     """
-    As it does with a registry of a developer's own.
+    As with a developer's own registry.
     """
     image = images.multi
     containerd.ctr("images", "pull", f"{place}/{image.repository}:{image.tag}")
@@ -178,7 +172,7 @@ def test_containerd_2_pulls_from_localhost_over_plain_http(containerd: Container
 
 def test_containerd_2_pulls_by_the_registrys_name(chain: Chain, containerd: Containerd, images: Images) -> None:
     """
-    As a kubelet asks it, by tag and by digest.
+    As for a kubelet, by tag and by digest.
     """
     image = images.multi
     name = f"{REGISTRY}/{image.repository}"
@@ -224,7 +218,7 @@ def test_buildah_pulls(sid: Sid, chain: Chain, place: str, images: Images) -> No
 
 def test_oras_pulls_an_artifact(sid: Sid, tmp_path: Path, place: str, artifacts: bytes) -> None:
     """
-    Whole, and by its tag.
+    Complete, and by its tag.
     """
     oras = Client(tmp_path, sid=sid)
     assert "1" in oras.run("oras", "repo", "tags", "--plain-http", f"{place}/{NOTE}")

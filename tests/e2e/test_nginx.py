@@ -64,7 +64,7 @@ class Balanced:
 @pytest.fixture
 def balanced(make_chain: MakeChain, tmp_path: Path) -> Iterator[Balanced]:
     """
-    Give nginx before a daemon that gives clients up which take nothing for three seconds.
+    Return nginx before a daemon that drops clients that read nothing for three seconds.
     """
     made = Balanced(make_chain(settings={"PROXY_SEND_SECONDS": "3"}), tmp_path)
     yield made

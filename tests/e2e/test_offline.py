@@ -25,7 +25,7 @@ def chain(
     tmp_path: Path,
 ) -> Chain:
     """
-    Give a chain through which everything was pulled, and whose registry is gone.
+    Return a chain through which everything was pulled, and whose registry is gone.
     """
     chain: Chain = make_chain(tls=request.param == "https")
     source = f"docker://{reference(chain, images.multi)}"
@@ -59,7 +59,7 @@ def test_skopeo_copies_every_platform_again(chain: Chain, skopeo: Skopeo, images
 
 def test_podman_pulls_what_others_have_pulled(chain: Chain, podman: Podman, images: Images) -> None:
     """
-    Who has never pulled before gets it as well.
+    A client that has never pulled before gets it as well.
     """
     podman.forget()
     assert podman.pull(reference(chain, images.multi), *trust(chain)) == images.multi.image_id
@@ -67,7 +67,7 @@ def test_podman_pulls_what_others_have_pulled(chain: Chain, podman: Podman, imag
 
 def test_the_answers_say_where_they_come_from(chain: Chain, images: Images) -> None:
     """
-    A tag that can't be confirmed is STALE; what is named by its digest is a HIT.
+    A tag that can't be confirmed is STALE; content by digest is a HIT.
     """
     accept = {"Accept": INDEX}
     base = f"/v2/{images.multi.repository}"
@@ -92,7 +92,7 @@ def test_a_start_without_ecr_serves_what_was_pulled(
     make_chain: MakeChain, docker: Docker, images: Images, count: str
 ) -> None:
     """
-    Neither AWS nor ECR is there when the daemon starts: whichever process a client comes to serves the image.
+    Neither AWS nor ECR is there when the daemon starts: any of its processes serves the image.
     """
     chain = make_chain(settings={"PROXY_WORKER_PROCESSES": count})
     assert docker.pull(reference(chain, images.single)) == images.single.image_id

@@ -1,5 +1,5 @@
 """
-Several processes over one cache directory bring each blob once, and finish what one of them was killed at.
+Several processes over one cache directory fetch each blob once, and finish what a killed one has begun.
 
 C{ECRPROXY_E2E_BLOB_MIB=256} does it with a blob of that size; it always comes at 20 MB a second.
 """
@@ -47,9 +47,6 @@ def group(home: Path, twistd: Path, standin: StandIn, request: pytest.FixtureReq
 
 
 def pull_blob(connection: http.client.HTTPConnection, standin: StandIn) -> Transfer:
-    """
-    Pull the blob.
-    """
     return pull(connection, "demo/blob", standin.names["demo/blob"])
 
 
@@ -74,7 +71,7 @@ def test_a_cold_blob_comes_once(standin: StandIn, group: Group, figures: Figures
 
 def test_the_others_finish_for_one_that_is_killed(standin: StandIn, group: Group, figures: Figures) -> None:
     """
-    Their clients get right bytes without a break, and little comes twice.
+    Their clients get right bytes without a break, and few bytes come twice.
     """
     digest = standin.names["demo/blob"]
     (carrier, (first, second)), *others = group.connect(2).items()

@@ -25,7 +25,7 @@ from .processes import Process, environment, eventually, free_port
 READABLE = 4.5
 """The least contrast of text: WCAG 2.2, 1.4.3."""
 PICTURES = "ECRPROXY_PICTURES"
-"""Names the directory that the pictures of the documents are put into, if they are to be made anew."""
+"""The variable that names a directory for new pictures for the documents."""
 LARGEST_PICTURE = 150_000
 
 Open = Callable[..., Browser]
@@ -50,7 +50,7 @@ def browse(tmp_path: Path) -> Iterator[Open]:
 @pytest.fixture(scope="module")
 def example(home: Path) -> Iterator[str]:
     """
-    Give the address of a page that has something of everything.
+    Return the address of a page that has something of everything.
     """
     port = free_port()
     process = Process(
@@ -66,8 +66,8 @@ def example(home: Path) -> Iterator[str]:
 
 def test_figures_move_while_a_pull_runs(make_chain: MakeChain, images: Images, browse: Open, hold: Path) -> None:
     """
-    How far a blob has come and how many follow it are seen while two clients pull, in a page that is loaded once;
-    it asks nobody but the daemon, and the console has no complaint.
+    The progress of a blob and the number of its followers are shown while two clients pull, without a reload; the page
+    uses only the daemon, and the console has no errors.
     """
     port = free_port()
     settings = {"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1", "PROXY_BLOB_CONNECTIONS": "1"}
@@ -99,7 +99,7 @@ def test_figures_move_while_a_pull_runs(make_chain: MakeChain, images: Images, b
 
 def test_workers_are_seen_as_one(make_chain: MakeChain, images: Images, hold: Path) -> None:
     """
-    What any of them gave its clients, and what is on its way for them, is told together.
+    Traffic and transfers of all workers are shown together.
     """
     port = free_port()
     settings = {"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1", "PROXY_WORKER_PROCESSES": "2"}
@@ -126,7 +126,7 @@ def test_workers_are_seen_as_one(make_chain: MakeChain, images: Images, hold: Pa
 
 def test_a_daemon_that_ends_is_seen_to(make_chain: MakeChain, browse: Open) -> None:
     """
-    Old figures are not taken for new ones; when the daemon is there again, they are new.
+    Old data is marked as such; when the daemon is back, it is new.
     """
     port = free_port()
     chain = make_chain(settings={"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1"})
@@ -141,7 +141,7 @@ def test_a_daemon_that_ends_is_seen_to(make_chain: MakeChain, browse: Open) -> N
 
 def test_an_ecr_that_is_away_is_read_first(make_chain: MakeChain, images: Images, browse: Open) -> None:
     """
-    What can't be done, why, and what goes on all the same: at the top of a page that is open already.
+    What fails, why, and what still works: at the top of a page that is open already.
     """
     port = free_port()
     chain = make_chain(settings={"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1"})
@@ -177,7 +177,7 @@ def test_an_ecr_that_is_away_is_read_first(make_chain: MakeChain, images: Images
 
 def test_without_scripts_it_shows_all_and_loads_itself_again(example: str, browse: Open) -> None:
     """
-    Charts, bars and tables are there, and later figures too.
+    Charts, bars and tables are there, and later data too.
     """
     browser = browse(scripts=False)
     browser.driver.get(example)
@@ -195,7 +195,7 @@ def test_without_scripts_it_shows_all_and_loads_itself_again(example: str, brows
 @pytest.mark.parametrize("width", [320, 360, 768, 1200])
 def test_fits_any_width(example: str, browse: Open, width: int) -> None:
     """
-    From a small phone to a desk, nothing has to be scrolled sideways.
+    From a small phone to a desktop, without horizontal scrolling.
     """
     browser = browse()
     browser.size(width, 800)
@@ -207,7 +207,7 @@ def test_fits_any_width(example: str, browse: Open, width: int) -> None:
 @pytest.mark.parametrize("dark", [False, True])
 def test_can_be_read_in_light_and_dark(example: str, browse: Open, *, dark: bool) -> None:
     """
-    As the system has it, with enough contrast for every text.
+    By the system's mode, with enough contrast for every text.
     """
     browser = browse()
     browser.dark(dark=dark)
@@ -221,7 +221,7 @@ def test_can_be_read_in_light_and_dark(example: str, browse: Open, *, dark: bool
 
 def test_can_be_used_with_a_keyboard(example: str, browse: Open) -> None:
     """
-    All that can be used is come to in the order in which it is read, and is seen to be; what is opened stays open.
+    Every control is reached in reading order, with a visible focus; what is opened stays open.
     """
     browser = browse()
     browser.driver.get(example)
@@ -252,7 +252,7 @@ def test_can_be_used_with_a_keyboard(example: str, browse: Open) -> None:
 
 def test_can_be_skipped_to_and_paused(example: str, browse: Open) -> None:
     """
-    Whoever wants to read in peace may.
+    For reading without changes.
     """
     browser = browse()
     browser.driver.get(example)
@@ -269,7 +269,7 @@ def test_can_be_skipped_to_and_paused(example: str, browse: Open) -> None:
 
 def test_can_be_read_out(example: str, browse: Open) -> None:
     """
-    As Chromium tells screen readers: landmarks, headings and tables, and a name for whatever has a meaning.
+    In Chromium's accessibility tree: landmarks, headings and tables, and a name for whatever has a meaning.
     """
     browser = browse()
     browser.driver.get(example)

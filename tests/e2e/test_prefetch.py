@@ -1,5 +1,5 @@
 """
-C{ecr-proxy prefetch} through the real daemon: what it brought in is served with everything behind the daemon gone.
+C{ecr-proxy prefetch} through the real daemon: its images are served with everything behind the daemon gone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def test_what_was_prefetched_is_pulled_with_ecr_away(
     make_chain: MakeChain, images: Images, tmp_path: Path, scheme: str
 ) -> None:
     """
-    Over HTTP and over TLS: the daemon is found, and its certificate believed, by its own settings.
+    Over HTTP and over TLS: the daemon's own settings give its address and its certificate.
     """
     chain = make_chain(tls=scheme == "https")
     done = prefetch(chain, tmp_path, f"{images.single.repository}@{images.single.digest}")
@@ -49,7 +49,7 @@ def test_a_manifests_images_come_for_one_platform_or_for_all(
     make_chain: MakeChain, images: Images, tmp_path: Path
 ) -> None:
     """
-    A Kubernetes manifest names them; what is there already is not moved again.
+    A Kubernetes manifest names them; what is cached already is not transferred again.
     """
     chain = make_chain()
     host = chain.front_url.removeprefix("http://")
@@ -76,7 +76,7 @@ def test_an_interrupted_run_goes_on_with_the_next(
     make_chain: MakeChain, images: Images, hold: Path, tmp_path: Path
 ) -> None:
     """
-    Ctrl-C ends it at once, with the status for that; the next run brings in what is missing.
+    Ctrl-C ends it at once, with the status for that; the next run fetches what is missing.
     """
     chain = make_chain(front=("--hold", str(hold)))
     name = f"{images.big.repository}:{images.big.tag}"
@@ -99,7 +99,7 @@ def test_a_daemon_that_is_restarted_meanwhile_is_waited_for(
     make_chain: MakeChain, images: Images, hold: Path, tmp_path: Path
 ) -> None:
     """
-    What breaks off goes on where it was, and the image is whole in the end.
+    A broken transfer is resumed where it was, and the image is complete in the end.
     """
     chain = make_chain(front=("--hold", str(hold)))
     argv: list[str | Path] = [chain.command, "prefetch", f"{images.big.repository}:{images.big.tag}"]
@@ -119,7 +119,7 @@ def test_a_daemon_that_is_restarted_meanwhile_is_waited_for(
 
 def test_one_image_that_is_missing_is_told(make_chain: MakeChain, images: Images, tmp_path: Path) -> None:
     """
-    The others come in, and the exit status says that one did not.
+    The others are fetched, and the exit status reports the failure.
     """
     chain = make_chain()
     done = prefetch(chain, tmp_path, "team/none:1", f"{images.single.repository}:{images.single.tag}")

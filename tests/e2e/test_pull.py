@@ -16,7 +16,7 @@ from .conftest import MakeChain
 from .images import MANY_TAGS, Image, Images
 from .processes import eventually
 
-# A config and two layers: what one platform of the index takes.
+# A config and two layers: one platform of the index.
 BLOBS_OF_A_PLATFORM = 3
 SILENCE = 10.0
 """The clients try TLS before plain HTTP, and give a silent server so many seconds: no pull would be quicker."""
@@ -25,14 +25,14 @@ SILENCE = 10.0
 @pytest.fixture(params=["http", "https"])
 def chain(make_chain: MakeChain, request: pytest.FixtureRequest) -> Chain:
     """
-    Give a chain with an empty cache, once with each scheme.
+    Return a chain with an empty cache, once with each scheme.
     """
     return make_chain(tls=request.param == "https")
 
 
 def trust(chain: Chain, which: str = "") -> tuple[str, ...]:
     """
-    Make the options by which skopeo and podman reach the daemon.
+    Return the options by which skopeo and podman reach the daemon.
     """
     if chain.daemon.tls:
         return (f"--{which}cert-dir", str(chain.certificates.ca_directory))
@@ -41,21 +41,21 @@ def trust(chain: Chain, which: str = "") -> tuple[str, ...]:
 
 def reference(chain: Chain, image: Image) -> str:
     """
-    Name an image by its tag.
+    Return an image's name with its tag.
     """
     return f"{chain.daemon.address}/{image.repository}:{image.tag}"
 
 
 def by_digest(chain: Chain, image: Image) -> str:
     """
-    Name an image by its digest.
+    Return an image's name with its digest.
     """
     return f"{chain.daemon.address}/{image.repository}@{image.digest}"
 
 
 def layout_digests(directory: Path) -> tuple[str, tuple[str, ...]]:
     """
-    Read the digest of a layout's index, and those of the images it lists.
+    Return the digest of a layout's index, and those of the images it lists.
     """
     top = json.loads((directory / "index.json").read_text())["manifests"][0]["digest"]
     index = json.loads((directory / "blobs/sha256" / top.removeprefix("sha256:")).read_text())
@@ -64,21 +64,18 @@ def layout_digests(directory: Path) -> tuple[str, tuple[str, ...]]:
 
 def test_docker_pulls_by_tag(chain: Chain, docker: Docker, images: Images) -> None:
     """
-    An image of several layers arrives under the id that it was pushed with.
+    An image of several layers has the id that it was pushed with.
     """
     assert docker.pull(reference(chain, images.single)) == images.single.image_id
 
 
 def test_docker_pulls_by_digest(chain: Chain, docker: Docker, images: Images) -> None:
-    """
-    The digest alone is enough to pull an image.
-    """
     assert docker.pull(by_digest(chain, images.single)) == images.single.image_id
 
 
 def test_docker_is_not_kept_waiting(chain: Chain, docker: Docker, images: Images) -> None:
     """
-    A pull of a few megabytes takes a moment, even though docker knocks with TLS first.
+    A pull of a few megabytes takes a moment, even though docker tries TLS first.
     """
 
     def prompt() -> bool:
@@ -100,7 +97,7 @@ def test_the_second_pull_brings_no_blob_from_the_bucket(chain: Chain, docker: Do
     docker.pull(reference(chain, images.single))
     second = chain.counters()
     assert second["bucket"] == first["bucket"]
-    # Docker may have kept the manifest of an earlier test, and ask for it in the second pull alone.
+    # Docker may have kept the manifest of an earlier test, and request it in the second pull only.
     assert second["requests"].get("GET manifests", 0) <= 1
 
 
@@ -113,9 +110,6 @@ def test_docker_pulls_its_own_platform_of_an_index(chain: Chain, docker: Docker,
 
 
 def test_docker_pulls_an_index_by_digest(chain: Chain, docker: Docker, images: Images) -> None:
-    """
-    An index can be named by its digest.
-    """
     assert docker.pull(by_digest(chain, images.multi)) == images.multi.image_id
 
 
@@ -148,7 +142,7 @@ def test_podman_pulls_by_digest(chain: Chain, podman: Podman, images: Images) ->
 
 def test_skopeo_lists_every_tag(chain: Chain, skopeo: Skopeo, images: Images) -> None:
     """
-    The registry answers in pages; following their links through the daemon gives all tags.
+    The registry answers in pages; following their links through the daemon returns all tags.
     """
     options = trust(chain)
     tags = skopeo.tags(f"{chain.daemon.address}/{images.many}", *options)
@@ -157,7 +151,7 @@ def test_skopeo_lists_every_tag(chain: Chain, skopeo: Skopeo, images: Images) ->
 
 def test_a_page_of_tags_links_to_the_address_that_was_asked(chain: Chain, images: Images) -> None:
     """
-    The next page is to be had from the daemon, not from the registry behind it.
+    The next page comes from the daemon, not from the registry behind it.
     """
     first = chain.daemon.ask(f"/v2/{images.many}/tags/list?n=5000")
     assert first.status == 200
@@ -170,7 +164,7 @@ def test_a_page_of_tags_links_to_the_address_that_was_asked(chain: Chain, images
 
 def test_an_unknown_authority_is_not_believed(make_chain: MakeChain, skopeo: Skopeo, images: Images) -> None:
     """
-    That the TLS pulls work is due to the certificate: without its CA they do not.
+    The TLS pulls depend on the certificate: without its CA they fail.
     """
     chain = make_chain(tls=True)
     with pytest.raises(CommandError, match="certificate"):

@@ -1,5 +1,5 @@
 """
-The wheel in an empty environment of each Python: it works there, and when it goes Twisted is as it was.
+The wheel in an empty environment of each Python: it works there, and uninstalling it leaves Twisted as it was.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Environment:
 
     def pip(self, *argv: str | Path) -> None:
         """
-        Have pip do something.
+        Run pip.
         """
         run(self.bin / "pip", "--quiet", *argv)
 
     def says(self, program: str, *argv: str) -> str:
         """
-        Run a program, and give all that it says.
+        Run a program, and return its output.
         """
         return run(self.bin / program, *argv)
 

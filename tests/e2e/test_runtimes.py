@@ -26,14 +26,14 @@ from .processes import Process, environment, eventually
 DEPLOY = CHECKOUT / "deploy"
 REGISTRY = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 PLACE = f"{PROXY}:5000"
-# This machine, at an address that Docker does not take for one of loopback: those it trusts without being told.
+# This machine, at an address that Docker does not take for loopback, which it trusts by default.
 HOSTS = f"127.0.0.1 localhost\n0.0.0.0 {PROXY}\n"
 
 
 @pytest.fixture
 def chain(make_chain: MakeChain) -> Chain:
     """
-    Give a chain whose daemon the recipes are about.
+    Return a chain whose daemon the recipes are about.
     """
     return make_chain()
 
@@ -41,7 +41,7 @@ def chain(make_chain: MakeChain) -> Chain:
 @pytest.fixture
 def etc(chain: Chain, tmp_path: Path) -> Path:
     """
-    Give what /etc has besides: the recipes as they stand, but for the port; and where the proxy is.
+    Return the additional files of /etc: the unchanged recipes, except for the port; and the address of the proxy.
     """
     directory = tmp_path / "etc"
     for recipe, place in (("containerd", "containerd"), ("containers", "containers"), ("docker", "docker")):
@@ -55,13 +55,13 @@ def etc(chain: Chain, tmp_path: Path) -> Path:
 
 class Containerd(Client):
     """
-    containerd, by its own client and as the kubelet speaks to it.
+    containerd, by its own client and by the kubelet's interface.
     """
 
     @property
     def socket(self) -> Path:
         """
-        Where it listens.
+        Return the path of its socket.
         """
         return self.home / "containerd.sock"
 
@@ -79,14 +79,14 @@ class Containerd(Client):
 
     def pull_as_kubelet(self, reference: str) -> str:
         """
-        Ask for an image by CRI, the interface of Kubernetes, and give its id.
+        Request an image by CRI, the interface of Kubernetes, and return its id.
         """
         asked = told(told(reference.encode()))  # PullImageRequest.image, ImageSpec.image
         return self._call("ImageService/PullImage", asked)[2:].decode()  # PullImageResponse.image_ref
 
     def ready(self) -> bool:
         """
-        Say whether both ways are served: CRI is so a little later than it is listened for.
+        Return True if both ways are served: CRI works a little after its socket listens.
         """
         if self.attempt("ctr", "--address", self.socket, "version").status:
             return False
@@ -105,7 +105,7 @@ class Containerd(Client):
 
 def told(value: bytes) -> bytes:
     """
-    Write the first field of a protobuf message, which is a text or another message.
+    Encode the first field of a protobuf message, which is a text or another message.
     """
     length = bytes([len(value)]) if len(value) < 128 else bytes([len(value) % 128 + 128, len(value) // 128])
     return b"\x0a" + length + value
@@ -128,9 +128,6 @@ def running_containerd_1(etc: Path, home: Path) -> Iterator[Containerd]:
 
 @pytest.fixture
 def containerd(etc: Path, tmp_path: Path) -> Iterator[Containerd]:
-    """
-    Give a containerd.
-    """
     with running_containerd_1(etc, tmp_path) as containerd:
         yield containerd
 
@@ -151,7 +148,7 @@ def running(client: Containerd, config: Path, program: str = "containerd") -> It
 
 def was_asked(chain: Chain, image: Image) -> None:
     """
-    Make sure that the daemon was asked for both kinds of an image's content. Its lines come when they were gathered.
+    Assert that the daemon got requests for both kinds of an image's content. Its lines are batched.
     """
 
     def kinds() -> list[str]:
@@ -164,7 +161,7 @@ def was_asked(chain: Chain, image: Image) -> None:
 
 def test_containerd_pulls_by_the_registrys_name(chain: Chain, containerd: Containerd, images: Images) -> None:
     """
-    Its own client takes the proxy for the registry's mirror.
+    Its own client uses the proxy as the registry's mirror.
     """
     image = images.multi
     name = f"{REGISTRY}/{image.repository}:{image.tag}"
@@ -175,7 +172,7 @@ def test_containerd_pulls_by_the_registrys_name(chain: Chain, containerd: Contai
 
 def test_kubernetes_nodes_pull_by_the_registrys_name(chain: Chain, containerd: Containerd, images: Images) -> None:
     """
-    So does containerd when a kubelet asks it, by tag and by digest.
+    So does containerd for a kubelet, by tag and by digest.
     """
     image = images.multi
     name = f"{REGISTRY}/{image.repository}"
@@ -195,7 +192,7 @@ def test_podman_pulls_by_the_registrys_name(chain: Chain, etc: Path, images: Ima
 
 def test_docker_pulls_by_the_proxys_name(chain: Chain, etc: Path, tmp_path: Path, images: Images) -> None:
     """
-    Docker has mirrors for Docker Hub alone.
+    Docker has mirrors only for Docker Hub.
     """
     process, docker = start_engine(tmp_path, etc)
     try:
@@ -209,7 +206,7 @@ def test_docker_shows_its_certificate(
     make_chain: MakeChain, equipment: Equipment, tmp_path: Path, images: Images
 ) -> None:
     """
-    Where PROXY_CLIENT_CA is set, Docker pulls with a certificate in its directory for the proxy, and not without.
+    With PROXY_CLIENT_CA set, Docker pulls with a certificate in its directory for the proxy, and not without.
     """
     made = make_client(tmp_path / "made", equipment.certificates, "Clients")
     chain = make_chain(tls=True, settings={"PROXY_CLIENT_CA": str(made / "clients.pem")})

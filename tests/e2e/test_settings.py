@@ -21,7 +21,7 @@ Settings = Mapping[str, str | None]
 
 def start_wrong(equipment: Equipment, home: Path, settings: Settings) -> str:
     """
-    Start the daemon with settings that are wrong, and give its one complaint, which comes after warnings.
+    Start the daemon with wrong settings, and return its one error, which comes after warnings.
     """
     nowhere = f"http://127.0.0.1:{free_port()}"
     usual = {"PROXY_PORT": str(free_port()), "PROXY_CACHE_DIR": str(home / "cache")}
@@ -66,7 +66,7 @@ WRONG: dict[str, tuple[Settings, str, str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_the_complaint_names_the_setting(equipment: Equipment, tmp_path: Path, case: str) -> None:
     """
-    One line on stderr: the variable, its value, and nothing that only a programmer can read.
+    One line on stderr: the variable, its value, and no traceback.
     """
     settings, variable, value = WRONG[case]
     complaint = start_wrong(equipment, tmp_path, settings)
@@ -77,7 +77,7 @@ def test_the_complaint_names_the_setting(equipment: Equipment, tmp_path: Path, c
 @pytest.mark.parametrize("alone", ["PROXY_SSL_KEY", "PROXY_SSL_CERTIFICATE"])
 def test_key_and_certificate_belong_together(equipment: Equipment, tmp_path: Path, alone: str) -> None:
     """
-    One without the other is not taken for a wish to serve plain HTTP.
+    One without the other does not mean plain HTTP.
     """
     made = equipment.certificates
     path = made.key if alone == "PROXY_SSL_KEY" else made.chain
@@ -113,7 +113,7 @@ def test_a_port_in_use_is_named(make_chain: MakeChain, equipment: Equipment, tmp
 
 def test_no_credentials_at_all_are_named(make_chain: MakeChain, equipment: Equipment, tmp_path: Path) -> None:
     """
-    Where botocore finds none anywhere, waiting would not help.
+    If botocore finds none anywhere, waiting would not help.
     """
     settings = standard_settings(make_chain().front_url)
     none: Settings = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
@@ -123,7 +123,7 @@ def test_no_credentials_at_all_are_named(make_chain: MakeChain, equipment: Equip
 
 def test_refused_credentials_are_named(equipment: Equipment, tmp_path: Path, refusing: str) -> None:
     """
-    What AWS refuses for good does not get better by trying again.
+    What AWS rejects for good does not get better by retrying.
     """
     complaint = start_wrong(equipment, tmp_path, standard_settings(refusing))
     assert "AWS credentials" in complaint

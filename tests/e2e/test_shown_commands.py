@@ -1,9 +1,9 @@
 """
-What README.rst and docs/ tell a reader to type works as it stands.
+The commands in README.rst and docs/ work as they are shown.
 
 Each page is one shell, from top to bottom, in a copy of the checkout, beside a daemon before the stand-in for ECR.
-On a page that starts the daemon itself, that one has its place. What a page writes to /etc, /opt or /var is seen by it
-alone. For names that only AWS or the reader can give, others stand here: see L{Stage.stand_ins}.
+On a page that starts the daemon itself, that one replaces it. What a page writes to /etc, /opt or /var is visible only
+to it. Names that only AWS or the reader can give are replaced: see L{Stage.stand_ins}.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BASE = re.compile(r"^ARG BASE=(\S+)$", re.MULTILINE)
 
 def shown_on(page: Path) -> list[Block]:
     """
-    Give the blocks of a page that are to be run.
+    Return the blocks of a page that are to be run.
     """
     return [each for each in blocks(page) if each.language == "console" and each.not_run is None]
 
@@ -47,7 +47,7 @@ FILES = {
     "images.txt": "# as a reader has it\nteam/app:latest\n",
     "deploy.yaml": "spec: {containers: [{image: 123456789012.dkr.ecr.eu-west-1.amazonaws.com/team/app:latest}]}\n",
 }
-"""What a reader has beside him."""
+"""What a reader has at hand."""
 
 SANDBOX = """
 set -eu
@@ -81,7 +81,7 @@ answers() {
 @dataclass(frozen=True)
 class Stage:
     """
-    What a page's commands meet.
+    The environment of a page's commands.
     """
 
     chain: Chain
@@ -92,7 +92,7 @@ class Stage:
 
     def stand_ins(self) -> Mapping[str, str]:
         """
-        Tell what stands here for which name in the documents.
+        Return the replacements for names in the documents.
         """
         image = self.images.single
         passed = ("PROXY_PORT", "PROXY_DNS_RESOLVER", "AWS_ENDPOINT_URL", "AWS_EC2_METADATA_DISABLED")
@@ -115,7 +115,7 @@ class Stage:
 
     def variables(self) -> dict[str, str]:
         """
-        Make the environment of whoever types.
+        Return the user's environment.
         """
         given = {name: value for name, value in standard_settings(self.chain.front_url).items() if value}
         return {
@@ -125,13 +125,13 @@ class Stage:
             "PATH": f"{self.twistd.parent}:{PATH}",
             "PROXY_PORT": str(self.chain.daemon.port),
             "PROXY_ADMIN_LISTEN": f"tcp:{self.admin_port}:interface=127.0.0.1",
-            # `make` would take a minute for each page to make another.
+            # `make` would take a minute for each page to create another.
             "VENV": str(CHECKOUT / ".venv"),
         }
 
     def run(self, shown: Sequence[Block]) -> str:
         """
-        Run a page's blocks, and tell what is wrong, if anything is.
+        Run a page's blocks, and return what is wrong, if anything.
         """
         place = self.chain.home / "checkout"
         shutil.copytree(CHECKOUT, place, ignore=LEFT_OUT)
@@ -159,7 +159,7 @@ class Stage:
 
     def _here(self, text: str) -> str:
         """
-        Put what stands for it here in the place of each name.
+        Replace each name.
         """
         for shown, here in self.stand_ins().items():
             text = text.replace(shown, here)
@@ -167,7 +167,7 @@ class Stage:
 
     def _typed(self, number: int, block: Block, command: Command) -> str:
         """
-        Write a command as the shell here is to have it.
+        Return a command as the shell here needs it.
         """
         text = self._here(command.text)
         if block.answers_at is None or command != block.commands()[-1]:
@@ -178,7 +178,7 @@ class Stage:
 
 def judged(commands: Sequence[tuple[Block, Command]], printed: Sequence[str], status: int) -> str:
     """
-    Tell which command failed, or printed something else than is shown.
+    Return which command failed, or printed something else than is shown.
     """
     if status:
         at = max(len(printed) - 1, 0)
@@ -197,7 +197,7 @@ def stage(
     make_chain: MakeChain, builder: Docker, base: str, images: Images, twistd: Path, equipment: Equipment
 ) -> Stage:
     """
-    Prepare what a page's commands meet, and an engine that has the Dockerfile's base.
+    Prepare the environment of a page's commands, and an engine that has the Dockerfile's base.
     """
     named = BASE.search((CHECKOUT / "Dockerfile").read_text("utf-8"))
     assert named
@@ -212,7 +212,7 @@ def stage(
 )
 def test_commands_work_as_they_are_shown(page: Path, stage: Stage) -> None:
     """
-    Whatever is not marked as not to be run.
+    All that are not marked as not to be run.
     """
     shown = shown_on(page)
     if any(each.answers_at for each in shown):

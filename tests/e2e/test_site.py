@@ -14,7 +14,7 @@ import pytest
 from .installing import CHECKOUT
 from .processes import PATIENCE, environment
 
-# What a browser fetches by itself: scripts, styles, pictures, fonts. A link is followed by whoever clicks on it.
+# What a browser fetches by itself: scripts, styles, pictures, fonts. Links need a click.
 FETCHED = re.compile(
     r"""<(?:script|img|iframe|source)[^>]*\ssrc="([^"]+)"|<link[^>]*\shref="([^"]+)"|url\(['"]?([^'")]+)"""
 )
@@ -61,7 +61,7 @@ def test_pages_load_nothing_from_elsewhere(built: Path) -> None:
 @pytest.mark.parametrize("name", ["ecr-proxy.1", "ecrproxy.8"])
 def test_man_and_mandoc_object_to_nothing(built: Path, home: Path, name: str) -> None:
     """
-    Each manual is one that groff renders without a warning, and that has no errors for mandoc.
+    groff renders each manual without a warning, and mandoc reports no errors.
     """
     manual = built / "man" / name
     shown = run(home, "man", "--warnings", "--local-file", manual)

@@ -1,5 +1,5 @@
 """
-Small clients that people write their own tools with, from PyPI and npm: each has its own reading of the protocol.
+Small client libraries from PyPI and npm: each interprets the protocol in its own way.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ const none = undefined, http = {protocol: "http"};
 @pytest.fixture
 def place(make_chain: MakeChain) -> str:
     """
-    Give the address of a proxy.
+    Return the address of a proxy.
     """
     return f"localhost:{make_chain().daemon.port}"
 
@@ -48,7 +48,7 @@ def place(make_chain: MakeChain) -> str:
 @pytest.fixture
 def client(tmp_path: Path) -> Client:
     """
-    Give a home to run a client in.
+    Return a home for a client.
     """
     return Client(tmp_path)
 

@@ -1,5 +1,5 @@
 """
-A storm of blobs, several times what the cache may hold, over several processes on one directory.
+A storm of blobs, several times the cache limit, over several processes on one directory.
 
 C{ECRPROXY_E2E_STORM_MB=2000} does it with so many bytes, and a limit of 15 hundredths of them: 300 MB. And requests for
 them that are distributed as those of clients are (Zipf), with a limit of a quarter of them.
@@ -38,7 +38,7 @@ LIMIT = STORM * 15 // 100
 CLIENTS = 4
 """Clients of each process."""
 HELD = 6 * 2**20
-"""More than the kernel buffers: a client that reads no more has the rest of it sent while the storm goes on."""
+"""More than the kernel buffers: if a client stops reading, the rest is still to be sent during the storm."""
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def group(home: Path, twistd: Path, standin: StandIn, request: pytest.FixtureReq
 @contextlib.contextmanager
 def weighed(folder: Path) -> Iterator[dict[str, int]]:
     """
-    Look all the while at what a directory takes of the disk; what was seen is there afterwards.
+    Measure a directory's size on disk all the while; the results are there afterwards.
     """
     argv, seen = [sys.executable, "-m", "tests.e2e.weighing", str(folder)], dict[str, int]()
     with subprocess.Popen(argv, cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -76,7 +76,7 @@ def weighed(folder: Path) -> Iterator[dict[str, int]]:
 
 class Slow:
     """
-    A client that has read the beginning of a blob, and rests.
+    A client that has read the beginning of a blob, and pauses.
     """
 
     def __init__(self, connection: http.client.HTTPConnection, digest: str) -> None:
@@ -89,7 +89,7 @@ class Slow:
 
     def rest(self) -> str:
         """
-        Read on to the end, and give the digest of all.
+        Read on to the end, and return the digest of all.
         """
         with contextlib.closing(self._connection):
             return f"sha256:{hashlib.sha256(self._begun + self._response.read()).hexdigest()}"
@@ -97,7 +97,7 @@ class Slow:
 
 def pull_all(connection: http.client.HTTPConnection, digests: list[str]) -> Counter[str]:
     """
-    Pull blobs on one connection, and count how the cache took part; what is wrong is counted by its own word.
+    Pull blobs on one connection, and count their cache statuses; errors are counted under a word of their own.
     """
     counts = Counter[str]()
     with contextlib.closing(connection):
@@ -112,7 +112,8 @@ def pull_all(connection: http.client.HTTPConnection, digests: list[str]) -> Coun
 
 def orders(digests: list[str], number: int) -> list[list[str]]:
     """
-    Say in which order so many clients ask: each blob is asked for once by some client, and often once more by another.
+    Return the order of requests of so many clients: each blob is requested once by some client, and often again by
+    another.
     """
     chance, lists = random.Random("storm"), [list[str]() for _ in range(number)]
     for digest in digests:
@@ -125,8 +126,8 @@ def orders(digests: list[str], number: int) -> list[list[str]]:
 
 def test_a_storm_keeps_to_the_limit_and_breaks_off_nobody(standin: StandIn, group: Group, figures: Figures) -> None:
     """
-    The directory, with all that is in it, never takes more than 5 % above the limit; nothing is unlinked while it is
-    being sent, by whichever process; all clients get the right bytes.
+    The directory, with all that is in it, never uses more than 5 % above the limit; nothing is unlinked while any
+    process sends it; all clients get the right bytes.
     """
     large, many = standin.names["demo/blob"], standin.named("demo/many/")
     clients = [client for each in group.connect(CLIENTS).values() for client in each]
@@ -138,7 +139,7 @@ def test_a_storm_keeps_to_the_limit_and_breaks_off_nobody(standin: StandIn, grou
         running = [pool.submit(pull_all, *each) for each in zip(clients, orders(many, len(clients)), strict=True)]
         counts = sum((each.result(timeout=20 * PATIENCE) for each in running), Counter[str]())
         took = time.monotonic() - began
-        time.sleep(0.5)  # what is still being tidied is looked at, too
+        time.sleep(0.5)  # the cleanup is watched, too
     assert path.stat().st_ino == inode, "it was unlinked while it was sent"
     assert [each.rest() for each in slow] == [large] * len(slow)
     figures.append(
@@ -158,8 +159,8 @@ def test_what_is_kept_is_what_exact_lru_keeps(
     home: Path, twistd: Path, standin: StandIn, request: pytest.FixtureRequest, figures: Figures
 ) -> None:
     """
-    The ratio of hits is less than 1 % lower. The limit of exact LRU is what the index leaves. It may be higher: small
-    blobs are in the memory of each process, too, so larger ones are told by themselves.
+    The hit ratio is less than 1 % lower. The limit of exact LRU is what the index leaves. The ratio may be higher:
+    small blobs are in the memory of each process, too, so larger ones are reported separately.
     """
     many, ours, theirs, counted = standin.named("demo/many/"), Counter[bool](), Counter[bool](), Counter[bool]()
     asked = trace(random.Random(5), len(many), 6 * len(many))
@@ -189,7 +190,7 @@ def test_what_is_kept_is_what_exact_lru_keeps(
 
 def ask_one(client: http.client.HTTPConnection, digest: str) -> tuple[bool, int]:
     """
-    Pull a blob, and tell whether it was there, and its size.
+    Pull a blob, and return whether it was cached, and its size.
     """
     client.request("GET", f"/v2/demo/many/blobs/{digest}")
     response = client.getresponse()

@@ -44,7 +44,7 @@ OCI = "application/vnd.oci.image.index.v1+json"
 @pytest.fixture(scope="module")
 def machine(home: Path) -> Iterator[Machine]:
     """
-    Run a systemd that has the daemon installed.
+    Run a systemd with the daemon installed.
     """
     directory = home / "machine"
     directory.mkdir()
@@ -68,13 +68,13 @@ class Unit:
         machine.run("rm", "-rf", f"/{UNITS}/{SERVICE}.d", f"/{UNITS}/{SOCKET}.d", "/run/ecr-proxy.log")
         for name in (SERVICE, SOCKET):
             machine.write(f"{UNITS}/{name}", (RECIPES / name).read_text())
-        # A log that can be read, and no limit for starts: there are many within seconds here.
+        # A readable log, and no limit for starts: there are many within seconds here.
         log = "StandardOutput=append:/run/ecr-proxy.log\nStandardError=inherit\n"
         self.add(SERVICE, "test", f"[Unit]\nStartLimitIntervalSec=0\n[Service]\n{log}")
 
     def add(self, unit: str, name: str, text: str) -> None:
         """
-        Put a drop-in there, as an operator does.
+        Add a drop-in, as an operator does.
         """
         self.machine.write(f"{UNITS}/{unit}.d/{name}.conf", text)
 
@@ -89,7 +89,7 @@ class Unit:
 
     def hand_over(self, files: Mapping[str, str]) -> None:
         """
-        Have systemd hand over files that root alone can read, by the lines that stand in the unit as comments.
+        Have systemd pass files that only root can read, by the lines that are comments in the unit.
         """
         offered = re.findall(r"^# ((?:LoadCredential|Environment)=.*)$", (RECIPES / SERVICE).read_text(), re.MULTILINE)
         for name, text in files.items():
@@ -100,7 +100,7 @@ class Unit:
 
     def show(self, name: str) -> str:
         """
-        Give what systemd says of the service.
+        Return systemd's status of the service.
         """
         return self.machine.show(SERVICE, name)
 
@@ -112,14 +112,14 @@ class Unit:
 
     def stop(self) -> None:
         """
-        Stop both, and forget what became of them.
+        Stop both, and reset their state.
         """
         self.machine.run("systemctl", "stop", SOCKET, SERVICE)
         self.machine.attempt("systemctl", "reset-failed")
 
     def log(self) -> str:
         """
-        Read what the daemon has said.
+        Return the daemon's output.
         """
         path = self.machine.path("run/ecr-proxy.log")
         return path.read_text() if path.exists() else ""
@@ -128,7 +128,7 @@ class Unit:
 @pytest.fixture
 def unit(machine: Machine, make_chain: MakeChain, request: pytest.FixtureRequest) -> Iterator[Unit]:
     """
-    Give a service that has not been started.
+    Return a service that has not been started.
     """
     chain = make_chain(front=("--rate", str(SLOW)), wait=False)
     chain.daemon.process.stop()
@@ -142,7 +142,7 @@ def unit(machine: Machine, make_chain: MakeChain, request: pytest.FixtureRequest
 @pytest.fixture
 def serving(unit: Unit) -> Unit:
     """
-    Give one that has a token.
+    Return one that has a token.
     """
     unit.start()
     eventually(answers(f"{unit.url}/readyz"), "the daemon is ready")
@@ -160,7 +160,7 @@ def test_the_unit_is_hardened() -> None:
 
 def test_the_units_are_understood(unit: Unit) -> None:
     """
-    systemd-analyze has nothing to say of them, with the socket's drop-in and without it.
+    systemd-analyze has no objections, with the socket's drop-in and without it.
     """
     verify = ("env", f"SYSTEMD_UNIT_PATH=/{UNITS}", "systemd-analyze", "verify", SERVICE, SOCKET)
     plain = unit.machine.attempt(*verify)
@@ -171,7 +171,7 @@ def test_the_units_are_understood(unit: Unit) -> None:
 
 def test_started_means_that_clients_are_served(unit: Unit, docker: Docker, images: Images) -> None:
     """
-    As nobody in particular, with its cache where systemd keeps caches; and stopped means that it ended well.
+    As an unprivileged user, with its cache where systemd keeps caches; and stopped means a clean exit.
     """
     unit.settings["PROXY_CACHE_LIMIT"] = "4g"  # less than any disk that this runs on
     unit.start()
@@ -208,7 +208,7 @@ def test_it_starts_while_ecr_is_away(unit: Unit, images: Images) -> None:
 
 def test_credentials_that_aws_refuses_are_a_failure(unit: Unit, refusing: str) -> None:
     """
-    systemd tells that the service has failed, and its log why.
+    systemd reports that the service has failed, and its log why.
     """
     unit.machine.run("rm", "-rf", "/var/cache/private/ecr-proxy")  # a daemon that has content would serve it
     unit.settings |= {"PROXY_ECR_ENDPOINT": refusing, "AWS_ENDPOINT_URL": refusing}
@@ -221,7 +221,7 @@ def test_credentials_that_aws_refuses_are_a_failure(unit: Unit, refusing: str) -
 
 def test_the_journal_knows_how_grave_each_line_is(unit: Unit) -> None:
     """
-    journalctl finds an error by its level, and does not take for one what is none.
+    journalctl finds an error by its level, and no other lines.
     """
     for name in ("systemd-journald.service", "systemd-journald.socket"):
         unit.machine.write(f"{UNITS}/{name}", (Path("/usr/lib/systemd/system") / name).read_text())
@@ -241,7 +241,7 @@ def test_the_journal_knows_how_grave_each_line_is(unit: Unit) -> None:
 
 def test_a_loop_that_stands_still_is_started_anew(serving: Unit) -> None:
     """
-    The watchdog finds that nothing turns any more.
+    The watchdog notices that the loop has stalled.
     """
     serving.add(SERVICE, "soon", "[Service]\nWatchdogSec=10\nRestartSec=0\n")
     serving.machine.run("systemctl", "daemon-reload")
@@ -255,7 +255,7 @@ def test_a_loop_that_stands_still_is_started_anew(serving: Unit) -> None:
 
 def test_reloading_reads_again(unit: Unit, htpasswd: Path, equipment_certificates: Certificates) -> None:
     """
-    With key, certificate, passwords and AWS credentials handed over by LoadCredential, which root alone can read.
+    With key, certificate, passwords and AWS credentials passed by LoadCredential, which only root can read.
     """
     given = {"tls.key": equipment_certificates.key, "tls.crt": equipment_certificates.chain, "htpasswd": htpasswd}
     unit.hand_over({name: source.read_text() for name, source in given.items()})
@@ -276,14 +276,14 @@ def test_reloading_reads_again(unit: Unit, htpasswd: Path, equipment_certificate
 @pytest.fixture
 def equipment_certificates(unit: Unit) -> Certificates:
     """
-    Give the server's certificate of this run.
+    Return the server's certificate of this run.
     """
     return unit.chain.certificates
 
 
 class Load:
     """
-    Clients that ask all the time, each request on a connection of its own, and remember what went wrong.
+    Clients that send requests all the time, each on a connection of its own, and remember failures.
     """
 
     def __init__(self, url: str, images: Images) -> None:
@@ -307,7 +307,7 @@ class Load:
 
     def during(self, action: Callable[[], object]) -> None:
         """
-        Ask while something happens, and a little longer.
+        Send requests while something happens, and a little longer.
         """
         with ThreadPoolExecutor(CLIENTS) as pool:
             running = [pool.submit(self._ask) for _ in range(CLIENTS)]
@@ -324,7 +324,7 @@ class Load:
 @pytest.fixture
 def behind_socket(unit: Unit) -> Unit:
     """
-    Give a service whose socket listens, and which nobody has asked for yet.
+    Return a service whose socket listens, and which has no request yet.
     """
     unit.add(SOCKET, "port", f"[Socket]\nListenStream=\nListenStream=[::]:{unit.port}\n")
     unit.add(SERVICE, "socket", (RECIPES / f"{SERVICE}.d/socket.conf").read_text())
@@ -348,7 +348,7 @@ def test_a_restart_behind_the_socket_fails_nobody(
     behind_socket: Unit, docker: Docker, images: Images, figures: Figures, workers: str
 ) -> None:
     """
-    The first client starts the daemon; who comes during a restart waits for the next one, and who is being sent
+    The first client starts the daemon; a client during a restart waits for the next one, and one that is being sent
     something gets all of it.
     """
     unit = behind_socket
@@ -374,7 +374,7 @@ def test_a_restart_behind_the_socket_fails_nobody(
 
 def test_the_socket_speaks_tls(behind_socket: Unit) -> None:
     """
-    Where key and certificate are set, over the socket that systemd has bound as well.
+    If key and certificate are set, over the socket that systemd has bound as well.
     """
     unit = behind_socket
     made = unit.chain.certificates
@@ -387,8 +387,8 @@ def test_the_socket_speaks_tls(behind_socket: Unit) -> None:
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_main_process_alone_tells(make_chain: MakeChain, tmp_path: Path, kind: str, workers: str) -> None:
     """
-    Over a socket with a path and an abstract one: ready, reloading, ready again, ending; nobody but the process that
-    was started, and with a time that is systemd's.
+    Over a socket with a path and an abstract one: ready, reloading, ready again, stopping; only the process that was
+    started, and with systemd's clock.
     """
     name = str(tmp_path / "notify") if kind == "path" else f"@ecr-proxy-{os.getpid()}-{workers}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

@@ -1,5 +1,5 @@
 """
-Many clients ask for one large blob that is not there yet.
+Many clients request one large uncached blob.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CLIENTS = 20
 @pytest.fixture
 def chain(make_chain: MakeChain, hold: Path) -> Chain:
     """
-    Give a chain whose bucket sends no more than half of the large blob for now.
+    Return a chain whose bucket sends no more than half of the large blob for now.
     """
     return make_chain(front=("--hold", str(hold)), settings={"PROXY_STALL_SECONDS": "300"})
 
@@ -33,7 +33,7 @@ def download_together(url: str, clients: int, all_have_some: Callable[[], None])
     """
     Start so many downloads at the same moment.
 
-    @param all_have_some: is called once each of them has got its first bytes.
+    @param all_have_some: called once each of them has got its first bytes.
     """
     start = threading.Barrier(clients, timeout=PATIENCE)
     first = threading.Barrier(clients, all_have_some, timeout=PATIENCE)
@@ -49,7 +49,7 @@ def download_together(url: str, clients: int, all_have_some: Callable[[], None])
 
 def blob_path(images: Images) -> str:
     """
-    Give the path of the large blob.
+    Return the path of the large blob.
     """
     return f"/v2/{images.big.repository}/blobs/{images.big.layers[0]}"
 
@@ -69,7 +69,7 @@ def test_twenty_clients_cost_one_transfer(chain: Chain, images: Images, hold: Pa
 @COUNTS
 def test_a_range_joins_a_transfer_under_way(make_chain: MakeChain, images: Images, hold: Path, count: str) -> None:
     """
-    Who asks for a part gets it while the whole arrives. Few bytes come twice, for a part is not waited for.
+    A client gets its range while the whole arrives. Few bytes come twice, for a range does not wait.
     """
     settings = {"PROXY_STALL_SECONDS": "300", "PROXY_WORKER_PROCESSES": count}
     chain = make_chain(front=("--hold", str(hold)), settings=settings)

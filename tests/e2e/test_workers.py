@@ -45,7 +45,7 @@ def wait_for_workers(chain: Chain, count: int = 2) -> list[int]:
 
 def ask_unix(path: Path, target: str) -> bytes:
     """
-    Make one request over a UNIX socket, and give the status line.
+    Send one request over a UNIX socket, and return the status line.
     """
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(PATIENCE)
@@ -57,7 +57,7 @@ def ask_unix(path: Path, target: str) -> bytes:
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
 def test_docker_pulls(make_chain: MakeChain, docker: Docker, images: Images, tls: bool) -> None:
     """
-    An image comes whole through workers, and a second time from the cache; each worker asks AWS for a token, once.
+    An image is complete through workers, and again from the cache; each worker requests one token from AWS.
     """
     chain = make_chain(tls=tls, settings=SEVERAL)
     assert docker.pull(reference(chain, images.single)) == images.single.image_id
@@ -72,7 +72,7 @@ def test_docker_pulls(make_chain: MakeChain, docker: Docker, images: Images, tls
 
 def test_twenty_clients_cost_one_transfer(make_chain: MakeChain, images: Images, hold: Path) -> None:
     """
-    Whichever worker the clients come to, a cold blob is brought once for all of them, and all have the right bytes.
+    Whichever workers serve the clients, a cold blob is fetched once for all of them, and all have the right bytes.
     """
     chain = make_chain(front=("--hold", str(hold)), settings=SEVERAL)
     wait_for_workers(chain)
@@ -87,8 +87,8 @@ def test_twenty_clients_cost_one_transfer(make_chain: MakeChain, images: Images,
 def test_nothing_listens_but_for_clients_and_the_operator(make_chain: MakeChain, tmp_path: Path, kind: str) -> None:
     """
     In all processes there are two listening sockets, and each worker has the clients' one; the parent, which has both,
-    has no connection of a client's. There is nothing else through which somebody could come to a worker: no other TCP
-    port, no UNIX socket with or without a file, no socket for datagrams.
+    has no connection of a client's. A worker can't be reached in any other way: no other TCP port, no UNIX socket with
+    or without a file, no socket for datagrams.
     """
     admin, path = free_port(), tmp_path / "clients"
     if kind == "unix":
@@ -117,7 +117,7 @@ def test_nothing_listens_but_for_clients_and_the_operator(make_chain: MakeChain,
 
 def test_what_listens_is_seen_whatever_its_kind(tmp_path: Path) -> None:
     """
-    The test before this one is blind to none.
+    The previous test misses none.
     """
     before, abstract = listening(os.getpid()), f"\0e2e-{os.getpid()}"
     with contextlib.ExitStack() as stack:
@@ -136,7 +136,7 @@ def test_what_listens_is_seen_whatever_its_kind(tmp_path: Path) -> None:
 
 def test_a_crowd_is_refused_nothing(make_chain: MakeChain) -> None:
     """
-    All of them come at the same moment, and each asks for what a worker has to look at the disk for.
+    All of them come at the same moment, and each requests what a worker has to read from the disk.
     """
     chain = make_chain(settings=SEVERAL)
     wait_for_workers(chain)
@@ -158,7 +158,8 @@ def test_a_worker_that_is_killed_is_replaced(
     make_chain: MakeChain, docker: Docker, images: Images, number: signal.Signals
 ) -> None:
     """
-    Another takes its place, and pulls go on. Whoever cuts a file that is mapped into memory has the kernel do it.
+    Another replaces it, and pulls go on. Truncating a file that is mapped into memory makes the kernel kill the
+    process.
     """
     chain = make_chain(settings=SEVERAL)
     before = wait_for_workers(chain)
@@ -169,7 +170,7 @@ def test_a_worker_that_is_killed_is_replaced(
 
 def test_sigterm_ends_all(make_chain: MakeChain, images: Images) -> None:
     """
-    Of a daemon that is told to end no process is left, and no complaint.
+    Of a daemon that is told to end no process is left, and no error.
     """
     chain = make_chain(settings=SEVERAL)
     assert chain.daemon.ask(blob_path(images)).status == 200
@@ -181,7 +182,7 @@ def test_sigterm_ends_all(make_chain: MakeChain, images: Images) -> None:
 
 def test_a_kill_ends_all(make_chain: MakeChain) -> None:
     """
-    Workers do not outlive a parent that was killed: their channels end.
+    Workers do not outlive a killed parent: their channels end.
     """
     chain = make_chain(settings=SEVERAL)
     pids = wait_for_workers(chain)
@@ -195,7 +196,7 @@ def test_a_kill_ends_all(make_chain: MakeChain) -> None:
 
 def test_a_kill_leaves_the_port_to_the_next_daemon(make_chain: MakeChain, images: Images) -> None:
     """
-    Although workers go on sending to those whom they have begun to answer.
+    Although workers go on sending to clients of unfinished responses.
     """
     chain = make_chain(settings=SEVERAL)
     assert chain.daemon.ask(blob_path(images)).status == 200
@@ -212,7 +213,7 @@ def test_a_kill_leaves_the_port_to_the_next_daemon(make_chain: MakeChain, images
 
 def is_free(port: int) -> bool:
     """
-    Say whether a daemon can listen on a port.
+    Return True if a daemon can listen on a port.
     """
     try:
         socket.create_server(("127.0.0.1", port)).close()
@@ -228,15 +229,12 @@ class TestUnixSocket:
 
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
-        """
-        Name it.
-        """
         return tmp_path / "socket"
 
     @pytest.fixture
     def chain(self, make_chain: MakeChain, path: Path) -> Chain:
         """
-        Give a daemon that listens there.
+        Return a daemon that listens there.
         """
         chain = make_chain(wait=False, settings=SEVERAL | {"PROXY_LISTEN": f"unix:{path}:mode=600"})
         chain.daemon.process.wait_until(lambda: self.ready(path))
@@ -245,7 +243,7 @@ class TestUnixSocket:
     @staticmethod
     def ready(path: Path) -> bool:
         """
-        Say whether the daemon answers.
+        Return True if the daemon answers.
         """
         try:
             return b" 200 " in ask_unix(path, "/readyz")
@@ -260,14 +258,14 @@ class TestUnixSocket:
 
     def test_keeps_its_mode(self, chain: Chain, path: Path) -> None:
         """
-        Who may connect is what the operator said.
+        The operator's setting decides who may connect.
         """
         wait_for_workers(chain)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
     def test_outlives_a_worker(self, chain: Chain, path: Path) -> None:
         """
-        A worker that ends, even in good order, leaves the socket to the others.
+        A worker that ends, even cleanly, leaves the socket to the others.
         """
         before = wait_for_workers(chain)
         os.kill(before[0], signal.SIGTERM)
@@ -276,7 +274,7 @@ class TestUnixSocket:
 
     def test_ends_without_complaint(self, chain: Chain, path: Path) -> None:
         """
-        It is removed once, by the process that made it.
+        It is removed once, by the process that created it.
         """
         wait_for_workers(chain)
         assert chain.daemon.process.terminate() == 0
@@ -305,7 +303,7 @@ class TestSystemdSocket:
     @pytest.fixture
     def process(self, make_chain: MakeChain, equipment: Equipment, tmp_path: Path) -> Iterator[tuple[Process, Path]]:
         """
-        Start the daemon as systemd does when the first client comes.
+        Start the daemon as systemd does for the first client.
         """
         activate = shutil.which("systemd-socket-activate", path=PATH)
         assert activate is not None, "not installed: systemd; run tests/e2e/install-packages.sh"
@@ -334,7 +332,7 @@ class TestSystemdSocket:
 
     def test_is_served_by_workers(self, process: tuple[Process, Path]) -> None:
         """
-        The socket that was handed to the parent is handed on.
+        The parent passes on the socket that it was given.
         """
         activated, path = process
         activated.wait_until(lambda: TestUnixSocket.ready(path))

@@ -1,5 +1,5 @@
 """
-The AWS call that hands out tokens, and the gate that only they open.
+The AWS call that issues tokens, and the check of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ACCOUNT = "123456789012"
 @dataclass
 class Tokens:
     """
-    The passwords given out, and until when each is good.
+    The issued passwords, and their expiry.
     """
 
     life: float
@@ -30,9 +30,9 @@ class Tokens:
 
     def issue(self) -> tuple[str, float]:
         """
-        Make a new token; those given out before stay good, as ECR's do.
+        Issue a new token; previous ones stay valid, as ECR's do.
         """
-        # A role's token is this long in earnest, which has broken proxies.
+        # A real role's token is this long, which has broken proxies.
         password = base64.b64encode(os.urandom(3500)).decode()
         token = base64.b64encode(f"AWS:{password}".encode()).decode()
         self.until[token] = time.time() + self.life
@@ -40,7 +40,7 @@ class Tokens:
 
     def refusal(self, authorization: str | None) -> Answer | None:
         """
-        Say why a request may not pass, if it may not.
+        Return why a request is rejected, if it is.
         """
         if authorization is None:
             challenge = f'Basic realm="https://{ACCOUNT}.example/",service="ecr.amazonaws.com"'
@@ -57,7 +57,9 @@ class Tokens:
 
 @dataclass
 class Counters:
-    """What has been asked of the front."""
+    """
+    Counts of requests to the front.
+    """
 
     token_calls: int = 0
     refused: int = 0
@@ -67,7 +69,7 @@ class Counters:
 
 class Aws(Answering):
     """
-    The API that hands out tokens to whoever signs the request.
+    The API that issues tokens for signed requests.
     """
 
     def __init__(self, tokens: Tokens, counters: Counters, *, refuse: bool) -> None:

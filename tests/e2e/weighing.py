@@ -1,7 +1,7 @@
 """
-What a directory takes of the disk, looked at again and again: C{python -m tests.e2e.weighing DIRECTORY}.
+Measure a directory's size on disk again and again: C{python -m tests.e2e.weighing DIRECTORY}.
 
-It prints one line of JSON when its standard input ends. It is a process of its own, so that it looks often.
+It prints one line of JSON when its standard input ends. It is a process of its own, so that it measures often.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def weigh(folder: str | Path, seen: set[tuple[int, int]]) -> int:
 
 def main() -> None:
     """
-    Look until told to stop.
+    Measure until told to stop.
     """
     over = threading.Event()
 
