@@ -225,6 +225,16 @@ class LimitTests(DaemonTestCase):
         self.assertEqual([1, 1, 1, 1, 0], [*timers, len(self.clock.getDelayedCalls()) - before])
         self.assertTrue(client.closed)
 
+    def test_a_connection_with_part_of_a_head_is_slow_and_not_idle_however_late_that_is_noticed(self) -> None:
+        self.start(limits=Limits(header_seconds=65))
+        client, wire = self.connect()
+        wire.write(b"G")
+        self.flush()
+        self.clock.advance(100)
+        self.flush()
+        self.assertTrue(client.closed)
+        self.assertEqual((1, 0), (self.daemon.crowd.slow_heads, self.daemon.crowd.idle))
+
     def test_a_first_line_has_its_time(self) -> None:
         """
         A client that never ends its first line, or another after a request, is closed, however busily it writes.

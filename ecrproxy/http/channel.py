@@ -232,6 +232,8 @@ class StrictChannel(HTTPChannel):
         if self.timeOut is None:
             return  # it is busy: a new timer comes when it no longer is
         left = self._idle_since + self.timeOut - self.factory.reactor.seconds()
+        if self._head.waiting:  # it is not idle: a request has begun, and has a time limit of its own
+            left = max(left, self.timeOut)
         if left > 0:
             self._idle_check = self.callLater(left, self._look_whether_idle)
         else:
