@@ -32,7 +32,7 @@ NGINX, DISTRIBUTION, OURS, DIRECT = "nginx", "distribution", "ecrproxy", "ECR di
 
 MANIFESTS = "keep manifests"
 """The setting that has nginx do so."""
-_STALL = re.compile(r"stood still for ([\d.]+) s")
+_STALL = re.compile(r"longest event-loop stall ([\d.]+) s")
 
 
 @dataclass(frozen=True)

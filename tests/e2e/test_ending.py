@@ -353,8 +353,8 @@ class TestSighup:
 
         key.write_bytes(first.key.read_bytes())
         chain.daemon.process.send(signal.SIGHUP)
-        eventually(lambda: "stays in use" in output.read_text(), "the pair is refused")
-        assert output.read_text().count("stays in use") == 1
+        eventually(lambda: "stay in use" in output.read_text(), "the pair is refused")
+        assert output.read_text().count("stay in use") == 1
         assert all(trusts(chain, second) for _ in range(10))
         kept.close()
 
