@@ -1,20 +1,20 @@
 """
-What the cache can answer by itself, and what it is told.
+The cache as requests see it: look up answers, and store new ones.
 
 Rules:
 
-- What is named by its digest is good for as long as it is there. A repository may have it when ECR said so: to a
-  request with the same cache key, or by a manifest of the repository that lists it (a I{fact}), if the registry takes
-  no manifest without having what it lists, as ECR does not.
-  Both are about one registry, one repository, and one kind: a layer that a repository holds is no manifest of it.
+- Content that is named by its digest is valid as long as it exists. A repository may have it if ECR said so: in reply
+  to a request with the same cache key, or through a manifest of the repository that lists it (a I{fact}), if the
+  registry accepts manifests only with everything that they list, as ECR does.
+  Both apply to one registry, one repository, and one kind: a layer that a repository holds is not a manifest of it.
 - Nothing is read before it is known that the repository may have it.
-- Small content is verified each time it is read from the disk, and held in memory then. Larger content is verified
-  the first time it is used, and again when somebody has changed its file: see L{verification}.
-- What ECR says of one tag takes effect in the order in which it was asked, by whichever process. A question's number is
-  when it was asked, in microseconds since the epoch; an answer counts as of then.
-- The memory is a copy: what the disk lost, it may still give; what it has dropped is read again. What was read, or
-  written, when a purge was heard of is not held in it: it may be of before that. Nor is it written after that. What
-  waits to be written then is forgotten: it was in nobody's list of what to purge.
+- Small content is verified each time it is read from the disk, and then held in memory. Larger content is verified
+  at its first use, and again when somebody has modified its file: see L{verification}.
+- ECR's answers about one tag take effect in the order of their requests, by any process. The number of a request is
+  its time in microseconds since the epoch; its answer counts as of then.
+- The memory is a copy: it may still serve content that the disk lost; what memory dropped is read again. If a purge is
+  noticed during a read or write, the result is not held in memory, because it may be from before the purge. Nor is it
+  written after that. Pending writes are then forgotten: they were on nobody's list of what to purge.
 """
 
 from __future__ import annotations
@@ -54,34 +54,34 @@ T = TypeVar("T")
 
 Facts = Sequence[tuple[EntryKey, Entry]]
 FACTS: Final = 1000
-"""The most facts that one manifest gives, itself included. ECR confirms the rest when it is asked for."""
+"""Maximum number of facts from one manifest, itself included. ECR confirms the rest on request."""
 _UNWRITTEN_SECONDS = 60
-"""How long an unchanged confirmation, or that a manifest gave facts again, is in memory alone."""
+"""Seconds that an unchanged confirmation, or renewed facts of a manifest, stay in memory only."""
 _BODIES_BYTES = 32 * 2**20
 _ENTRIES_BYTES = 8 * 2**20
 """Bytes of memory for manifests, for small blobs, and for entries."""
 _ORDERS_BYTES = 2**20
 _ORDER_BYTES = 2**10
-"""Bytes of memory for the order of what ECR said of tags: it matters for the seconds that a question takes."""
+"""Bytes of memory for the order of ECR's answers about tags, which matters for the seconds that a request takes."""
 _ONLY_HEADS_BYTES = 2**20
-"""Bytes of memory for what only HEADs have asked for."""
+"""Bytes of memory for objects that only HEAD requests have asked for."""
 _WRITTEN_BYTES = 2**20
-"""Bytes of memory for which tags were written to the index lately."""
+"""Bytes of memory for tags that were recently written to the index."""
 _LEARNT_BYTES = 2**20
-"""Bytes of memory for which manifests gave facts lately."""
+"""Bytes of memory for manifests that recently gave facts."""
 _OWN_TYPES_BYTES = 2**20
-"""Bytes of memory for what manifests call themselves: those that are read again are not parsed again."""
+"""Bytes of memory for the media types that manifests declare, so that those read again are not parsed again."""
 _STORING_BYTES = 64 * 2**20
-"""Bytes of memory for manifests, and for what they list, that wait for a slow disk."""
+"""Bytes of memory for manifests, and what they list, that wait for a slow disk."""
 SMALL_BLOB = 64 * 2**10
-"""Blobs up to so many bytes, as image configs are, are held in memory too. Larger manifests are parsed in a thread."""
+"""Maximum size in bytes of blobs held in memory, such as image configs. Larger manifests are parsed in a thread."""
 VERIFICATIONS = 4
-"""How many steps of hashing are done at the same time."""
+"""Maximum number of hashing steps at the same time."""
 
 
 class Room(Protocol):
     """
-    Who keeps the cache within its limit: see C{janitor.Janitor}.
+    Keeps the cache within its limit: see C{janitor.Janitor}.
 
     @ivar limit: in bytes.
     """
@@ -95,43 +95,43 @@ class Room(Protocol):
 
     async def can_hold(self, size: int) -> bool:
         """
-        Return True if C{size} bytes are within the limit, were all else evicted.
+        Return True if C{size} bytes are within the limit if all else is evicted.
         """
 
     async def fits_without(self, size: int, seconds: float) -> bool:
         """
-        Return True if there is room for C{size} bytes without evicting what was used within the last C{seconds}.
+        Return True if C{size} bytes fit without evicting files used within the last C{seconds}.
 
-        @raise OSError: if that can't be told.
+        @raise OSError: if the index can't be read.
         """
 
     def is_prompt(self, size: int) -> bool:
         """
-        Return True if L{make_room} does not have to wait for the index.
+        Return True if L{make_room} will not have to wait for the index.
         """
 
     async def reserve(self, what: Reservation, size: int) -> bool:
         """
-        Make room as L{make_room} does, and wait for it, but not for long.
+        Make room as L{make_room} does, and wait briefly for it.
 
-        @raise OSError: if that can't be told, or takes too long.
+        @raise OSError: if the index fails, or takes too long.
         """
 
     def make_room(self, what: Reservation, size: int) -> bool:
         """
-        Make room for C{size} bytes that will arrive, if it can be had; it is released with that file. May block.
+        Make room for C{size} bytes to arrive, if possible; it is released with that file. May block.
 
-        @raise OSError: if that can't be told.
+        @raise OSError: if the index fails.
         """
 
 
 class Found(NamedTuple):
     """
-    What a look into the cache has found.
+    The result of a lookup.
 
-    @ivar known: what says that the repository may have it.
-    @ivar missing: why it isn't there, if it isn't.
-    @ivar since: how many purges had been heard of when the look began.
+    @ivar known: the confirmation that the repository may have the content.
+    @ivar missing: why the content is missing, if it is.
+    @ivar since: number of purges noticed when the lookup began.
     """
 
     known: Confirmed | None
@@ -142,12 +142,12 @@ class Found(NamedTuple):
 
 class Cache:
     """
-    What the cache directory and the memory in front of it know, and what they are told.
+    The cache directory, and the memory in front of it.
 
-    Only a disk's trouble can go wrong here, and that is logged, never raised.
+    Only the disk can fail here; its errors are logged, never raised.
 
-    @param now: seconds since the epoch.
-    @param checks: tells whether a registry takes a manifest only if it has what that lists.
+    @param now: returns seconds since the epoch.
+    @param checks: returns True if a registry accepts a manifest only if it has everything that the manifest lists.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class Cache:
 
     def at_hand(self, asked: Asked) -> Answer | None:
         """
-        Answer from memory, or with a file that is open, what was asked for by its digest; its body is to be closed.
+        Answer a request by digest from memory, or with a file that is already open. The caller must close the body.
         """
         digest, is_manifest = asked.digest, asked.route.kind is Kind.MANIFEST
         document = self._documents.get(digest) if is_manifest else None
@@ -200,7 +200,7 @@ class Cache:
 
     def _open_at_hand(self, asked: Asked) -> Answer | None:
         """
-        Answer with the file of a blob, if that is open.
+        Answer with the file of a blob, if it is already open.
         """
         kept = self.store.kept
         known = None if kept is None else self._known(asked, self._entry_at_hand)[0]
@@ -221,14 +221,14 @@ class Cache:
 
     def _keep_open(self, content: Content) -> None:
         """
-        Have who asks for a large file next find it open: small ones are in memory.
+        Keep a large file open for the next request. Small content is in memory.
         """
         if self.store.kept is not None and content.size > SMALL_BLOB and not self.store.index.unfit:
             self.store.kept.keep(content)
 
     def _entry_at_hand(self, key: EntryKey) -> Entry | None:
         """
-        Recall what is known; a fact is one whatever the cache key.
+        Return an entry from memory. A fact applies to every cache key.
         """
         found = self._entries.get(key) or self._unwritten.get(key)
         if found is None and key.variant and not key.is_tag:
@@ -240,7 +240,7 @@ class Cache:
 
     async def look_up(self, asked: Asked) -> Found:
         """
-        See whether the repository may have the content, and open it.
+        Check whether the repository may have the content, and open it.
         """
         since = self._purges
         held, missing = self._known(asked, self._entry_at_hand)
@@ -268,9 +268,9 @@ class Cache:
 
     async def _if_right(self, content: Content) -> Content | None:
         """
-        Give content of another size than was told once it is known to be right; none if it is bad.
+        Verify content whose size differs from the announced one. Return it if it is valid, otherwise None.
 
-        It may have been cut behind our back, or what was told is wrong.
+        Somebody may have truncated the file, or the announced size is wrong.
 
         @raise TimeoutError: if the disk does not answer.
         """
@@ -287,11 +287,11 @@ class Cache:
                 verification.leave(news)
         if verification.failure is not None and verification.failure.check(TimeoutError):
             verification.failure.raiseException()
-        return content if verification.proved else None  # what was opened closes itself
+        return content if verification.proved else None  # dropping the last reference closes it
 
     async def opened(self, digest: Digest) -> Content | None:
         """
-        Open content, whoever may have it; none if it isn't there.
+        Open content, whichever repository has it. None if it is missing.
         """
         with contextlib.suppress(OSError):
             return await self._disk.reading(self.store.open, digest)
@@ -299,33 +299,33 @@ class Cache:
 
     async def has(self, digest: Digest) -> bool:
         """
-        Return True if the content is there, whoever may have it.
+        Return True if the content exists, whichever repository has it.
         """
         with contextlib.suppress(OSError):
             return await self._disk.reading(self.store.has, digest)
         return False
 
-    # What is read ahead.
+    # Prefetching
 
     @property
     def is_well(self) -> bool:
         """
-        Return True if nothing is wrong with the disk.
+        Return True if no disk trouble is known.
         """
         return not self.store.troubles.standing()
 
     @property
     def limit(self) -> int:
         """
-        The most bytes that may be kept.
+        Return the size limit of the cache in bytes.
         """
         return self._room.limit
 
     async def lacks(self, digest: Digest, size: int) -> bool:
         """
-        Return True if content is not there nor on its way, in any process, and has room beside what was used lately.
+        Return True if no process has or fetches the content, and it fits without evicting recently used files.
 
-        Then no other process asks for it ahead, until L{lacks_no_more}.
+        No other process then prefetches it until L{lacks_no_more}.
         """
         with contextlib.suppress(OSError):
             intend = partial(self.store.intend, digest)
@@ -335,14 +335,14 @@ class Cache:
 
     def lacks_no_more(self, digest: Digest) -> None:
         """
-        Note that content has been asked for, or is not.
+        Note that the content has been requested, or will not be.
         """
         releasing = self._disk.closing(self.store.intents.release, digest)
         releasing.addErrback(lambda problem: log.failure("Letting go", problem))
 
     async def was_used(self, digest: Digest, since: float) -> bool:
         """
-        Return True if any process has used content since then.
+        Return True if any process has used the content since then.
         """
         with contextlib.suppress(OSError):
             known = await self._disk.reading(self.store.index.known, digest)
@@ -351,7 +351,7 @@ class Cache:
 
     async def manifest_of(self, asked: Asked) -> tuple[Descriptor, Document] | None:
         """
-        Return the manifest by which it is known that the repository holds a blob, if that is known by one.
+        Return the manifest through which a blob is known to be in the repository, if there is one.
         """
         key = asked.entry_key._replace(variant="")
         entry = self._entry_at_hand(key)
@@ -370,7 +370,7 @@ class Cache:
 
     def used(self, digest: Digest) -> None:
         """
-        Note that content which came before anybody asked for it is used.
+        Record a use of content that was fetched before it was requested.
         """
         self.store.index.use(digest)
 
@@ -383,9 +383,9 @@ class Cache:
 
     async def look_up_manifest(self, asked: Asked) -> tuple[Confirmed, Document] | Reason:
         """
-        Read a manifest that the repository may have, or give the reason why it can't be had here.
+        Read a manifest that the repository may have, or return the reason why the cache can't serve it.
 
-        It is read once, and in memory once, for all who ask at the same time, and no purge is heard of.
+        It is read once, and in memory once, for all simultaneous requests unless a purge is noticed between them.
         """
         since = self._purges
 
@@ -407,12 +407,12 @@ class Cache:
         document = self._read_document(asked.digest, parsed) if known is not None else None
         if known is None or document is None:
             return missing
-        # Which type it has was told by an index that lists it: ECR decides if the manifest says otherwise.
+        # Its media type comes from an index that lists it: if the manifest declares another, ECR decides.
         return (known, document) if _fits(document, known.descriptor) else Reason.FIRST_USE
 
     async def document(self, digest: Digest) -> Document | None:
         """
-        Recall or read a manifest, whoever may have it; none if it isn't there.
+        Return a manifest from memory or disk, whichever repository has it. None if it is missing.
         """
         document, since = self.held(digest), self._purges
         if document is not None:
@@ -429,7 +429,7 @@ class Cache:
 
     def _read_document(self, digest: Digest, parsed: Document | None) -> Document | None:
         """
-        Read a manifest, and parse it unless it was parsed already. Called in a thread.
+        Read a manifest, and parse it unless it has been parsed before. Called in a thread.
         """
         body = self._read(digest)
         if body is None:
@@ -443,7 +443,7 @@ class Cache:
 
     def _read(self, digest: Digest) -> bytes | None:
         """
-        Read small content, small enough to be verified each time. Called in a thread.
+        Read small content, which is verified each time. Called in a thread.
         """
         content = self.store.open(digest)
         return None if content is None else self._verified(content)
@@ -451,7 +451,7 @@ class Cache:
     @staticmethod
     def _verified(content: Content) -> bytes | None:
         """
-        Read open small content to its end, and close it; none if it is bad, or not small. Called in a thread.
+        Read small content to its end, and close it. Return None if it is bad, or not small. Called in a thread.
         """
         try:
             body = content.read()
@@ -470,25 +470,25 @@ class Cache:
 
     async def parse(self, body: bytes, parser: Callable[[bytes], T]) -> T:
         """
-        Parse a manifest, a large one in a thread: the event loop has others to serve.
+        Parse a manifest; a large one in a thread, so that it does not block the event loop.
         """
         return parser(body) if len(body) <= SMALL_BLOB else await self._disk.digesting(parser, body)
 
     def entry_at_hand(self, asked: Asked) -> Entry | None:
         """
-        Recall what is known of a tag, if it is in memory.
+        Return a tag's entry if it is in memory.
         """
         return self._entries.get(asked.entry_key)
 
     async def entry(self, asked: Asked) -> Entry:
         """
-        Recall or read what is known of a tag; an empty entry if nothing is.
+        Return a tag's entry from memory or disk; an empty one if there is none.
         """
         return await self._entry(asked.entry_key) or Entry()
 
     async def _entry(self, key: EntryKey) -> Entry | None:
         """
-        Recall or read what is known of a tag; none if that can't be read.
+        Return a tag's entry from memory or disk; None if it can't be read.
         """
         entry = self._entries.get(key)
         if entry is None:
@@ -498,21 +498,21 @@ class Cache:
 
     async def last_known(self, asked: Asked) -> Entry:
         """
-        Return what ECR said last of a tag, to whichever process; an empty entry if it said that there is none.
+        Return ECR's last answer about a tag, to any process; an empty entry if the last answer was that there is none.
 
-        The memory does not hear of what others are told: it is for what ECR is asked about all the same.
+        Answers to other processes do not reach the memory, which serves tags for which ECR is asked anyway.
         """
         return await self._last_known(asked.entry_key) or Entry()
 
     async def _last_known(self, key: EntryKey) -> Entry | None:
-        if not self._recording[key]:  # else the memory is ahead of the index
+        if not self._recording[key]:  # otherwise the memory is ahead of the index
             with contextlib.suppress(OSError):
                 return await self._disk.reading(self.store.written, key) or Entry()
         return await self._entry(key)
 
     def _note(self, asked: Asked, known: Confirmed, since: int) -> None:
         """
-        Hold in memory what an entry or a fact on the disk said: a fact once, whatever the cache key.
+        Hold an entry or a fact from the disk in memory. A fact is held once for all cache keys.
         """
         key = asked.entry_key if known.manifest is None else asked.entry_key._replace(variant="")
         self._hold_entries([(key, Entry({ANY: known}))], since)
@@ -522,7 +522,7 @@ class Cache:
 
     def why_missing(self, asked: Asked, reason: Reason) -> Reason:
         """
-        Return C{FIRST_USE} in place of C{NOT_KEPT} for what only HEADs have asked for: nothing was fetched for them.
+        Return C{FIRST_USE} instead of C{NOT_KEPT} for objects that only HEADs have asked for: nothing was fetched.
         """
         key = asked.entry_key, asked.accept if asked.route.digest is None else ANY
         if reason is Reason.NOT_KEPT and self._only_heads.get(key):
@@ -535,7 +535,7 @@ class Cache:
 
     def remember(self, asked: Asked, descriptor: Descriptor) -> None:
         """
-        Note that ECR said that the repository holds what was asked for by its digest: for all who hear it, once.
+        Record ECR's confirmation that the repository holds an object by digest; once if several requests get it.
         """
         key = asked.entry_key
         since = self._purges
@@ -554,7 +554,7 @@ class Cache:
 
     def _has_noted(self, key: EntryKey, descriptor: Descriptor) -> bool:
         """
-        Return True if that has been noted a short time ago.
+        Return True if this was recorded recently.
         """
         entry = self._entries.get(key)
         known = entry.answers.get(ANY) if entry else None
@@ -564,7 +564,7 @@ class Cache:
 
     def held(self, digest: Digest) -> Document | None:
         """
-        Return a manifest that is held in memory, whoever may have it.
+        Return a manifest from memory, whichever repository has it.
         """
         document = self._documents.get(digest)
         if document is not None:
@@ -573,7 +573,7 @@ class Cache:
 
     def hold(self, digest: Digest, small: bytes | Document) -> None:
         """
-        Hold a small blob or a manifest in memory, verified.
+        Hold a verified small blob or manifest in memory.
         """
         if isinstance(small, Document):
             self._documents.put(digest, small, len(small.body) + 500)
@@ -583,7 +583,7 @@ class Cache:
 
     def _hold_read(self, digest: Digest, small: bytes | Document, since: int) -> None:
         """
-        Hold what was read, unless a purge was heard of since.
+        Hold content that was read, unless a purge has been noticed since.
         """
         if since == self._purges:
             self.hold(digest, small)
@@ -593,9 +593,9 @@ class Cache:
 
     def _hold_entries(self, entries: Facts, since: int) -> None:
         """
-        Hold what the index has, unless a purge was heard of since: it may have that no more.
+        Hold entries of the index, unless a purge has been noticed since: they may have been deleted.
 
-        @param since: how many had been heard of when it was about to be read or written.
+        @param since: number of purges noticed before they were read or written.
         """
         for key, entry in entries if since == self._purges else ():
             self._hold_entry(key, entry)
@@ -604,7 +604,7 @@ class Cache:
         """
         Answer with the file of a manifest of more than C{SMALL_BLOB} bytes, if it is cached.
 
-        Its bytes in memory would be held until the client has taken the last of them.
+        Otherwise its bytes would stay in memory until the client has received the last of them.
         """
         if not isinstance(answer.body, bytes) or len(answer.body) <= SMALL_BLOB:
             return answer
@@ -618,16 +618,16 @@ class Cache:
 
     def manifest(self, asked: Asked, known: Confirmed, document: Document) -> Answer:
         """
-        Answer with a manifest that was found in the directory.
+        Answer with a manifest from the cache directory.
         """
         return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known.descriptor, document.body)
 
     async def shelved(self, asked: Asked, content: Content, since: int, *, confirmed: bool = False) -> Answer | None:
         """
-        Answer from the cache; none if what is there turns out to be bad.
+        Answer from the cache. Return None if the content turns out to be bad.
 
         @param since: see L{Found}.
-        @param confirmed: whether ECR said just now that the repository holds it.
+        @param confirmed: True if ECR has just confirmed that the repository holds it.
         """
         why = (CacheStatus.HIT, Reason.CACHED)
         if confirmed:
@@ -646,7 +646,7 @@ class Cache:
 
     def _verification(self, content: Content) -> Verification:
         """
-        Give the one verification of a file, begun if it isn't under way.
+        Return the one verification of a file. Start it if it is not running.
         """
         file = (content.digest, content.status.st_ino)
         verification = self._verifications.get(file)
@@ -663,7 +663,7 @@ class Cache:
 
     def _hash_in_turn(self, blocking: Callable[..., T], *args: object) -> Deferred[T]:
         """
-        Take one step of a verification. All files advance together: their readers do, and each waits for its own hash.
+        Run one step of a verification. All files advance together: so do their readers, each waiting for its own hash.
         """
 
         async def step() -> T:
@@ -674,7 +674,7 @@ class Cache:
 
     async def claim(self, digest: Digest) -> Claim | PeerTransfer | Met | Reason:
         """
-        Claim a digest for a transfer; or give what is there instead, or why the cache can't have it.
+        Claim a digest for a transfer, or return what exists instead, or why the cache can't have it.
         """
         try:
             return await undone_if_late(self._disk.writing, partial(self.store.claim, digest), self._unclaim)
@@ -683,13 +683,13 @@ class Cache:
 
     def left(self, claim: Claim) -> Left | None:
         """
-        See what an earlier transfer has left to go on with.
+        Return what can be resumed of an earlier transfer.
         """
         return self.store.arriving.left(claim)
 
     def unclaim(self, claim: Claim | PeerTransfer | Met | Reason) -> None:
         """
-        Let go of a claim that no transfer was begun with, or of another process's transfer, in its own time.
+        Release, in the background, a claim that no transfer has used, or another process's transfer.
         """
         self._disk.closing(self._unclaim, claim).addErrback(lambda problem: log.failure("Letting go", problem))
 
@@ -709,13 +709,13 @@ class Cache:
         asked: Asked | None = None,
     ) -> Writer | Reason:
         """
-        Begin the file of a transfer, or go on with what is left of one; or tell why the cache can't have it.
+        Create the file of a transfer, or resume an interrupted one. Return a reason if the cache can't have it.
 
-        @param claim: the transfer's from now on.
-        @param since: how many purges had been heard of when ECR was asked.
-        @param begun: waits for the first bytes, if other content has to be evicted; returns whether they came.
-        @param asked: what ECR said just now that the repository holds: it is noted if there is a file, and was no purge
-            since.
+        @param claim: belongs to the transfer from now on.
+        @param since: number of purges noticed when ECR was asked.
+        @param begun: waits for the first bytes, if other content must be evicted; returns True if they came.
+        @param asked: the blob that ECR has just confirmed. It is recorded if there is a file, and no purge has been
+            noticed since.
         """
         if size is None:
             self.unclaim(claim)
@@ -741,7 +741,7 @@ class Cache:
             writer = await undone_if_late(self._disk.writing, begin, _leave, partial(self.unclaim, claim))
         except BaseException as problem:
             on_its_own(self._release(claim.reservation))
-            if not isinstance(problem, OSError):  # those the store has told
+            if not isinstance(problem, OSError):  # the store has logged those
                 raise
             return Reason.DISK
         if isinstance(writer, Writer):
@@ -762,7 +762,7 @@ class Cache:
         self, claim: Claim, digest: Digest, size: int, held: Facts, since: int, *, reserved: bool
     ) -> Writer | Reason:
         """
-        Do all that the disk has to do before the first byte. Called in a thread: it may return late.
+        Do all disk work that precedes the first byte. Called in a thread: it may return late.
 
         @param since: see L{_write}.
         """
@@ -778,7 +778,7 @@ class Cache:
 
     def _begin(self, claim: Claim, digest: Digest, size: int, *, reserved: bool = False) -> Writer | Reason:
         """
-        Make room for a file, unless there is, and begin it. Called in a thread.
+        Make room for a file, unless it is reserved, and create it. Called in a thread.
 
         @raise OSError: if the disk fails. The claim is still held then.
         """
@@ -793,7 +793,7 @@ class Cache:
 
     async def take_over(self, peer: PeerTransfer, digest: Digest) -> Writer | None:
         """
-        Go on with another process's transfer, whose writer has exited; none if it has to be looked at again.
+        Resume another process's transfer, whose writer has exited. Return None if the caller must look again.
 
         @raise OSError: if the disk fails.
         """
@@ -802,7 +802,7 @@ class Cache:
 
     async def _release(self, what: Reservation) -> None:
         """
-        Give back room for a file that does not come.
+        Release the reservation of a file that will not arrive.
         """
         with contextlib.suppress(OSError):
             await self._disk.closing(self.store.index.drop, [], [what])
@@ -821,9 +821,9 @@ class Cache:
 
     def keep(self, route: Route, descriptor: Descriptor, document: Document, since: int) -> None:
         """
-        Keep a manifest that ECR gave, and learn what it lists: in memory at once, on the disk in its own time.
+        Keep a manifest from ECR, and learn what it lists: in memory at once, on disk in the background.
 
-        @param since: how many purges had been heard of when ECR was asked; after another one nothing is learnt.
+        @param since: number of purges noticed when ECR was asked. After another purge nothing is learned.
         """
         self.hold(descriptor.digest, document)
         if self._storing + _weight(document) <= _STORING_BYTES:
@@ -845,10 +845,10 @@ class Cache:
 
     async def _stored(self, descriptor: Descriptor, body: bytes, facts: Facts, since: int) -> bool:
         """
-        Store a manifest and the facts that it gives.
+        Store a manifest and its facts.
 
         @param since: see L{_write}.
-        @return: whether it is stored, or will be.
+        @return: True if it is stored, or will be.
         """
         if not await self._room.can_hold(room_for(len(body))):
             return False
@@ -862,10 +862,10 @@ class Cache:
 
     def _store(self, digest: Digest, body: bytes, facts: Facts, since: int) -> bool:
         """
-        Store small content, unless it is there by now or another process is about to store it. Called in a thread.
+        Store small content, unless it exists by now or another process is about to store it. Called in a thread.
 
         @param since: see L{_write}.
-        @return: whether it is stored, or will be.
+        @return: True if it is stored, or will be.
         @raise OSError: if the disk fails.
         """
         claim = self.store.claim(digest)
@@ -886,41 +886,41 @@ class Cache:
 
     def _write(self, entries: Facts, since: int) -> bool:
         """
-        Note entries on the disk, unless a purge was heard of since. Called in a thread, which may come late to it.
+        Store entries in the index, unless a purge has been noticed since. Called in a thread, possibly late.
 
-        @param since: how many had been heard of when ECR was asked.
-        @return: whether they are noted, or will be.
+        @param since: number of purges noticed when ECR was asked.
+        @return: True if they are stored, or will be.
         """
         return since == self._purges and self.store.save(*entries)
 
     async def _remember(self, asked: Asked, descriptor: Descriptor, since: int) -> None:
         """
-        Note that ECR said that the repository holds what was asked for by its digest.
+        Record ECR's confirmation that the repository holds an object by digest.
         """
         await self._save([(asked.entry_key, self._entry_of(descriptor))], since)
 
     @property
     def purges(self) -> int:
         """
-        How many purges were heard of. What ECR said before the last one is known no more.
+        Return the number of purges noticed. ECR's answers from before the last one are forgotten.
         """
         return self._purges
 
     def holds(self, asked: Asked, size: int | None, since: int) -> None:
         """
-        Note that ECR said that the repository holds a blob, unless a purge was heard of since.
+        Record ECR's confirmation that the repository holds a blob, unless a purge has been noticed since.
 
-        @param size: in bytes; nothing is noted while that isn't known.
-        @param since: how many had been heard of when ECR was asked.
+        @param size: in bytes; nothing is recorded if it is unknown.
+        @param since: number of purges noticed when ECR was asked.
         """
         if size is not None and since == self._purges:
             self.remember(asked, Descriptor(BLOB_TYPE, asked.digest, size))
 
     async def confirm(self, asked: Asked, descriptor: Descriptor, document: Document, since: int) -> None:
         """
-        Note that ECR said that the repository holds a manifest, which another brought in.
+        Record ECR's confirmation that the repository holds a manifest that another repository brought in.
 
-        @param since: how many purges had been heard of when ECR was asked; after another one nothing is noted.
+        @param since: number of purges noticed when ECR was asked. After another purge nothing is recorded.
         """
         await self._remember(asked, descriptor, since)
         if since == self._purges and self._may_learn(asked.route.repository, descriptor):
@@ -930,11 +930,11 @@ class Cache:
         self, asked: Asked, question: int, descriptor: Descriptor, document: Document | None, since: int
     ) -> None:
         """
-        Note what ECR said that a tag leads to.
+        Record ECR's answer about a tag.
 
-        @param question: the number of the question; an answer to an earlier one than was answered last is outdated.
-        @param document: the manifest, where the cache had it already: what it lists is the repository's too.
-        @param since: how many purges had been heard of when ECR was asked; after another one nothing is noted.
+        @param question: the number of the request. The answer is outdated if a later request has been answered.
+        @param document: the manifest, if the cache had it already: the repository holds what it lists, too.
+        @param since: number of purges noticed when ECR was asked. After another purge nothing is recorded.
         """
         if since != self._purges:
             return
@@ -951,7 +951,7 @@ class Cache:
             about = key, asked.accept
             written = self._written.get(about)
             due = changed or written is None or not 0 <= self._now() - written < _UNWRITTEN_SECONDS
-            if due and about not in self._to_write:  # else what is in line writes this too
+            if due and about not in self._to_write:  # otherwise the pending write includes this
                 self._to_write.add(about)
                 await self._locks.run(key, partial(self._write_latest, key, asked.accept))
             await self._save(facts, since)
@@ -964,7 +964,7 @@ class Cache:
         self, key: EntryKey, asked: Asked, question: int, descriptor: Descriptor, since: int
     ) -> tuple[Confirmed | None, Entry | None]:
         """
-        Give what was known, and the entry as it is now; none if the answer is outdated, or of before a purge.
+        Return the old answer and the new entry; None for an answer that is outdated, or from before a purge.
         """
         before, when = await self.entry(asked), question / 1e6
         if since != self._purges:
@@ -985,11 +985,11 @@ class Cache:
 
     async def forget(self, asked: Asked, question: int) -> None:
         """
-        Forget what a tag led to: ECR answered 404. The content stays for whoever else it serves.
+        Forget a tag for which ECR answered 404. The content stays for other repositories and tags.
 
         Answers of types that the client does not accept stay: ECR was not asked for them.
 
-        @param question: the number of the question; what was answered to later ones stays.
+        @param question: the number of the request. Answers to later ones stay.
         """
         key = asked.entry_key
         if (entry := self._entries.get(key)) is not None:  # at once: a slow write of it may come first
@@ -1004,10 +1004,10 @@ class Cache:
 
     def _deny(self, key: EntryKey, asked: Asked, question: int, entry: Entry | None, *, holds: bool = True) -> bool:
         """
-        Drop from memory what a 404 denies, and tell it no more; return whether there was any.
+        Drop the answers that a 404 denies from memory, and hide them. Return True if there were any.
 
-        @param entry: what is known; none if that can't be read, as on a disk that hangs: it may be there.
-        @param holds: whether what is left of it is held in memory.
+        @param entry: the known entry; None if it can't be read, as on a disk that hangs: it may exist.
+        @param holds: True to hold the rest of the entry in memory.
         """
         types, newer, when = {asked.accept: ""}, set[frozenset[str]](), question / 1e6
         if entry is not None:
@@ -1020,16 +1020,16 @@ class Cache:
         if entry is not None and left and holds:
             self._hold_entry(key, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
         if types:
-            self.store.index.hide_answers(key, types.keys() - left, when)  # whatever becomes of the thread
+            self.store.index.hide_answers(key, types.keys() - left, when)  # even if the thread fails
         for accept in types.keys() - left:
             self._written.drop((key, accept))
         return bool(types)
 
     def _may_learn(self, repository: Repository, descriptor: Descriptor) -> bool:
         """
-        Tell whether the facts that a manifest gives are to be noted, and count on it that they are.
+        Return True if the facts of a manifest should be stored, and assume that they will be.
 
-        Any number of tags lead to one manifest: each of them would have all its facts written.
+        Any number of tags may have the same manifest: otherwise each would have all its facts written.
         """
         manifest, now = (repository, descriptor), self._now()
         last = self._learnt.get(manifest)
@@ -1040,9 +1040,9 @@ class Cache:
 
     async def _learned(self, repository: Repository, descriptor: Descriptor, document: Document, since: int) -> Facts:
         """
-        Note in memory as facts that the repository holds a manifest, and what it lists; they are yet to be saved.
+        Hold in memory, as facts, that the repository holds a manifest and what it lists. The caller saves them.
 
-        @return: none if a purge was heard of C{since} then.
+        @return: empty if a purge has been noticed since C{since}.
         """
         lists: Sequence[tuple[Kind, Descriptor]] = ()
         if self._checks(repository.registry):
@@ -1063,10 +1063,10 @@ class Cache:
 
     def forget_purged(self, news: News) -> None:
         """
-        Forget what is held in memory of what was purged, and what is not written yet.
+        Drop purged items from memory, and everything that is not written yet.
         """
         self._purges += 1
-        self._unwritten.clear()  # whoever purged could not see what it was, nor these
+        self._unwritten.clear()  # the purge could not see these
         for key in self._recording:
             self._entries.drop(key)
         if news.everything:
@@ -1085,14 +1085,14 @@ class Cache:
 
     def _forget_variants(self, purged: set[EntryKey]) -> None:
         """
-        Forget what was purged, whatever the cache key: the index does not keep all variants that memory may hold.
+        Forget purged entries with every cache key: memory may hold variants that the index has not kept.
         """
         for key in [each for each in self._entries if each._replace(variant="") in purged]:
             self._entries.drop(key)
 
     async def _save(self, entries: Facts, since: int) -> None:
         """
-        Note entries on the disk and in memory, unless a purge was heard of since.
+        Store entries on disk and in memory, unless a purge has been noticed since.
         """
         try:
             if entries:
@@ -1105,9 +1105,9 @@ class Cache:
 
     async def _write_latest(self, key: EntryKey, accept: frozenset[str]) -> None:
         """
-        Write what a tag leads to by now for one set of types: other processes may know others better.
+        Write the latest answer about a tag for one set of types only: other processes may have newer ones for others.
 
-        A late write brings back nothing that was forgotten or purged meanwhile.
+        A late write does not bring back anything that was forgotten or purged meanwhile.
         """
         self._to_write.discard((key, accept))
         entry = self._entries.get(key)
@@ -1121,13 +1121,13 @@ class Cache:
         except OSError as problem:
             log.debug("Not noted on the disk: {problem}", problem=problem)
         finally:
-            if not noted:  # the next confirmation tries again: the index may name what the tag led to before
+            if not noted:  # the next confirmation retries: the index may have the tag's previous digest
                 self._written.drop((key, accept))
 
 
 def _weight(document: Document) -> int:
     """
-    Estimate the bytes of memory that a manifest takes with its facts, which have nine times the bytes of their lines.
+    Estimate the memory in bytes of a manifest and its facts, which take nine times the bytes of their lines.
     """
     size = len(document.body)
     return size + min(9 * size, FACTS * 1000)
@@ -1135,14 +1135,14 @@ def _weight(document: Document) -> int:
 
 def _fits(document: Document, known: Descriptor) -> bool:
     """
-    Return True if a manifest may be served as the media type that is known of it.
+    Return True if a manifest may be served with the known media type.
     """
     return known.media_type in MANIFEST_TYPES and document.own_type in (None, known.media_type)
 
 
 def _listed(body: bytes, media_type: str) -> Sequence[tuple[Kind, Descriptor]]:
     """
-    Give what a manifest entitles its repository to: an index may list layers, as a BuildKit cache does, to no effect.
+    Return what a manifest entitles its repository to. Layers that an index lists, as in a BuildKit cache, do not count.
     """
     known = (each for each in listed(body, media_type) if each[0] is Kind.BLOB or each[1].media_type in MANIFEST_TYPES)
     return list(islice(known, FACTS))
@@ -1150,7 +1150,7 @@ def _listed(body: bytes, media_type: str) -> Sequence[tuple[Kind, Descriptor]]:
 
 def _no_room(problem: Exception) -> bool:
     """
-    Log why there is no room, and return False: whatever the janitor's trouble, a pull goes on without it.
+    Log why there is no room, and return False: a pull goes on even if the janitor fails.
     """
     if isinstance(problem, OSError):
         log.warn("Not kept: room in the cache can't be promised: {problem}", problem=str(problem), once="no room")

@@ -1,3 +1,3 @@
 """
-The cache directory: what is in it, what is arriving, what is proven, and what has to go.
+The cache directory: content, transfers in progress, the index, verification and eviction.
 """

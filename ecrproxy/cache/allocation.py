@@ -1,8 +1,8 @@
 """
-Disk space for a file, before its first byte.
+Allocate disk space for a file before its first byte is written.
 
-glibc's posix_fallocate(3) writes a byte into each block where the file system can't allocate: over NFS and EFS,
-2.6 million writes for 10 GiB. musl's fails there. So fallocate(2) itself is called, and is a hint.
+glibc's posix_fallocate(3) writes a byte into each block if the file system can't allocate: 2.6 million writes for
+10 GiB over NFS and EFS. musl's fails there. So this module calls fallocate(2) itself, and goes on if it is unsupported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 def _fallocate() -> Any:  # noqa: ANN401
     libc = ctypes.CDLL(None, use_errno=True)
-    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)  # musl's has 64 bits by either name
+    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)  # both of musl's take 64 bits
     if call is not None:
         call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     return call
@@ -28,7 +28,7 @@ _call: Final = _fallocate()
 
 def fallocate(fd: int, size: int) -> None:
     """
-    Allocate the first C{size} bytes of a file by the system call, which writes nothing.
+    Allocate the first C{size} bytes of a file with the system call, which writes no data.
 
     @raise OSError: if it fails; ENOSYS where libc has no such call.
     """
@@ -42,9 +42,9 @@ def fallocate(fd: int, size: int) -> None:
 
 def allocate(fd: int, size: int) -> None:
     """
-    Give an empty file C{size} bytes, and their disk space where the file system can allocate it.
+    Extend an empty file to C{size} bytes, and allocate their disk space if the file system supports that.
 
-    @raise OSError: if the disk has no room for them, or fails.
+    @raise OSError: if the disk is full, or fails.
     """
     try:
         fallocate(fd, size)

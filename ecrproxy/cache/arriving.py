@@ -1,16 +1,16 @@
 """
-Files that are being downloaded: one for each digest, with a claim beside it, for all processes on the directory.
+Files that are being downloaded: one per digest, with a claim beside it, shared by all processes on the directory.
 
 Rules:
 
-- C{arriving/D} is the data, of its full size from the start; C{arriving/D.claim} has the writer's lock and its record.
-- A process that needs a digest claims it. One gets the claim and writes; the others follow its record.
-- The kernel releases the lock with the process. A transfer whose claim is free is I{interrupted}: the next process that
-  needs the digest resumes it, hashes the data, and fetches what is missing.
+- C{arriving/D} is the data, at its full size from the start; C{arriving/D.claim} has the writer's lock and its record.
+- A process that needs a digest claims it. One process gets the claim and writes; the others follow its record.
+- The kernel releases the lock when the process ends. A transfer whose claim is free is I{interrupted}: the next process
+  that needs the digest resumes it, hashes the data, and fetches the missing ranges.
 - After taking a claim, look for the content again: its writer may have just finished.
-- Bytes that a record tells of are hashed before they complete a response. The digest of the whole decides.
+- Bytes that a record lists are hashed before they complete a response. The digest of the whole decides.
 - Only the holder of the claim writes or removes the data, or removes bad content.
-- Whoever has the data open holds a shared lock on it, so that nothing is evicted while it is sent.
+- Each reader of the data holds a shared lock on it, which prevents eviction while the data is being sent.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest
 
 LEFT_SECONDS: Final = 24 * 3600
-"""Seconds for which an interrupted transfer is kept: clients that need it retry sooner."""
+"""Seconds to keep an interrupted transfer: clients that need it retry sooner."""
 _PROBE: Final = "probe."
 _YOUNG_SECONDS: Final = 60
-"""Seconds for which a probe may still be in use by another process: probes have no lock."""
+"""Seconds during which another process may still be using a probe: probes have no lock."""
 
 
 class Left(NamedTuple):
     """
-    What can be resumed of an interrupted transfer.
+    The resumable part of an interrupted transfer.
 
     @ivar size: announced size of the blob, in bytes.
-    @ivar gaps: the ranges that are missing, at least one.
+    @ivar gaps: the missing ranges, at least one.
     """
 
     size: int
@@ -74,7 +74,7 @@ class Met(enum.Enum):
 
 class Arriving:
     """
-    The transfers in progress, and those that were interrupted.
+    The transfers in progress, and the interrupted ones.
     """
 
     def __init__(self, directory: Directory) -> None:
@@ -82,7 +82,7 @@ class Arriving:
 
     def claim(self, digest: Digest) -> Claim | PeerTransfer | Met:
         """
-        Claim a digest. If another process holds the claim, return its transfer, which has to be closed.
+        Claim a digest. If another process holds the claim, return its transfer, which must be closed.
 
         @raise OSError: if the disk fails, or does not support locks.
         """
@@ -109,14 +109,14 @@ class Arriving:
 
     def is_claimed(self, digest: Digest) -> bool:
         """
-        Return True if some process holds the claim of a digest, without taking it.
+        Return True if any process holds the claim on a digest. Does not take the claim.
         """
         path = claim_path(self._data(digest))
         return os.path.lexists(path) and not is_free(path)
 
     def hold(self, digest: Digest) -> Claim | None:
         """
-        Claim a digest in order to remove its content. None if another process holds the claim.
+        Claim a digest in order to remove its content. Return None if another process holds the claim.
 
         @raise OSError: if the disk fails.
         """
@@ -128,22 +128,22 @@ class Arriving:
 
     def let_go(self, claim: Claim) -> None:
         """
-        Release a claim without having written. An interrupted transfer is kept for the next holder, all else removed.
+        Release a claim without having written. Keep a resumable transfer for the next holder; remove any other data.
         """
         claim.drop() if self._resumable(claim) is None else claim.release()
 
     def left(self, claim: Claim) -> Left | None:
         """
-        Return what an earlier holder of the claim left to resume.
+        Return the resumable part of the transfer that an earlier holder of the claim left, if any.
         """
         record = claim.record
         return Left(record.size, record.resumable.gaps(record.size)) if record is not None else None
 
     def begin(self, claim: Claim, digest: Digest, size: int) -> Writer:
         """
-        Create the data. Data of an earlier holder of the claim is removed.
+        Create the data, and remove that of an earlier holder of the claim.
 
-        @param size: in bytes; allocated at once, where the file system supports that.
+        @param size: in bytes; allocated at once if the file system supports that.
         @raise OSError: if the disk is full, or fails. The claim is still held then.
         """
         claim.check()
@@ -165,7 +165,7 @@ class Arriving:
 
     def resume(self, claim: Claim, digest: Digest, size: int) -> Writer | None:
         """
-        Resume the data of an earlier holder of the claim. None if there is none, or its size is another.
+        Resume the data of an earlier holder of the claim. Return None if there is none, or its size differs.
 
         @raise OSError: if the disk fails. The claim is still held then.
         """
@@ -176,7 +176,7 @@ class Arriving:
 
     def take_over(self, peer: PeerTransfer, digest: Digest) -> Writer | None:
         """
-        Resume another process's transfer, whose writer has exited. None if it has to be looked at again.
+        Resume the transfer of another process whose writer has exited. Return None if the caller must look again.
 
         @raise OSError: if the disk fails, or there is nothing to resume.
         """
@@ -227,16 +227,16 @@ class Arriving:
 
     def _see_own(self, *files: int) -> None:
         """
-        Raise C{OSError} if one of these open files is another user's, who could alter it after it was verified.
+        Raise C{OSError} if another user owns one of these open files, and could alter it after it was verified.
         """
         if not all(self.directory.is_own(os.fstat(each)) for each in files):
             raise OSError(errno.EPERM, "it is another user's")
 
     def _find_content(self, digest: Digest) -> Met | None:
         """
-        Find out whether the digest is content, or is being evicted. The claim is held.
+        Find out whether the digest is content, or is being evicted. The claim must be held.
 
-        Content that this process knows to be bad, or that another user may change, is removed, and does not count.
+        Content that is known to be bad, or that another user may change, is removed and does not count.
         """
         path = self.directory.content(digest)
         try:
@@ -249,7 +249,7 @@ class Arriving:
             status = os.fstat(fd)
             if self.directory.is_own(status) and self.directory.proofs.verdict(digest, status) is not False:
                 return Met.CONTENT
-            with contextlib.suppress(OSError):  # it is replaced then
+            with contextlib.suppress(OSError):  # if this fails, it is replaced
                 path.unlink()
             return None
         finally:
@@ -257,10 +257,10 @@ class Arriving:
 
     def sweep(self) -> None:
         """
-        Remove what can't be used, and add the interrupted transfers that stay to the index.
+        Remove unusable files, and add the interrupted transfers that stay to the index.
 
-        Removed are transfers that are a day old, can't be resumed, or whose digest is content by now; reservations
-        without a file; and old probes. Content whose reservation is removed is added to the index, unless it is there.
+        Unusable are transfers that are a day old, can't be resumed, or whose digest is content by now; reservations
+        without a file; and old probes. Content whose reservation is removed is added to the index if it is not there.
         """
         reserved: dict[str, Reserved] = {}
         with contextlib.suppress(OSError):  # first: a claim exists before its reservation
@@ -279,7 +279,7 @@ class Arriving:
         found = [self.directory.found(each) for each in digests if each is not None]
         try:
             self.directory.index.adopt([each for each in found if each is not None])
-        except OSError:  # until then the reservations count in its place
+        except OSError:  # until the next sweep, the reservations count in place of the content
             return
         self.directory.index.drop(arriving=[reserved[name].what for name in ended])
 
@@ -290,9 +290,9 @@ class Arriving:
 
     def _is_of_no_use(self, name: str, known: Reserved | None) -> bool:
         """
-        Return True if nothing is left of a transfer; what can't be used is removed.
+        Return True if a transfer is gone, or was unusable and has been removed.
 
-        @param known: its reservation in the index, as of the begin of the sweep.
+        @param known: the transfer's reservation in the index at the start of the sweep.
         """
         digest, data = _digest_of(self.folder / name), self.folder / name
         if digest is None or not (os.path.lexists(data) or os.path.lexists(claim_path(data))):
@@ -319,7 +319,7 @@ class Arriving:
         """
         Remove an interrupted transfer, unless a process has claimed or follows it.
 
-        @return: whether it is gone.
+        @return: True if it is gone.
         @raise OSError: if it can't be removed.
         """
         try:
@@ -346,7 +346,7 @@ class Arriving:
 
 def _share(fd: int, claim: Claim) -> None:
     """
-    Lock the data of a claim against removal.
+    Take a shared lock on the data of a claim, so that it is not removed.
 
     @raise OSError: if it is being removed.
     """
@@ -357,7 +357,7 @@ def _share(fd: int, claim: Claim) -> None:
 
 def _digest_of(path: Path) -> Digest | None:
     """
-    Return the digest of a file in arriving/. None if its name is of another kind.
+    Return the digest of a file in arriving/, or None if the name is not that of a transfer.
     """
     try:
         return Digest.parse(path.name.removesuffix(SUFFIX).replace("-", ":", 1))
@@ -367,9 +367,9 @@ def _digest_of(path: Path) -> Digest | None:
 
 def sweep_ingest(folder: Path) -> int:
     """
-    Remove what earlier versions left in C{ingest/}. Files that a running daemon of such a version writes are locked.
+    Remove what earlier versions left in C{ingest/}. A running daemon of such a version locks the files that it writes.
 
-    @return: how many files were removed.
+    @return: the number of files removed.
     """
     removed = 0
     with contextlib.suppress(OSError):
@@ -377,7 +377,7 @@ def sweep_ingest(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 fd = open_in_place(path, os.O_RDWR)
                 try:
-                    if own(fd, path):  # else a daemon of such a version is running
+                    if own(fd, path):  # otherwise a daemon of such a version is running
                         path.unlink()
                         removed += 1
                 finally:

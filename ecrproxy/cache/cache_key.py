@@ -28,14 +28,14 @@ _NAMES = frozenset(
 )
 _OF_ROUTE = frozenset({"uri", "args", "repository", "reference", "digest"})
 _PREFIXES = ("arg_", "http_")
-# They hold secrets, and whoever reads the names of the cache's files could try guesses on a hash of them.
+# These hold secrets, and anyone who can list the cache's files could test guesses against their hash.
 _SECRET = frozenset({"http_authorization", "http_proxy_authorization", "http_cookie"})
 
 
 @dataclass(frozen=True, slots=True)
 class Asker:
     """
-    What a request says beside its route.
+    The parts of a request outside its route.
 
     @ivar target: the raw request target.
     @ivar headers: by lower-case name.
@@ -55,7 +55,7 @@ NOBODY: Final = Asker()
 @dataclass(frozen=True, slots=True)
 class CacheKey:
     """
-    A parsed template: literal text and variables in turn, beginning and ending with text.
+    A parsed template: literal text and variables alternate, beginning and ending with text.
     """
 
     parts: Sequence[str]
@@ -63,9 +63,9 @@ class CacheKey:
     @classmethod
     def parse(cls, template: str) -> CacheKey:
         """
-        Read a template as nginx's C{proxy_cache_key} has it, C{$name} or C{${name}}.
+        Parse a template in the syntax of nginx's C{proxy_cache_key}: C{$name} or C{${name}}.
 
-        @raise ValueError: for a variable that does not exist, or is a secret, a lone C{$}, or no variable at all.
+        @raise ValueError: for an unknown or secret variable, a lone C{$}, or a template without variables.
         """
         parts, end = [], 0
         for found in _VARIABLE.finditer(template):
@@ -87,13 +87,13 @@ class CacheKey:
     @property
     def asks(self) -> bool:
         """
-        Tell whether it speaks of who asks, and not of the route alone.
+        Return True if the key depends on the client or the request, and not on the route alone.
         """
         return any(name not in _OF_ROUTE and not name.startswith("arg_") for name in self.parts[1::2])
 
     def expand(self, route: Route, asker: Asker) -> str:
         """
-        Name the entry of a request.
+        Return the name of a request's cache entry.
         """
         values = [_value(part, route, asker) if odd % 2 else part for odd, part in enumerate(self.parts)]
         return "".join(values)

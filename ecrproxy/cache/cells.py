@@ -1,8 +1,8 @@
 """
-What the index has in its rows, and how that is written and read. Pure.
+The values in the index's rows, and how they are encoded and decoded. Pure.
 
-Times are whole microseconds since the epoch. A digest is a byte for its algorithm and the hash. What is read is
-checked: whatever a column's type, SQLite may hold any value there, and a page that is sound may hold nonsense.
+Times are whole microseconds since the epoch. A digest is one byte for its algorithm, then the hash. Values are checked
+when they are read: SQLite may hold any value in any column, and an intact page may hold garbage.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _BLOCK: Final = 4096
 
 class DamagedError(OSError):
     """
-    The database is not what was written: it is of no more use.
+    The database does not hold what was written, and can't be used any longer.
     """
 
 
 class Totals(NamedTuple):
     """
-    What the cache directory holds.
+    Totals of the cache directory.
 
-    @ivar files: how many files of content there are.
+    @ivar files: number of files of content.
     @ivar blocks: bytes of disk that they take.
-    @ivar arriving: bytes of disk that are promised to what is arriving, or taken by what transfers have left.
-    @ivar oldest_use: the least recent use of a file, in seconds since the epoch, if there is one.
-    @ivar compared: when some process began to compare all files with the rows, and came to the end; zero if none has.
+    @ivar arriving: bytes of disk that are reserved for transfers, or taken by interrupted ones.
+    @ivar oldest_use: the least recent use of a file, in seconds since the epoch, if there is a file.
+    @ivar compared: start time of the last complete comparison of all files with the rows, by any process; 0 if none.
     """
 
     files: int = 0
@@ -44,7 +44,7 @@ class File(NamedTuple):
     """
     A file of content. Times are in seconds since the epoch.
 
-    @ivar verified: when its bytes were last seen to be what the digest names, if they were.
+    @ivar verified: when its bytes were last found to match the digest, if ever.
     """
 
     digest: Digest
@@ -55,7 +55,7 @@ class File(NamedTuple):
 
 class Move(NamedTuple):
     """
-    That ECR answered a tag with another digest than before.
+    A change of a tag: ECR answered with another digest than before.
 
     @ivar seen: when it first did, in seconds since the epoch.
     """
@@ -67,23 +67,23 @@ class Move(NamedTuple):
 
 def on_disk(size: int) -> int:
     """
-    Return the bytes of disk that a file of C{size} bytes takes: whole blocks.
+    Return the bytes of disk that a file of C{size} bytes takes, in whole blocks.
     """
     return -(-size // _BLOCK) * _BLOCK
 
 
 def packed(digest: Digest) -> bytes:
     """
-    Write a digest.
+    Encode a digest.
     """
     return bytes([ALGORITHMS.index(digest.algorithm)]) + bytes.fromhex(digest.hex)
 
 
 def unpacked(data: bytes) -> Digest:
     """
-    Read what L{packed} wrote.
+    Decode the result of L{packed}.
 
-    @raise DamagedError: if it is anything else: SQLite does not notice a page that is sound and holds nonsense.
+    @raise DamagedError: if it is anything else: SQLite does not notice garbage in an intact page.
     """
     if isinstance(data, bytes) and data and data[0] < len(ALGORITHMS):
         algorithm = ALGORITHMS[data[0]]
@@ -94,9 +94,9 @@ def unpacked(data: bytes) -> Digest:
 
 def as_number(value: object) -> int:
     """
-    Read a number of bytes, of things or of microseconds.
+    Check a number of bytes, of items or of microseconds.
 
-    @raise DamagedError: if it is anything else: whatever its column's type, SQLite may hold any value there.
+    @raise DamagedError: if it is anything else: SQLite may hold any value, whatever the column's type.
     """
     if type(value) is int and 0 <= value <= SIZE_LIMIT:
         return value
@@ -105,7 +105,7 @@ def as_number(value: object) -> int:
 
 def as_text(value: object) -> str:
     """
-    Read a text.
+    Check a text.
 
     @raise DamagedError: if it is anything else.
     """
@@ -116,9 +116,9 @@ def as_text(value: object) -> str:
 
 def the_row(rows: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
     """
-    Read a row that is always there.
+    Return a row that always exists.
 
-    @raise DamagedError: if it isn't.
+    @raise DamagedError: if it is missing.
     """
     for row in rows:
         return row
@@ -127,7 +127,7 @@ def the_row(rows: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 def state_of(rows: Iterable[tuple[Any, ...]]) -> tuple[Totals, int]:
     """
-    Read the totals, and how many things were ever purged.
+    Decode the totals and the generation: how many things were ever purged.
     """
     files, blocks, arriving, oldest, compared, generation = the_row(rows)
     used = None if oldest is None else as_number(oldest) / 1e6
@@ -137,14 +137,14 @@ def state_of(rows: Iterable[tuple[Any, ...]]) -> tuple[Totals, int]:
 
 def moment(when: float) -> int:
     """
-    Write a time in seconds; one of before the epoch, which no row may have, as the epoch.
+    Encode a time in seconds. Times before the epoch, which no row may have, become the epoch.
     """
     return max(0, round(when * 1e6))
 
 
 def file_of(digest: bytes, size: int, used: int, verified: int | None) -> File:
     """
-    Read a row of content.
+    Decode a row of content.
 
     @raise DamagedError: if it is anything else.
     """

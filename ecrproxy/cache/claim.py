@@ -1,5 +1,5 @@
 """
-The right to write the file of one digest: a lock that one process in the directory holds, and the record beside it.
+The right to write the file of one digest: a lock that one process on the directory holds, and its record.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Claim:
 
     @ivar data: the path of the data.
     @ivar path: the path of the claim.
-    @ivar record: what an earlier holder left, if its data can be resumed.
+    @ivar record: the record that an earlier holder left, if its data can be resumed.
     @ivar reservation: identifies the disk space that the data takes.
     """
 
@@ -37,11 +37,11 @@ class Claim:
     @classmethod
     def take(cls, data: Path, *, make: bool = True) -> Claim | None:
         """
-        Claim the digest whose data is, or will be, at C{data}. None if another process holds the claim.
+        Claim the digest whose data is, or will be, at C{data}. Return None if another process holds the claim.
 
         @param make: whether to create the claim if it does not exist.
         @raise FileNotFoundError: if it does not exist and is not to be created, or its folder does not exist.
-        @raise OSError: if the disk fails, or does not support locks; or if it is a link to a file that is elsewhere.
+        @raise OSError: if the disk fails or does not support locks, or if the claim is a link to a file elsewhere.
         """
         path = claim_path(data)
         while True:
@@ -69,19 +69,19 @@ class Claim:
 
     def resumes(self, size: int) -> bool:
         """
-        Return True if an earlier holder left data of a blob of this size to resume.
+        Return True if an earlier holder left resumable data of a blob of this size.
         """
         return self.record is not None and self.record.size == size
 
     def read(self) -> Record | None:
         """
-        Read the record.
+        Read the record. Return None if there is none, or it can't be read.
         """
         return read_record(self._fd)
 
     def write(self, record: Record) -> None:
         """
-        Write the record, over the one before.
+        Overwrite the record.
 
         @raise OSError: if the disk fails.
         """
@@ -105,7 +105,7 @@ class Claim:
 
     def check(self) -> None:
         """
-        Check that the claim was not removed by others: another process may hold the next one.
+        Check that nobody has removed the claim: another process may hold a new one.
 
         @raise OSError: if it was.
         """
@@ -114,7 +114,7 @@ class Claim:
 
     def drop(self) -> None:
         """
-        Remove data and claim. If the claim was removed by others, the data may belong to the next holder, and stays.
+        Remove data and claim. If others have removed the claim, the data may belong to a new holder, and stays.
         """
         if self._fd >= 0:
             with contextlib.suppress(OSError):
@@ -124,7 +124,7 @@ class Claim:
 
     def end(self) -> None:
         """
-        Remove the claim, and leave the data.
+        Remove the claim, and keep the data.
         """
         if self._fd >= 0:
             with contextlib.suppress(OSError):
@@ -132,13 +132,13 @@ class Claim:
                 self.path.unlink()
             self.release()
 
-    # A thread may have taken it for a transfer that was given up in the meantime.
+    # A thread may have taken the claim for a transfer that has been abandoned since.
     __del__ = release
 
 
 def _open(path: Path, *, make: bool) -> tuple[int, bool]:
     """
-    Open a claim, or create it. Returns the descriptor, and whether it was created.
+    Open a claim, or create it. Return the descriptor, and whether the claim was created.
     """
     while True:
         try:
@@ -152,7 +152,7 @@ def _open(path: Path, *, make: bool) -> tuple[int, bool]:
 
 def read_record(fd: int) -> Record | None:
     """
-    Read the record of an open claim. None if there is none, or it can't be read.
+    Read the record of an open claim. Return None if there is none, or it can't be read.
     """
     for _ in range(_READS):
         with contextlib.suppress(OSError):
@@ -171,9 +171,9 @@ def claim_path(data: Path) -> Path:
 
 def boot_id() -> bytes:
     """
-    Return an id that changes with each start of the machine.
+    Return an id that changes with each boot of the machine.
 
-    Bytes that were written under the current id can be read back, whether they were synced or not.
+    Bytes that were written during the current boot can be read back, whether they were synced or not.
     """
     try:
         return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").replace("-", ""))

@@ -1,5 +1,5 @@
 """
-How the cache directory is: one look at the disk for all who ask within two seconds.
+The state of the cache directory: one check of the disk serves all callers for two seconds.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 log = Logger()
 
 FRESH_SECONDS: Final = 2.0
-"""How long a look is good for."""
+"""How long the result of a check is valid."""
 PATIENCE: Final = 2.0
-"""Seconds that a look may take before the disk is said to hang; it goes on, and no other begins meanwhile."""
+"""Seconds that a check may take before the disk is reported as hanging. It goes on, and no other starts meanwhile."""
 
 HANGS: Final = "hang"
 TROUBLES: Final = (*(kind.name.lower() for kind in Kind), HANGS)
-"""How figures name what can be wrong: a kind of call that fails, or a look that takes longer than C{PATIENCE}."""
+"""Names of the troubles in metrics: a kind of call that fails, or a check that takes longer than C{PATIENCE}."""
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
     """
-    What a look has found.
+    The result of a check.
 
-    @ivar reasons: what is wrong.
-    @ivar filled: whether there is content.
+    @ivar reasons: what is wrong with the directory.
+    @ivar filled: True if there is content.
     @ivar index: what is wrong with the index.
     """
 
@@ -52,7 +52,7 @@ class Condition:
     """
     The condition of one cache directory.
 
-    @param in_thread: calls what asks the disk; a thread of its own, for the others may all wait for that disk.
+    @param in_thread: runs the check in a thread of its own: all other threads may be waiting for that disk.
     """
 
     def __init__(self, store: Store, in_thread: InThread, clock: IReactorTime) -> None:
@@ -63,7 +63,7 @@ class Condition:
 
     def has(self, trouble: str) -> bool:
         """
-        Return True while there is a trouble of C{TROUBLES}.
+        Return True while this one of C{TROUBLES} lasts.
         """
         if trouble == HANGS:
             return self._began is not None and self._clock.seconds() >= self._began + PATIENCE
@@ -71,7 +71,7 @@ class Condition:
 
     async def latest(self) -> Look:
         """
-        Return what the last look found, after another one if that is too long ago.
+        Return the result of the last check, after a new one if it is older than C{FRESH_SECONDS}.
         """
         now = self._clock.seconds()
         if self._began is None and now >= self._fresh_until:

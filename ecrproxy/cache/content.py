@@ -1,5 +1,5 @@
 """
-Verified files that are open for reading. They are shared, and not evicted meanwhile.
+Verified files that are open for reading. They are locked, and not evicted while they are open.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ecrproxy.cache.proofs import is_marked
 from ecrproxy.oci import MANIFEST_LIMIT, Digest
 
 _AHEAD: Final = 8 * 2**20
-"""Bytes that the kernel is asked to read while those before them are hashed."""
+"""Bytes that the kernel is asked to read ahead while the bytes before them are hashed."""
 
 
 class DigestMismatchError(Exception):
@@ -24,23 +24,23 @@ class DigestMismatchError(Exception):
 
 class UnreadError(Exception):
     """
-    Content was not read to its end, for a reason that says nothing about its bytes.
+    The content was not read to its end, for a reason that says nothing about its bytes.
     """
 
 
 class Shelf(Protocol):
     """
-    Where content comes from, which is told what it turns out to be.
+    The source of content, which is told whether it turns out to be good or bad.
     """
 
     def is_proved(self, digest: Digest, status: os.stat_result) -> bool:
         """
-        Return True if the file of this status was verified since it was modified last.
+        Return True if the file with this status has been verified since it was last modified.
         """
 
     def prove(self, digest: Digest, status: os.stat_result, fd: int) -> None:
         """
-        Note that a file was verified.
+        Record that a file was verified.
         """
 
     def drop(self, digest: Digest, status: os.stat_result, why: Exception) -> None:
@@ -53,8 +53,8 @@ class Content:
     """
     One open file of content. While it is open it stays readable and is not evicted.
 
-    @param shelf: where it comes from.
-    @param status: of the file when it was opened.
+    @param shelf: the source of the file.
+    @param status: the file's status when it was opened.
     @ivar size: in bytes.
     """
 
@@ -66,15 +66,15 @@ class Content:
     @property
     def proved(self) -> bool:
         """
-        Return True if the content was verified since it was modified last.
+        Return True if the content has been verified since it was last modified.
         """
         return self._shelf.is_proved(self.digest, self.status)
 
     def is_unchanged(self) -> bool:
         """
-        Return True if the open file is verified, and still where it was when it was opened: costs one fstat(2).
+        Return True if the open file is verified and still has its name. Costs one fstat(2).
 
-        Who unlinks or replaces a file takes a name from it.
+        Unlinking or replacing the file reduces its link count.
         """
         before, now = self.status, os.fstat(self._file.fd)
         same = before.st_nlink == now.st_nlink and before.st_size == now.st_size and before.st_uid == now.st_uid
@@ -104,7 +104,7 @@ class Content:
 
     def share(self) -> Content:
         """
-        Return another handle to the same file. Each has to be closed.
+        Return another handle to the same file; each must be closed.
 
         @raise UnreadError: if this one is closed.
         """
@@ -115,7 +115,7 @@ class Content:
 
     def hash(self, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401 (hashlib's objects have no public type)
         """
-        Hash the bytes from C{offset} on, up to C{limit}.
+        Hash up to C{limit} bytes from C{offset} on.
 
         @return: the number of bytes hashed, 0 at the end.
         """
@@ -123,9 +123,9 @@ class Content:
 
     def settle(self, state: Any) -> bool:  # noqa: ANN401
         """
-        Compare the hash of all bytes with the digest, and note that the content is verified.
+        Compare the hash of all bytes with the digest, and record that the content is verified.
 
-        @return: False if the file was modified meanwhile: then nothing is noted.
+        @return: False if the file was modified meanwhile; then nothing is recorded.
         @raise DigestMismatchError: if they differ.
         """
         if state.hexdigest() != self.digest.hex:
@@ -138,7 +138,7 @@ class Content:
 
     def drop(self, why: Exception) -> None:
         """
-        Remove the file, which is bad, from the cache. If that fails, this process does not open it again.
+        Remove the bad file from the cache. If that fails, this process does not open it again.
         """
         self._shelf.drop(self.digest, self.status, why)
 
@@ -150,7 +150,7 @@ class Content:
             self._open = False
             self._file.let_go()
 
-    # A thread may have opened the file for a client that has disconnected: nothing else closes it then.
+    # A thread may have opened the file for a client that has disconnected: then nothing else closes it.
     __del__ = close
 
 
@@ -158,7 +158,7 @@ class OpenFile:
     """
     A file descriptor with a reference count.
 
-    @param status: of the file.
+    @param status: the file's status.
     """
 
     def __init__(self, fd: int, status: os.stat_result) -> None:
@@ -167,13 +167,13 @@ class OpenFile:
 
     def is_same(self, status: os.stat_result) -> bool:
         """
-        Return True if C{status} is of this file.
+        Return True if C{status} is this file's.
         """
         return self._identity == (status.st_ino, status.st_dev)
 
     def share(self) -> OpenFile | None:
         """
-        Add a reference. None if the descriptor is closed.
+        Add a reference. Return None if the descriptor is closed.
         """
         with self._lock:
             if not self._holders:
@@ -194,7 +194,7 @@ class OpenFile:
 
 def hash_range(fd: int, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401
     """
-    Hash the bytes of an open file from C{offset} on, up to C{limit}.
+    Hash up to C{limit} bytes of an open file from C{offset} on.
 
     @return: the number of bytes hashed, 0 at the end.
     """
@@ -202,7 +202,7 @@ def hash_range(fd: int, state: Any, offset: int, limit: int) -> int:  # noqa: AN
     at = offset
     while at < end and (data := os.pread(fd, min(AT_ONCE, end - at), at)):
         at += len(data)
-        if at < end:  # the kernel reads nothing ahead by itself: see locks.without_side_effects
+        if at < end:  # the kernel does no readahead by itself: see locks.without_side_effects
             os.posix_fadvise(fd, at, min(_AHEAD, end - at), os.POSIX_FADV_WILLNEED)
         state.update(data)
     return at - offset

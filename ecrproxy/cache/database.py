@@ -1,13 +1,13 @@
 """
-A SQLite database: opened, read, and written in transactions.
+A SQLite database: open, read, and write in transactions.
 
 Rules:
 
-- Every write is one transaction that begins with BEGIN IMMEDIATE: one that read first could not be retried
+- Every write is one transaction that begins with BEGIN IMMEDIATE: a transaction that reads first could not be retried
   (SQLITE_BUSY_SNAPSHOT).
-- One connection reads, another writes, each behind a lock, so no more than two page caches are in memory.
+- One connection reads and another writes, each behind a lock, so there are at most two page caches in memory.
   In WAL mode neither waits for the other. No transaction outlives a call.
-- sqlite3's errors leave as L{BusyError}, L{DamagedError} or L{UnusableError}, which are OSErrors.
+- Errors of sqlite3 are raised as L{BusyError}, L{DamagedError} or L{UnusableError}, which are OSErrors.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ecrproxy.cache.cells import DamagedError, Totals, state_of
 from ecrproxy.cache.schema import MIGRATIONS, STATE
 
 BUSY_SECONDS: Final = 2.0
-"""How long a write waits for the write lock of another process: it is held for milliseconds."""
+"""Seconds to wait for another process's write lock, which is held for milliseconds."""
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""Errors of a disk that has no room."""
+"""Errors of a full disk."""
 _DAMAGED: Final = frozenset(
     {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH}
 )
-"""No statement here breaks a constraint of what is made here: some other rule is in its place."""
+"""Includes constraints: no statement here violates those of our schema, so the schema is a different one."""
 _BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _FULL_IN_DETAIL: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
 _DAMAGED_IN_DETAIL: Final = frozenset({sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_READONLY_DBMOVED})
@@ -38,7 +38,7 @@ _DAMAGED_IN_DETAIL: Final = frozenset({sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.
 
 class BusyError(OSError):
     """
-    Another process writes; a later try will succeed.
+    Another process is writing; retry later.
     """
 
 
@@ -50,25 +50,25 @@ class UnusableError(OSError):
 
 class FullError(UnusableError):
     """
-    The disk has no room for what is to be written.
+    The disk is full.
     """
 
 
 class UnfitError(UnusableError):
     """
-    The file system can't have a database that several processes use.
+    The file system does not support a database that several processes use.
     """
 
 
 class Database:
     """
-    One database.
+    One SQLite database.
 
-    @param path: its file; none to keep it in memory.
-    @param read_only: whether its directory can't be written.
+    @param path: its file; None to keep it in memory.
+    @param read_only: True if its directory can't be written.
     @ivar read_only: the same.
-    @ivar closed: whether it was closed.
-    @raise OSError: if it can't be opened, is damaged, or its file system can't do WAL (see L{UnusableError}).
+    @ivar closed: True once it is closed.
+    @raise OSError: if it can't be opened, is damaged, or its file system does not support WAL (see L{UnusableError}).
     """
 
     def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
@@ -96,7 +96,7 @@ class Database:
             if mode != "wal":
                 raise UnfitError(f"SQLite can't use write-ahead logging there, only {mode}")
         (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-        if version >= len(MIGRATIONS):  # and it can be read while another process writes, however long
+        if version >= len(MIGRATIONS):  # so it can be read however long another process writes
             return
         with self._transaction() as connection:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -109,13 +109,13 @@ class Database:
     @property
     def outdated(self) -> bool:
         """
-        Whether somebody writes a database that was opened as if nobody did.
+        Return True if a process writes a database that was opened as immutable.
         """
         return self._log == 0 and self._path is not None and _log_of(self._path) > 0
 
     def close(self) -> None:
         """
-        Close the database. Calls that come later raise L{BusyError}.
+        Close the database. Later calls raise L{BusyError}.
         """
         self.closed = True
         with self._writing, self._reading, contextlib.suppress(sqlite3.Error):
@@ -125,13 +125,13 @@ class Database:
     @contextlib.contextmanager
     def _transaction(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
         """
-        Write in one transaction, which is undone if the block fails.
+        Write in one transaction, which is rolled back if the block fails.
 
-        @param durable: whether it must outlive a crash of the machine, too.
+        @param durable: True if it must also survive a crash of the machine.
         """
         with errors_explained(), self._writing:
             connection = self._writer
-            if self._together:  # by this thread, for it has the lock
+            if self._together:  # of this thread, which holds the lock
                 yield connection
                 return
             if durable:
@@ -142,7 +142,7 @@ class Database:
                 totals, _ = state_of(connection.execute(STATE))
                 connection.execute("COMMIT")
             except BaseException:
-                if connection.in_transaction:  # some errors, such as a full disk, have ended it
+                if connection.in_transaction:  # some errors, such as a full disk, have already ended it
                     connection.execute("ROLLBACK")
                 self._undone()
                 raise
@@ -153,7 +153,7 @@ class Database:
 
     def _undone(self) -> None:
         """
-        Forget what was read in a transaction that has failed.
+        Forget what was read in a failed transaction.
         """
 
     @contextlib.contextmanager
@@ -174,18 +174,18 @@ class Database:
 
     def refresh(self) -> int:
         """
-        Read the totals again, which other processes change, too.
+        Read the totals again: other processes change them, too.
 
-        @return: how many things were ever purged.
+        @return: the generation, the number of things ever purged.
         """
         self.totals, generation = state_of(self._query(STATE))
         return generation
 
     def try_writing(self) -> None:
         """
-        Change nothing.
+        Check that the database can be written, without changing anything.
 
-        @raise OSError: if nothing can be changed.
+        @raise OSError: if it can't.
         """
         with self._transaction():
             pass
@@ -193,13 +193,13 @@ class Database:
 
 def connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection:
     """
-    Open a connection to a database, which is created if it is missing; to one in memory without a path.
+    Open a connection to a database and create it if it is missing. Without a path, open one in memory.
     """
     name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode=rw"
     if path is not None and not read_only and not path.exists():
         _create(path)
     if path is not None and read_only:
-        # Without a log nobody writes, and the database can be read where no file can be made.
+        # Without a log there is no writer, and the database can be read even if no file can be created.
         name = f"{path.absolute().as_uri()}?{'mode=ro' if _log_of(path) else 'immutable=1'}"
     connection = sqlite3.connect(
         name, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=path is not None
@@ -211,7 +211,7 @@ def connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection
 
 def _create(path: Path) -> None:
     """
-    Create an empty database for this user alone. SQLite gives the files beside it the same mode.
+    Create an empty database that only this user can access. SQLite gives the files beside it the same mode.
 
     @raise UnusableError: if it can't be created.
     """
@@ -223,7 +223,7 @@ def _create(path: Path) -> None:
 
 def _log_of(path: Path) -> int:
     """
-    Tell how many bytes the log of a database has.
+    Return the size of a database's log in bytes; 0 if there is none.
     """
     try:
         return Path(f"{path}-wal").stat().st_size
@@ -233,7 +233,7 @@ def _log_of(path: Path) -> int:
 
 def _statements(script: str) -> Iterator[str]:
     """
-    Take a script apart; executescript() would commit first.
+    Split a script into statements; executescript() would commit first.
     """
     lines = ""
     for line in script.splitlines():
@@ -246,11 +246,11 @@ def _statements(script: str) -> Iterator[str]:
 @contextlib.contextmanager
 def errors_explained() -> Iterator[None]:
     """
-    Raise sqlite3's errors as what they mean here.
+    Translate errors of sqlite3 that the block raises.
     """
     try:
         yield
-    except sqlite3.ProgrammingError as problem:  # closed meanwhile, because the index is another file now
+    except sqlite3.ProgrammingError as problem:  # closed meanwhile: the index has moved to another file
         raise BusyError(str(problem)) from None
     except sqlite3.Error as problem:
         raise explained(problem) from None
@@ -258,13 +258,13 @@ def errors_explained() -> Iterator[None]:
 
 def explained(problem: sqlite3.Error) -> OSError:
     """
-    Translate an error of sqlite3.
+    Translate an error of sqlite3 to one of this module.
     """
     detailed = getattr(problem, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     code = detailed & 0xFF
     if code in _BUSY:
         return BusyError(str(problem))
-    # It is another's database, or a text is none.
+    # The database is somebody else's, or a text is not UTF-8.
     wrong = code == sqlite3.SQLITE_ERROR and str(problem).startswith(("no such", "table", "Could not decode"))
     if wrong or code in _DAMAGED or detailed in _DAMAGED_IN_DETAIL:
         return DamagedError(str(problem))

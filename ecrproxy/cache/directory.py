@@ -1,5 +1,5 @@
 """
-What writers of the cache directory have in common.
+State that the parts of the cache share: the directory, its index, proofs and troubles.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Directory:
     A cache directory, and what is known about it.
 
     @ivar now: returns seconds since the epoch.
-    @ivar index: is told of each file.
-    @ivar proofs: is told of files that were verified.
-    @ivar troubles: is told of disk errors.
+    @ivar index: receives each file.
+    @ivar proofs: receives files that were verified.
+    @ivar troubles: receives disk errors.
     @ivar boot: see L{claim.boot_id}.
-    @ivar owners: the users, besides this one, whose files are believed: root, and whoever owns the directory.
+    @ivar owners: users other than this one whose files are trusted: root, and the directory's owner.
     """
 
     root: Path
@@ -52,7 +52,7 @@ class Directory:
 
     def found(self, digest: Digest) -> File | None:
         """
-        Look at a file of content that nothing is known of; its last use is its mtime, if that is not in the future.
+        Look at a file of content that is not in the index. Its last use is its mtime, unless that is in the future.
         """
         try:
             status = os.lstat(f"{self.root}/{content_path(digest)}")
@@ -64,17 +64,17 @@ class Directory:
 
     def is_own(self, status: os.stat_result) -> bool:
         """
-        Return False if a file is another user's, who may write to it unseen: through a mapping, or with a forged time.
+        Return False if a file belongs to another user, who may write to it unnoticed: by mmap, or with a forged mtime.
         """
-        if status.st_uid in self.owners or status.st_uid == os.geteuid():  # which twistd --uid changes
+        if status.st_uid in self.owners or status.st_uid == os.geteuid():  # twistd --uid changes it
             return True
-        with contextlib.suppress(OSError):  # it may have been given to another user, or not been readable at the start
+        with contextlib.suppress(OSError):  # the owner may have changed, or was unreadable at the start
             self.owners.add(self.root.stat().st_uid)
         return status.st_uid in self.owners
 
 
 def without_waiting(path: str, flags: int) -> int:
     """
-    Open a file that somebody may have replaced by something else.
+    Open a path without blocking or following links: somebody may have replaced the file by something else.
     """
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)

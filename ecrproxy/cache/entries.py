@@ -1,5 +1,5 @@
 """
-What a repository's reference led to, as the cache remembers it. Pure.
+Cached answers about a repository's references. Pure.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Descriptor, Digest, Kind, Route
 
 ANSWERS_LIMIT: Final = 16
-"""The most Accept sets whose answers one tag's entry keeps: clients in the field send two or three."""
+"""Maximum number of Accept sets whose answers a tag's entry keeps. Real clients send two or three."""
 
 VARIANTS_LIMIT: Final = 1000
-"""The most variants of one reference that the index keeps: with some cache keys a client makes up any number."""
+"""Maximum number of variants of one reference in the index: with some cache keys, clients can create any number."""
 
 
 class EntryKey(NamedTuple):
     """
-    What an entry is about. All of it counts: no entry answers for another registry, repository, kind or reference.
+    The key of an entry. All of it counts: no entry answers for another registry, repository, kind or reference.
 
-    @ivar reference: a tag, or the text of a digest.
+    @ivar reference: a tag, or a digest as text.
     @ivar variant: of the requests that share the entry, see L{variant_of}; empty with the default cache key.
     """
 
@@ -36,7 +36,7 @@ class EntryKey(NamedTuple):
     @classmethod
     def of(cls, route: Route, cache_key: str = "") -> EntryKey:
         """
-        Make the key of what C{route} asks for.
+        Return the key for the object that C{route} names.
 
         @param cache_key: what PROXY_CACHE_KEY expands to.
         """
@@ -56,9 +56,9 @@ class EntryKey(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> EntryKey:
         """
-        Read what C{str} wrote.
+        Parse the result of C{str}.
 
-        @raise ValueError: if it is no key.
+        @raise ValueError: if it is not a key.
         """
         registry, kind, repository, reference, variant = text.split(" ")
         return cls(RegistryId(registry), Kind(kind), repository, reference, variant)
@@ -66,9 +66,9 @@ class EntryKey(NamedTuple):
 
 def variant_of(route: Route, cache_key: str) -> str:
     """
-    Return what tells apart requests for the same thing: nothing with the default cache key, which is the route's path.
+    Return what distinguishes requests for the same object: nothing with the default cache key, the route's path.
 
-    Any other key may be long, so a hash of it is kept.
+    Other keys may be long, so they are hashed.
     """
     if cache_key in ("", route.path):
         return ""
@@ -78,9 +78,9 @@ def variant_of(route: Route, cache_key: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Confirmed:
     """
-    That ECR gave C{descriptor} as its answer, and to a question of when, in seconds since the epoch.
+    ECR's confirmation of C{descriptor}, and when it was requested, in seconds since the epoch.
 
-    @ivar manifest: the manifest of the repository that lists it, if ECR confirmed it by that alone: a I{fact}.
+    @ivar manifest: the repository's manifest that lists it, if that is the only confirmation by ECR: a I{fact}.
     """
 
     descriptor: Descriptor
@@ -89,7 +89,7 @@ class Confirmed:
 
     def is_newer(self, when: float, now: float) -> bool:
         """
-        Return True if it was asked for later than C{when}; not if that was before the clock was set back.
+        Return True if it was requested later than C{when}, and not before the clock was set back.
         """
         return when < self.when <= now
 
@@ -97,10 +97,10 @@ class Confirmed:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """
-    What one reference of one repository of one registry led to.
+    The known answers for one reference of one repository of one registry.
 
-    @ivar answers: by the Accept set that it was an answer to, for ECR converts manifests to what the
-        client takes; by the empty set alone for what is named by its digest, which is never converted.
+    @ivar answers: by the Accept set of the request, because ECR converts manifests to types that the client accepts.
+        References by digest, which are never converted, have the empty set only.
     """
 
     answers: Mapping[frozenset[str], Confirmed] = field(default_factory=dict)
@@ -108,13 +108,13 @@ class Entry:
     @property
     def weight(self) -> int:
         """
-        The most bytes of memory that it takes.
+        Return an upper bound for its size in memory, in bytes.
         """
         return 1536 + sum(700 + 200 * len(accept) for accept in self.answers)
 
     def latest(self, accept: frozenset[str]) -> Confirmed | None:
         """
-        Choose the last known answer for a client that takes C{accept} when ECR can't be asked.
+        Choose the last known answer for a client that accepts C{accept} when ECR is unreachable.
         """
         if accept in self.answers:
             return self.answers[accept]
@@ -123,7 +123,7 @@ class Entry:
 
     def with_answer(self, accept: frozenset[str], confirmed: Confirmed) -> Entry:
         """
-        Add an answer; the longest unconfirmed ones make room for it.
+        Add an answer. Beyond C{ANSWERS_LIMIT}, those with the oldest confirmation are dropped.
         """
         answers = sorted({**self.answers, accept: confirmed}.items(), key=lambda item: -item[1].when)
         return replace(self, answers=dict(answers[:ANSWERS_LIMIT]))

@@ -1,5 +1,5 @@
 """
-The rows about repositories: what each holds, where its tags lead, and where they led.
+The rows about repositories: the content of each, the digests of its tags, and how these changed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind
 
 PAGE: Final = 1000
-"""Rows that are read in one statement."""
+"""Rows read by one statement."""
 _KINDS: Final = (Kind.MANIFEST, Kind.BLOB)
 _PREFIXES: Final = " ".join(f"WHEN x'{number:02x}' THEN '{each}-'" for number, each in enumerate(ALGORITHMS))
 _ARRIVING_NAME: Final = f"CASE substr(digest, 1, 1) {_PREFIXES} END || lower(hex(substr(digest, 2)))"
-"""The name of what arrives of a digest, as L{ecrproxy.cache.paths.arriving_path} has it."""
+"""The name of a digest's file in arriving/: see L{ecrproxy.cache.paths.arriving_path}."""
 
 
 class EntryRows(Database):
@@ -39,7 +39,7 @@ class EntryRows(Database):
 
     def entry(self, key: EntryKey) -> Entry | None:
         """
-        Look an entry up; a fact is one of every variant.
+        Look up an entry. A fact applies to every variant.
         """
         repository = self._repository(key)
         if repository is None:
@@ -61,9 +61,9 @@ class EntryRows(Database):
 
     def save(self, entries: Iterable[tuple[EntryKey, Entry]], now: float) -> None:
         """
-        Note entries: each answer in place of an older one that was known to the same set of types.
+        Store entries. Each answer replaces an older one for the same set of types.
 
-        @param now: what is known as of later than that was noted before the clock was set back, and is older.
+        @param now: answers confirmed later than this are from before the clock was set back, and count as older.
         """
         with self._transaction() as connection:
             for key, entry in entries:
@@ -75,7 +75,7 @@ class EntryRows(Database):
 
     def forget_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]], asked: float, now: float) -> None:
         """
-        Drop what a tag led to for some sets of types, but for answers to questions of after C{asked}, up to C{now}.
+        Delete a tag's answers for some sets of types, except those requested after C{asked} and up to C{now}.
         """
         with self._transaction() as connection:
             repository = self._repository(key)
@@ -90,7 +90,7 @@ class EntryRows(Database):
 
     def forget(self, keys: Iterable[EntryKey]) -> None:
         """
-        Drop entries.
+        Delete entries.
         """
         with self._transaction() as connection:
             self._forget(connection, keys)
@@ -140,7 +140,7 @@ class EntryRows(Database):
 
     def entries(self) -> Iterator[tuple[EntryKey, Entry, float]]:
         """
-        Yield all entries with their last use: of content, or when ECR confirmed them, what is later.
+        Yield all entries with their last use: that of the content, or ECR's last confirmation if it is later.
         """
         repositories = self._query("SELECT id, registry, name FROM repository ORDER BY name, registry")
         for number, registry, name in repositories:
@@ -154,7 +154,7 @@ class EntryRows(Database):
             " WHERE repository = ? AND (tag, variant, accepts) > (?, ?, ?) ORDER BY tag, variant, accepts LIMIT ?",
             *(repository, *last, PAGE),
         ):
-            if len(rows) == PAGE:  # the last entry may go on: it begins the next page
+            if len(rows) == PAGE:  # the last entry may continue: it begins the next page
                 rows = [row for row in rows if row[:2] != rows[-1][:2]]
             last = *rows[-1][:2], "\U0010ffff"
             for (tag, variant), some in itertools.groupby(rows, lambda row: row[:2]):
@@ -182,9 +182,9 @@ class EntryRows(Database):
 
     def forget_absent(self, before: float) -> Iterator[None]:
         """
-        Drop entries that ECR confirmed last before this moment, and whose content is neither there nor arriving.
+        Delete entries last confirmed by ECR before this time whose content is neither there nor arriving.
 
-        It goes page by page.
+        Yields after each page.
         """
         yield from self._forget_absent(before, "holds", {"repository": -1, "digest": b"", "kind": -1, "variant": ""})
         yield from self._forget_absent(before, "tag", {"repository": -1, "tag": "", "variant": "", "accepts": ""})
@@ -197,7 +197,7 @@ class EntryRows(Database):
             f" AND {_ARRIVING_NAME} NOT IN (SELECT name FROM arriving)"
         )
         while True:
-            # The page's last row, and whether any must go: no row of those that stay gets out of SQLite.
+            # Find the page's last row, and whether any must go: rows that stay never leave SQLite.
             ends = self._query(
                 f"SELECT {keys} FROM {table} WHERE ({keys}) > ({marks}) ORDER BY {keys} LIMIT 1 OFFSET ?",  # noqa: S608
                 *(*last, PAGE - 1),
@@ -228,9 +228,9 @@ class EntryRows(Database):
 
 def number_of(registry: str, repository: str) -> int:
     """
-    Number a repository by its names: where rows are lost, those that are left must not become another's.
+    Derive a repository's id from its names: if rows are lost, the remaining ones must not become another's.
 
-    A log that was cut brings older pages back: a number that is given to the next one who comes would be given twice.
+    A truncated log brings older pages back: sequential ids would be assigned twice.
     """
     names = hashlib.sha256(f"{registry}\0{repository}".encode("utf-8", "surrogateescape"))
     return int.from_bytes(names.digest()[:8], "big") >> 1
@@ -239,11 +239,11 @@ def number_of(registry: str, repository: str) -> int:
 def _entry(rows: Sequence[tuple[str, bytes, str | None, int, int, bytes | None]]) -> Entry | None:
     answers = {}
     for accepts, digest, media_type, size, confirmed, manifest in rows:
-        if media_type is not None and media_type not in MANIFEST_TYPES:  # whoever wrote that
+        if media_type is not None and media_type not in MANIFEST_TYPES:  # unknown, whatever wrote it
             continue
         descriptor = Descriptor(media_type or BLOB_TYPE, unpacked(digest), as_number(size))
         through = unpacked(manifest) if manifest else None
-        # Of these strings: each is in memory once.
+        # Use these strings, so that each is in memory once.
         accept = MANIFEST_TYPES.intersection(as_text(accepts).split())
         answers[accept] = Confirmed(descriptor, as_number(confirmed) / 1e6, through)
     return Entry(answers) if answers else None
@@ -251,9 +251,9 @@ def _entry(rows: Sequence[tuple[str, bytes, str | None, int, int, bytes | None]]
 
 def _save_tag(connection: sqlite3.Connection, repository: int, key: EntryKey, entry: Entry, now: float) -> None:
     """
-    Note what ECR said of a tag to each set of types. Other processes have been told of others, which stay.
+    Store ECR's answers about a tag, one for each set of types. Answers of other processes for other types stay.
 
-    What they were told of the same types stays, too, if they have asked later.
+    So do theirs for the same types if they were requested later.
     """
     answers = {" ".join(sorted(accept)): known for accept, known in entry.answers.items()}
     connection.executemany(
@@ -286,7 +286,7 @@ def _save_tag(connection: sqlite3.Connection, repository: int, key: EntryKey, en
 
 def _save_held(connection: sqlite3.Connection, repository: int, key: EntryKey, entry: Entry) -> None:
     """
-    Note what a repository holds. What ECR was asked for by itself does not become a fact again.
+    Store what a repository holds. An object that ECR has confirmed directly does not become a fact again.
     """
     for known in entry.answers.values():
         descriptor = known.descriptor

@@ -1,5 +1,5 @@
 """
-Write a file to the disk a piece at a time, so that no call takes longer the larger the file is.
+Write a file back to disk piece by piece, so that the duration of a call does not grow with the file.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import os
 from typing import Any, Final
 
 PIECE: Final = 256 * 2**20
-"""Bytes that are written to the disk in one call: in a minute, even if it takes 5 MB/s."""
+"""Bytes written back by one call: takes less than a minute even at 5 MB/s."""
 _UNSUPPORTED: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE})
 _WRITE_AND_WAIT: Final = 1 | 2 | 4
-"""sync_file_range(2): wait for what is being written, write the rest, and wait for that."""
+"""sync_file_range(2): wait for pending writes, write the rest, and wait for that."""
 
 
 def _sync_file_range() -> Any:  # noqa: ANN401
@@ -28,9 +28,9 @@ _call: Final = _sync_file_range()
 
 def write_back(fd: int, start: int, size: int) -> None:
     """
-    Write a range of a file to the disk, if the system can do that. It is durable after fsync(2), fast then.
+    Write a range of a file back to disk, if the system supports it. Only fsync(2) makes it durable, and is then fast.
 
-    @raise OSError: if the disk fails. That is told once, so fsync may succeed after it.
+    @raise OSError: if the disk fails. The kernel reports this once, so a later fsync may succeed.
     """
     while _call is not None and _call(fd, start, size, _WRITE_AND_WAIT):
         number = ctypes.get_errno()

@@ -4,19 +4,19 @@ The index of a cache directory: knowledge about its content, in one SQLite datab
 Rules:
 
 - The content is the truth. Absence of a row proves nothing: a file without a row is adopted, a row without a file is
-  dropped. A lost index costs questions to ECR, and never makes an answer wrong.
-- A new index has a new file name. C{index-1}, replaced by rename, names the one in use: nobody ever writes to a
-  database that another process has put in the place of the one it opened.
-- The files are opened by SQLite alone: closing any other descriptor of them would drop its locks.
-- Whatever is wrong with the index, the daemon goes on: with a new one if it is damaged, with rows in memory while no
-  file can be opened. Changes that fail because another process writes, or the disk is full, are tried again.
-- A process that can't open the index that others may have open promises no room: it does not know what they keep, nor
-  they what it does.
-- Each process puts what it was promised for its transfers into an index that it opens in another's place.
-- Uses are gathered, and written once a second. All other changes are written at once, in the order they came: those
-  that wait for each other in one transaction.
-- In a daemon one thread writes (see L{Scribe}), and nobody waits for it but who needs room that there may not be, and
-  not for long. What was forgotten is not told, whether that is written or not.
+  dropped. A lost index costs requests to ECR, and never makes an answer wrong.
+- A new index has a new file name. C{index-1}, replaced by rename, names the current one: a process never writes to a
+  database that another process has put in place of the one it opened.
+- Only SQLite opens the files: closing any other descriptor of them would release its locks.
+- The daemon goes on whatever is wrong with the index: with a new one if it is damaged, with rows in memory while no
+  file can be opened. Changes that fail because another process writes, or the disk is full, are retried.
+- A process that can't open an index that others may have open reserves no space: neither would know of the other's
+  files.
+- Each process adds the reservations of its transfers to every index that it opens in place of another.
+- Uses are collected and written once a second. All other changes are written at once, in order; changes that wait at
+  the same time share one transaction.
+- In a daemon one thread writes (see L{Scribe}). Only callers that need scarce space wait for it, and not for long.
+  Forgotten entries are hidden at once, even before that is written.
 - C{index.lock} is held while an index is opened or replaced.
 """
 
@@ -58,40 +58,40 @@ T = TypeVar("T")
 POINTER: Final = f"index-{LAYOUT}"
 LOCK: Final = "index.lock"
 LATE: Final = 10_000
-"""Changes that wait for another try; the oldest are lost when there are more."""
+"""Maximum number of changes that wait for a retry. Beyond it the oldest are lost."""
 LATE_SAVES: Final = LATE // 10
-"""Changes that wait, from which on entries don't."""
+"""Number of waiting changes beyond which entries are no longer accepted."""
 LATE_ENTRIES: Final = 20_000
-"""Entries that wait, from which on others don't: a change may have a thousand, of a kilobyte of memory each."""
+"""Number of waiting entries beyond which others are refused: a change may have a thousand, of a kilobyte each."""
 ROOM: Final = 2**16
-"""Bytes that are evicted where changes find the disk full: pages of the database and of its log."""
+"""Bytes to evict if changes find the disk full: pages of the database and of its log."""
 AGAIN_SECONDS: Final = 5.0
-"""How often a database that can't be opened is tried again."""
+"""Seconds between attempts to open a database that can't be opened."""
 _NAME: Final = re.compile(rf"{POINTER}-[0-9a-f]{{8}}\.sqlite3")
 OCCUPIED_SECONDS: Final = 5.0
-"""For how long nobody but C{settle} waits for what was waited for in vain: another process, or the disk."""
+"""Seconds during which only C{settle} waits for another process, or the disk, after a wait has timed out."""
 WAIT_SECONDS: Final = 2.0
-"""How long somebody waits for what another thread writes."""
+"""Seconds to wait for a change that another thread writes."""
 TOGETHER: Final = 1000
-"""The most changes that are made in one transaction."""
+"""Maximum number of changes in one transaction."""
 PLENTY: Final = 64
 """
-What part of the free room is promised before that is written. Other processes do the same, and their promises
-are seen a second late: so many of them together stay within the limit.
+Divisor of the free space that may be reserved before that is written. Other processes do the same, and their
+reservations are seen a second late: this many processes together stay within the limit.
 """
 LONG_LOG: Final = 64 * 2**20
-"""Bytes of a log that is long, if it is also longer than its database: SQLite begins it anew, unless somebody reads."""
+"""Bytes beyond which a log larger than its database is long. SQLite restarts it unless a reader prevents that."""
 LONG_LOOKS: Final = 600
-"""How many looks, one a second, may find that a long log has grown. One that nobody writes to is in nobody's way."""
+"""Number of checks, one a second, that may find a long log grown. A long log without writers does no harm."""
 COMING_SECONDS: Final = 60.0
-"""For how long the use of what arrives still is kept, to be noted with the file."""
+"""Seconds to keep the use of a file that is still arriving, to record it with the file."""
 _LATE_SECONDS: Final = 0.25
-"""From how long on what waited to be written may have been purged meanwhile by another process."""
+"""Wait after which another process may have purged an entry before it was written."""
 _NOTHING_TO_KEEP: Final = FULL | {errno.EROFS}
-"""Errors of a disk that takes no file: nobody keeps anything new there."""
+"""Errors of a disk that accepts no files: no process keeps anything new there."""
 _ONE_USER: Final = "have all processes on the directory run as the user that owns it, and give its files to that user"
 _POINTER_BYTES: Final = 100
-"""More than its name and a line's end."""
+"""More than the length of the name and a newline."""
 _SUFFIXES: Final = "", "-wal", "-shm"
 _LOCK_TRIES: Final = 250
 _LOCK_PAUSE: Final = 0.02
@@ -100,9 +100,9 @@ _LOCK_PAUSE: Final = 0.02
 @dataclass(frozen=True, slots=True)
 class News:
     """
-    What others, or this process, have purged: whoever has it in memory is to forget it.
+    Items purged by this process or others: memory must drop them.
 
-    @ivar everything: whether it is not known what.
+    @ivar everything: True if the items are unknown, and all must be dropped.
     """
 
     everything: bool = False
@@ -115,14 +115,14 @@ class News:
 @dataclass(eq=False, slots=True)
 class _Change:
     """
-    A change that waits to be made.
+    A pending change.
 
-    @ivar promised: bytes of disk that it promises, beside those that are counted already.
-    @ivar name: what it promises them to.
-    @ivar saves: the entries that it saves.
+    @ivar promised: bytes of disk that it reserves, beyond those already counted.
+    @ivar name: the name of that reservation.
+    @ivar saves: the keys of the entries that it saves.
     @ivar since: when it began to wait.
-    @ivar over: told when it was made, or could not be; none if it is to be tried until it can.
-    @ivar outcome: what came of it.
+    @ivar over: set when it was made or has failed; None to retry until it succeeds.
+    @ivar outcome: its result.
     """
 
     make: Callable[[Rows], object]
@@ -135,7 +135,7 @@ class _Change:
 
     def end(self, outcome: object) -> None:
         """
-        Tell who waits what came of it.
+        Set the result and wake the waiting thread.
         """
         self.outcome = outcome
         if self.over is not None:
@@ -144,22 +144,22 @@ class _Change:
 
 class Index:
     """
-    The index of one cache directory, shared by threads.
+    The index of one cache directory. Thread-safe.
 
-    The event loop may look at its attributes, and call C{use} and C{gone}; all other calls may block.
+    The event loop may read attributes, and call C{use} and C{gone}; all other calls may block.
 
     @param root: the cache directory.
-    @param now: seconds since the epoch.
-    @param memory: whether to keep the rows in memory alone.
-    @param before_opening: called before files are opened or made; whatever it raises is a reason not to.
-    @ivar shared: whether other processes see it.
-    @ivar unfit: whether the file system can't have an index that processes share.
-    @ivar shut_out: whether there may be one that other processes use, and this one can't open: it promises no room.
+    @param now: returns seconds since the epoch.
+    @param memory: True to keep the rows in memory only.
+    @param before_opening: called before files are opened or created; raises if they must not be.
+    @ivar shared: True if other processes see it.
+    @ivar unfit: True if the file system can't have an index that processes share.
+    @ivar shut_out: True if other processes may use an index that this one can't open: it reserves no space.
     @ivar size: bytes of disk that it takes.
-    @ivar busy: how many changes had to wait because another process wrote.
-    @ivar opened: how many databases it has been: a scrub begins anew with each.
-    @ivar evict: takes a number of bytes out of the directory when the disk is full; false if it can't.
-    @ivar elsewhere: has another thread call C{catch_up}; none if whoever has something changed does it himself.
+    @ivar busy: number of changes that had to wait for another process.
+    @ivar opened: number of databases opened so far: a scrub starts over with each.
+    @ivar evict: evicts a number of bytes when the disk is full; returns False if it can't.
+    @ivar elsewhere: makes another thread call C{catch_up}; None if callers write their own changes.
     """
 
     evict: Callable[[int], bool] = staticmethod(lambda _: False)
@@ -198,35 +198,35 @@ class Index:
     @property
     def totals(self) -> Totals:
         """
-        What there is, by what this process has seen: at most a second old.
+        Return the totals as this process knows them, at most a second old.
         """
         return self._rows.totals
 
     @property
     def taken(self) -> int:
         """
-        The bytes of disk that content and the index take.
+        Return the bytes of disk that content and the index take.
         """
         return self.totals.blocks + self.size
 
     @property
     def problem(self) -> str:
         """
-        Why rows are kept in memory alone, if they are.
+        Return why rows are in memory only; empty if they are not.
         """
         return self._problem
 
     @property
     def lasts(self) -> bool:
         """
-        Whether what is in it will not be lost to another one that can be opened again.
+        Return True if its rows will not be lost to another index that becomes usable again.
         """
         return self.shared or self.unfit or self._memory
 
     @property
     def trouble(self) -> str:
         """
-        What keeps this process from knowing with others what is cached, if anything does.
+        Return why this process can't share its knowledge of the cache with others; empty if it can.
         """
         if self.shut_out:
             return f"the cache's index can't be used, and nothing new is cached: {self._problem}"
@@ -234,7 +234,7 @@ class Index:
 
     def close(self) -> None:
         """
-        Write what is gathered, and close the database.
+        Write pending uses, and close the database.
         """
         with contextlib.suppress(OSError):
             self.settle_uses()
@@ -244,7 +244,7 @@ class Index:
 
     def open(self) -> None:
         """
-        Open the database, if that was not tried yet: the first call that asks does it, too.
+        Open the database, unless that has been tried. The first query does this, too.
         """
         if not self.opened and not self._memory:
             with self._swapping:
@@ -262,7 +262,7 @@ class Index:
                 self._before_opening()
                 _refuse_far(root)
                 with locked(root / LOCK):
-                    if old.read_only:  # SQLite would hand its memory, mapped for reading alone, to the next one
+                    if old.read_only:  # SQLite would give its read-only mapped memory to the next one
                         old.close()
                     self._rows = self._found(root) or self._made(root)
             except OSError as problem:
@@ -275,7 +275,7 @@ class Index:
 
     def _fall_back(self, problem: OSError, old: Rows) -> None:
         """
-        Go on with a database that can only be read, or with one in memory.
+        Continue with a read-only database, or with one in memory.
         """
         begins, self._problem, self.unfit = not self._problem, _why(problem), isinstance(problem, UnfitError)
         self.shut_out = not self.unfit and not isinstance(problem, FullError) and problem.errno not in _NOTHING_TO_KEEP
@@ -304,9 +304,9 @@ class Index:
 
     def _put_back(self, rows: Rows) -> None:
         """
-        Note what may have been noted in the database before: what was promised to this process's transfers.
+        Add the reservations of this process's transfers: the database before may have had them.
 
-        And the files that it brought in since it looked whether that database is still the one in use.
+        Also add the files that it brought in since it last checked that that database was the current one.
         """
         with self._noting:
             promised, added = list(self._promised.values()), list(self._added.values())
@@ -318,7 +318,7 @@ class Index:
 
     def _found(self, root: Path) -> Rows | None:
         """
-        Open the database that the pointer names; none if it is of no use.
+        Open the database that the pointer names. Return None if it is unusable.
         """
         try:
             name = self._pointed()
@@ -350,9 +350,9 @@ class Index:
 
     def _pointed(self) -> str:
         """
-        Read which database is in use.
+        Return the name of the current database.
 
-        @raise OSError: if that can't be told.
+        @raise OSError: if it can't be read.
         """
         fd = open_in_place(self._root / POINTER, os.O_RDONLY)
         try:
@@ -363,7 +363,7 @@ class Index:
 
     def _made(self, root: Path) -> Rows:
         """
-        Make a new database, and have the pointer name it; older ones go.
+        Create a new database, point to it, and remove older ones.
         """
         name = f"{POINTER}-{secrets.token_hex(4)}.sqlite3"
         files = tuple(root / f"{name}{each}" for each in _SUFFIXES)
@@ -392,7 +392,7 @@ class Index:
 
     def _look(self) -> tuple[tuple[object, ...], list[int]]:
         """
-        Return what tells the files from others, and the sizes of those that only grow.
+        Return the identities of the files, and the sizes of those that only grow.
         """
         if not self._files:
             return (), [0, 0]
@@ -406,7 +406,7 @@ class Index:
 
     def _see(self) -> None:
         """
-        See that the files are still those that were opened; open others if not.
+        Check that the files are still those that were opened; if not, open the new ones.
         """
         if self._memory:
             return
@@ -425,13 +425,13 @@ class Index:
     @property
     def _is_held_up(self) -> bool:
         """
-        Whether some program has been reading for so long that the log would grow without bound.
+        Return True if some program has been reading for so long that the log would grow without bound.
         """
         return self._log_grew >= LONG_LOOKS
 
     def _replace(self, rows: Rows, problem: OSError) -> None:
         """
-        Begin a new database, unless that has happened: C{rows} are damaged.
+        Replace damaged C{rows} with a new database, unless that has been done.
         """
         with self._swapping:
             if rows is self._rows and not self._memory:
@@ -440,9 +440,9 @@ class Index:
 
     def _ask(self, question: Callable[[Rows], T]) -> T:
         """
-        Ask the database, once more if it turned out to be damaged.
+        Query the database; retry once if it turns out to be damaged.
 
-        @raise OSError: if it can't be asked.
+        @raise OSError: if the query fails.
         """
         self.open()
         rows = self._rows
@@ -457,9 +457,9 @@ class Index:
 
     def _each(self, listed: Callable[[Rows], Iterator[T]]) -> Iterator[T]:
         """
-        Yield a list that is read by pages.
+        Yield a list that is read page by page.
 
-        @raise OSError: if the index can't be read; it has been replaced if it is damaged.
+        @raise OSError: if the index can't be read. A damaged one has been replaced.
         """
         self.open()
         rows = self._rows
@@ -471,16 +471,16 @@ class Index:
 
     def _change(self, change: Callable[[Rows], object], promised: int = 0, name: str = "") -> None:
         """
-        Have something changed, now or when that can be.
+        Make a change, now or as soon as possible.
         """
         self._wait_in_line(_Change(change, promised, name))
         self.go_on()
 
     def _change_now(self, change: Callable[[Rows], T]) -> T:
         """
-        Have something changed now, after all that waits.
+        Make a change now, after all pending ones.
 
-        @raise OSError: if that can't be done, or takes too long. It is not made then, or may have been.
+        @raise OSError: if it fails or takes too long. After a timeout it may have been made.
         """
         waiting = _Change(change, over=(over := threading.Event()))
         self._refuse_if_occupied()
@@ -498,9 +498,9 @@ class Index:
 
     def wait(self) -> None:
         """
-        Wait until all that was to be changed is.
+        Wait until all pending changes are written.
 
-        @raise OSError: if it isn't in time.
+        @raise OSError: if they aren't in time.
         """
         if self._waits:
             self._change_now(lambda _: None)
@@ -516,13 +516,13 @@ class Index:
 
     def go_on(self) -> None:
         """
-        Make the changes that wait, or have them made.
+        Make the pending changes, or have another thread make them.
         """
         (self.elsewhere or self.catch_up)()
 
     def _is_occupied(self) -> bool:
         """
-        Return True if another process was seen to write for long: not everybody is to wait for it, one after the other.
+        Return True if another process was seen writing for long. Callers should not wait for it one after the other.
         """
         return time.monotonic() < self._occupied
 
@@ -536,14 +536,14 @@ class Index:
 
     def catch_up(self, *, waiting: bool = False) -> None:
         """
-        Make the changes that wait.
+        Make the pending changes.
 
-        @param waiting: whether to wait for another process where others have waited in vain.
+        @param waiting: True to wait for another process even if others have waited in vain.
         """
         if not waiting and self._is_occupied():
             return
         with self._changing:
-            if not waiting and self._is_occupied():  # seen by whoever had the lock
+            if not waiting and self._is_occupied():  # the previous holder of the lock found out
                 return
             self._full = False
             while some := self._take():
@@ -552,7 +552,7 @@ class Index:
                 except OSError as problem:
                     self._put_off(some, problem)
                     return
-                except Exception:  # which no later try would mend: those behind it are not to wait for ever
+                except Exception:  # a retry would not help, and later changes must not wait forever
                     if len(some) == 1:
                         self._end(some, [BusyError("it can't be changed")])
                         raise
@@ -564,7 +564,7 @@ class Index:
 
     def _take(self) -> Sequence[_Change]:
         """
-        Take what is made together from those that wait.
+        Take the changes for one transaction from the queue.
         """
         with self._noting:
             count = min(len(self._late), 1 if self._singly else TOGETHER)
@@ -586,7 +586,7 @@ class Index:
 
     def _put_off(self, some: Sequence[_Change], problem: OSError) -> None:
         """
-        Have changes tried again later, but for those that somebody waits for.
+        Queue changes for a retry, except those that a thread waits for.
         """
         if isinstance(problem, BusyError):
             self._is_busy()
@@ -606,7 +606,7 @@ class Index:
 
     def settle(self) -> News:
         """
-        Write what was gathered, and tell what was purged. Called each second, in a thread.
+        Write pending changes, and return what was purged. Called every second, in a thread.
         """
         with self._noting:
             added, waited = list(self._added), (*self._making, *self._late)
@@ -618,12 +618,12 @@ class Index:
         if self._unwritable and not self._waits:
             self._wait_in_line(_Change(Rows.try_writing))
         self.catch_up(waiting=True)
-        if self._full and self.evict(ROOM):  # not before: whoever evicts has changes to make himself
+        if self._full and self.evict(ROOM):  # not before: eviction makes changes, too
             self.catch_up()
         with contextlib.suppress(OSError):
             if not (late and self._is_occupied()):
                 self.settle_uses()
-        with contextlib.suppress(OSError):  # what was purged can be read while nothing can be written
+        with contextlib.suppress(OSError):  # purges can be read even if nothing can be written
             news = self._news()
             self._forget_late(waited, news)
             return news
@@ -633,7 +633,7 @@ class Index:
         """
         Forget entries that were purged while they waited to be written, or that still wait.
 
-        That it waited shows with some only after it was written, when the purge had been heard of already.
+        For some, the wait becomes known only after they are written, when the purge has been noticed already.
 
         @param waited: the changes that waited before uses were written.
         """
@@ -645,7 +645,7 @@ class Index:
         self._heard = time.monotonic()
         late = {each for each, since in came.items() if since < heard and _plain(each) in before} if before else set()
         opened, self._settled = self._settled, self.opened
-        unknown = news.everything and opened == self.opened  # not what: it was very much, or could not be read
+        unknown = news.everything and opened == self.opened  # too many to list, or unreadable
         if unknown or self._purged:
             waiting = {*came, *_saved_by(waited)}
             late.update(each for each in waiting if unknown or _plain(each) in self._purged)
@@ -656,7 +656,7 @@ class Index:
         """
         Write which files were used, verified or found gone.
 
-        @raise OSError: if that can't be done: it is tried again.
+        @raise OSError: if that fails. It is retried.
         """
         with self._noting:
             uses, self._uses = self._uses, OrderedDict()
@@ -685,7 +685,7 @@ class Index:
 
     def _use_later(self, uses: Mapping[Digest, float]) -> None:
         """
-        Keep uses of what is about to be content until it is.
+        Keep uses of arriving files until they become content.
         """
         now, folder = self._now(), self._root
         recent = [each for each, when in uses.items() if 0 <= now - when < COMING_SECONDS]
@@ -699,7 +699,7 @@ class Index:
 
     def _is_there(self, digest: Digest) -> bool:
         """
-        Return True if there is a file of this name, or if that can't be told.
+        Return True if the file exists, or if that can't be determined.
         """
         try:
             (self._root / content_path(digest)).lstat()
@@ -719,7 +719,7 @@ class Index:
                 return News()
             purged = self._ask(lambda rows: rows.purged_since(before))
         except OSError:
-            self._everything = True  # what was purged is not known, and not asked for again
+            self._everything = True  # the purged items are unknown, and will not be read again
             raise
         return News(everything=purged is None, purged=purged or ())
 
@@ -727,7 +727,7 @@ class Index:
 
     def use(self, digest: Digest) -> None:
         """
-        Note that a file of content is used now.
+        Record that a file of content is used now.
         """
         with self._noting:
             self._gone.discard(digest)
@@ -736,14 +736,14 @@ class Index:
 
     def verified(self, digest: Digest) -> None:
         """
-        Note that a file of content was seen to be what its digest names; that is no use.
+        Record that a file of content matches its digest. Does not count as a use.
         """
         with self._noting:
             self._verified[digest] = self._now()
 
     def gone(self, digest: Digest) -> None:
         """
-        Note that a file of content was not found.
+        Record that a file of content was not found.
         """
         with self._noting:
             self._uses.pop(digest, None)
@@ -751,9 +751,9 @@ class Index:
 
     def add(self, digest: Digest, size: int, arriving: Reservation | None = None, used: float | None = None) -> None:
         """
-        Note that a file of content has come, verified; the reservation that it had ends.
+        Add a verified file of content, and end its reservation.
 
-        @param used: when it counts as used, if nobody has asked for it.
+        @param used: its last use, if no client has requested it.
         """
         now = self._now()
         file = File(digest, size, now if used is None else used, now)
@@ -766,15 +766,15 @@ class Index:
 
     def adopt(self, files: Sequence[File]) -> None:
         """
-        Note files that were found, unless something is known of them.
+        Add files that were found, unless they have rows.
 
-        @raise OSError: if that can't be noted.
+        @raise OSError: if the index can't be written.
         """
         self._ask(lambda rows: rows.add_all(files))
 
     def drop(self, digests: Iterable[Digest] = (), arriving: Iterable[Reservation] = ()) -> None:
         """
-        Note that files are gone. One that has come back meanwhile stays.
+        Remove files that are gone. One that has come back meanwhile stays.
         """
         digests, arriving = list(digests), list(arriving)
         with self._noting:
@@ -785,7 +785,7 @@ class Index:
 
     def files(self, after: Digest | None = None) -> list[File]:
         """
-        List content in the order of digests, up to a thousand files.
+        List content, ordered by digest, up to a thousand files.
 
         @param after: the last of the page before.
         @raise OSError: if the index can't be read.
@@ -803,7 +803,7 @@ class Index:
 
     def known(self, digest: Digest) -> File | None:
         """
-        Look a file of content up. A use that is yet to be written is one.
+        Look up a file of content. Uses that are not written yet count.
 
         @raise OSError: if the index can't be read.
         """
@@ -831,39 +831,39 @@ class Index:
                 yield each
         yield from (used[each]._replace(used=when) for each, when in uses.items() if each in used)
 
-    # What is arriving
+    # Transfers
 
     def reserve(self, what: Reservation, size: int, limit: int) -> int:
         """
-        Promise C{size} bytes to what will arrive. Its claim is held.
+        Reserve C{size} bytes for a transfer, whose claim is held.
 
-        @param limit: the most bytes of disk for all files together, and the index.
-        @return: by how many bytes that would be too much: zero if they are promised.
+        @param limit: maximum bytes of disk for all files and the index.
+        @return: the excess in bytes; 0 if the bytes are reserved.
         @raise OSError: if the index can't be written, or others may have one that this process can't open.
         """
         if self.shut_out:
             raise UnusableError(self.trouble)
         if self.has_plenty(on_disk(size), limit):
-            self._arrive(what, size, 0, 0)  # nothing is known of it, and nobody waits for the disk to say so
+            self._arrive(what, size, 0, 0)  # nothing has been counted for it, and nothing needs to wait for the disk
             return 0
         opened = self.opened
-        self._refuse_if_occupied()  # here, for then nothing is being made that would have to be undone
+        self._refuse_if_occupied()  # check this first: no change is in flight that would have to be undone
         try:
             excess = self._change_now(lambda rows: rows.reserve(what, size, limit - self.size))
         except BusyError:
-            if self.elsewhere is not None:  # it may be being made
+            if self.elsewhere is not None:  # it may be in progress
                 self.drop(arriving=[what])
             raise
         if not excess:
             with self._noting:
                 self._promised[what.name] = what, size
-            if opened not in (0, self.opened):  # it may have been noted in the one before
+            if opened not in (0, self.opened):  # it may be in the previous database
                 self._change(self._put_back)
         return excess
 
     def promised(self, what: Reservation) -> int:
         """
-        Return how many bytes of disk this process was promised for what has the same name.
+        Return the bytes of disk reserved by this process under the same name.
         """
         with self._noting:
             return on_disk(self._promised.get(what.name, (what, 0))[1])
@@ -871,14 +871,14 @@ class Index:
     @property
     def unwritten(self) -> int:
         """
-        Bytes of disk that are promised, which the totals do not count yet.
+        Return the bytes of disk reserved by pending changes, which the totals do not include yet.
         """
         with self._noting:
             return sum(each.promised for each in (*self._making, *self._late))
 
     def has_plenty(self, size: int, limit: int) -> bool:
         """
-        Return True if there is so much free room that some of it can be promised before that is written.
+        Return True if there is so much free space that some can be reserved before that is written.
         """
         if self.elsewhere is None or self.shut_out or len(self._late) >= LATE_SAVES:
             return False
@@ -887,9 +887,9 @@ class Index:
 
     def arrive(self, what: Reservation, size: int, written: float = 0) -> None:
         """
-        Note a file that arrives, whatever the limit; or one that is left over. Its claim is held.
+        Add an arriving file, whatever the limit, or an interrupted one. Its claim is held.
 
-        @param written: when it was written last; zero as long as it is being written.
+        @param written: when it was last written; 0 while it is in progress.
         """
         self._arrive(what, size, written, self._counted(what.name))
 
@@ -904,7 +904,7 @@ class Index:
 
     def _counted(self, name: str) -> int:
         """
-        Return how many bytes of disk are counted of what arrives, whether that is written or not.
+        Return the bytes of disk counted for a transfer, written or not.
         """
         with self._noting:  # first: it may be written meanwhile
             waiting = max((each.promised for each in (*self._making, *self._late) if each.name == name), default=0)
@@ -919,13 +919,13 @@ class Index:
 
     def pass_over(self, what: Reservation) -> None:
         """
-        Count an interrupted transfer, which some process has open, as one under way until the next sweep.
+        Count an interrupted transfer that some process has open as in progress until the next sweep.
         """
         self._change(lambda rows: rows.pass_over(what))
 
     def arriving(self) -> list[Reserved]:
         """
-        List what is arriving, or was interrupted, the longest unwritten first.
+        List all transfers: those in progress, then the interrupted ones, the longest unwritten first.
 
         @raise OSError: if the index can't be read.
         """
@@ -935,7 +935,7 @@ class Index:
 
     def entry(self, key: EntryKey) -> Entry | None:
         """
-        Look an entry up. What can't be read is as good as absent.
+        Look up an entry. An unreadable one counts as absent.
         """
         with contextlib.suppress(OSError):
             return self._entry(key)
@@ -956,18 +956,18 @@ class Index:
 
     def written(self, key: EntryKey) -> Entry | None:
         """
-        Look an entry up, as the last of all processes has left it.
+        Look up an entry as last written by any process.
 
-        @raise OSError: if that can't be told: the index can't be read, or changes wait to be made.
+        @raise OSError: if the index can't be read, or changes are still pending.
         """
         self.wait()
         return self._entry(key)
 
     def save(self, entries: Sequence[tuple[EntryKey, Entry]]) -> bool:
         """
-        Note entries in one transaction: each answer in place of an older one that was known to the same set of types.
+        Save entries in one transaction. Each answer replaces an older one for the same set of types.
 
-        @return: False if they are lost, for much waits for another try: ECR can be asked again.
+        @return: False if they are dropped because too many changes are pending: ECR can be asked again.
         """
         with self._noting:
             waiting = sum(len(each.saves) for each in (*self._making, *self._late))
@@ -984,29 +984,29 @@ class Index:
 
     def forget(self, *keys: EntryKey) -> None:
         """
-        Drop entries.
+        Delete entries.
         """
         self._change(lambda rows: rows.forget(keys))
 
     def forget_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]], asked: float) -> None:
         """
-        Drop what a tag led to for some sets of types.
+        Delete a tag's answers for some sets of types.
 
-        @param asked: when ECR was asked that said so; answers to later questions stay.
+        @param asked: when ECR was asked. Answers to later requests stay.
         """
         self.hide_answers(key, accepts, asked)
         self.go_on()
 
     def hide_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]], asked: float) -> None:
         """
-        Tell no more what a tag led to for some sets of types; it is dropped with the next L{go_on}. Waits for no disk.
+        Hide a tag's answers for some sets of types; the next L{go_on} deletes them. Does not wait for the disk.
 
         @param asked: see L{forget_answers}.
         """
         accepts = list(accepts)
         self._wait_in_line(_Change(lambda rows: rows.forget_answers(key, accepts, asked, self._now())))
         with self._noting:
-            if key in self._forgotten or len(self._forgotten) < LATE:  # as many as wait to be dropped
+            if key in self._forgotten or len(self._forgotten) < LATE:  # as many as changes may wait
                 self._forgotten.setdefault(key, {}).update(dict.fromkeys(accepts, asked))
 
     def entries(self) -> Iterator[tuple[EntryKey, Entry, float]]:
@@ -1019,7 +1019,7 @@ class Index:
 
     def moves(self, key: EntryKey) -> list[Move]:
         """
-        List the moves of a tag that were seen, the newest first.
+        List the known moves of a tag, the newest first.
 
         @raise OSError: if the index can't be read.
         """
@@ -1027,9 +1027,9 @@ class Index:
 
     def forget_absent(self, before: float) -> Iterator[None]:
         """
-        Drop entries that ECR confirmed last before this moment, and whose content is neither there nor arriving.
+        Delete entries last confirmed by ECR before this time whose content is neither there nor arriving.
 
-        It goes in short steps.
+        Runs in short steps.
 
         @raise OSError: if the index can't be read or written.
         """
@@ -1039,9 +1039,9 @@ class Index:
 
     def purge(self, keys: Sequence[EntryKey], digests: Sequence[Digest]) -> int:
         """
-        Forget entries, and content whose files are gone, for all processes.
+        Delete entries, and content whose files are gone, for all processes.
 
-        @return: how many entries there were.
+        @return: the number of entries deleted.
         @raise OSError: if the index can't be written.
         """
         self.catch_up()
@@ -1057,10 +1057,10 @@ class Index:
 
     def note_compared(self, began: float, opened: int) -> None:
         """
-        Note that all files were compared with the index, unless it is another one by now.
+        Record a complete comparison of all files with the index, unless the index has been replaced since.
 
-        @param began: when that began.
-        @param opened: what C{opened} was then.
+        @param began: when the comparison began.
+        @param opened: the value of C{opened} then.
         @raise OSError: if the index can't be written.
         """
         with self._swapping:
@@ -1071,7 +1071,7 @@ class Index:
 
     def check(self) -> None:
         """
-        Look for damage that no statement has met yet; begin a new index if there is some.
+        Look for damage that no query has met yet; if there is any, start a new index.
         """
         with contextlib.suppress(OSError):
             self._ask(lambda rows: rows.check())
@@ -1079,7 +1079,7 @@ class Index:
 
 def _make(some: Sequence[_Change], rows: Rows) -> Sequence[object]:
     """
-    Make changes, all of them or none.
+    Make changes, all or none.
     """
     if len(some) == 1:
         return [some[0].make(rows)]
@@ -1089,21 +1089,21 @@ def _make(some: Sequence[_Change], rows: Rows) -> Sequence[object]:
 
 def _saved_by(some: Iterable[_Change]) -> dict[EntryKey, float]:
     """
-    Return which entries changes save, and since when the last of them waits.
+    Return the keys of the entries that changes save, and when the last change of each began to wait.
     """
     return {key: each.since for each in some for key in each.saves}
 
 
 def _plain(key: EntryKey) -> EntryKey:
     """
-    Return the key of an entry without its variant: the index does not keep all of them, and a purge is of all.
+    Return an entry's key without its variant: the index does not keep all variants, and a purge covers all of them.
     """
     return key._replace(variant="")
 
 
 def status_of(path: Path) -> os.stat_result | None:
     """
-    Look at a file; none if that can't be done.
+    Return a file's status; None if that fails.
     """
     try:
         return path.lstat()
@@ -1113,23 +1113,23 @@ def status_of(path: Path) -> os.stat_result | None:
 
 def give(path: Path, root: Path) -> None:
     """
-    Give what root has made to the owner of the cache directory.
+    Give a file that root has created to the owner of the cache directory.
 
-    Root's commands must not lock a daemon out, nor a daemon itself that begins as root (C{twistd --uid}).
+    Root's commands must not lock out a daemon, nor must a daemon that starts as root (C{twistd --uid}) lock itself out.
     """
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):
             owner = root.stat()
-            # Whoever owns it may have put links into it.
+            # The owner may have put links into it.
             os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _may_use(files: Iterable[Path]) -> bool:
     """
-    Return False if this user may not read and write one of his own files: somebody has changed its mode.
+    Return False if this user may not read and write one of its own files: somebody has changed its mode.
 
-    @raise UnusableError: if it is another user's. To begin another index would take the old one from his processes,
-        which could not open the new one, and would begin another in turn.
+    @raise UnusableError: if a file is another user's. A new index would take the old one from that user's processes,
+        which could not open the new one, and would make another in turn.
     """
     for path in files:
         status = status_of(path)
@@ -1145,7 +1145,7 @@ def _may_use(files: Iterable[Path]) -> bool:
 
 def _why(problem: OSError) -> str:
     """
-    Say why the index can't be opened, and what to do. SQLite tells neither.
+    Return why the index can't be opened, and what to do. SQLite reports neither.
     """
     if problem.errno in (errno.EACCES, errno.EPERM):
         return f"{problem}; {_ONE_USER}"
@@ -1155,7 +1155,7 @@ def _why(problem: OSError) -> str:
 
 def _refuse_far(root: Path) -> None:
     """
-    Refuse a file system whose locks and shared memory may not hold.
+    Refuse a file system whose locks and shared memory may not work.
 
     @raise UnfitError: if it is one.
     """
@@ -1169,8 +1169,8 @@ def locked(path: Path, *, waiting: bool = True) -> Iterator[None]:
     """
     Hold a lock file.
 
-    @param waiting: whether to wait for another process that holds it.
-    @raise OSError: if locks do not work there, or another process holds it, for seconds if it is waited for.
+    @param waiting: True to wait for another process that holds it.
+    @raise OSError: if locks do not work there, or another process holds it, after seconds of waiting if C{waiting}.
     """
     with opened(path) as fd, opened(path) as other:
         give(path, path.parent)

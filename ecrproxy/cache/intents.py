@@ -1,8 +1,8 @@
 """
-What processes are about to fetch before anybody asks for it, so that only one of them asks upstream.
+The digests that processes will prefetch, so that only one of them asks upstream.
 
-A digest is a byte of one file, and whoever locks it is about to fetch that. The kernel releases locks with the process.
-It is no claim: clients, of any process, fetch what they want all the same.
+Each digest maps to a byte of one file; the process that locks the byte will fetch the digest. The kernel releases locks
+when the process ends. An intent is not a claim: clients of any process still fetch what they need.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DIGITS: Final = 15
 
 class Intents:
     """
-    What this process is about to fetch. May be called in several threads.
+    The digests that this process will prefetch. Thread-safe.
 
     @param root: the cache directory.
     """
@@ -35,10 +35,10 @@ class Intents:
 
     def take(self, digest: Digest) -> bool:
         """
-        Return False if another process is about to fetch it. Where there are no such locks, none is.
+        Return False if another process will fetch the digest. Always True if such locks are unsupported.
         """
         try:
-            with self._opening:  # locks are of whoever opened it: there is to be one of these
+            with self._opening:  # locks belong to an open file description: open it only once
                 if self._fd < 0:
                     self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             self._lock(fcntl.F_WRLCK, digest)
@@ -50,14 +50,14 @@ class Intents:
 
     def release(self, digest: Digest) -> None:
         """
-        Have others fetch it if they like.
+        Let other processes fetch the digest.
         """
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 self._lock(fcntl.F_UNLCK, digest)
 
     def _lock(self, kind: int, digest: Digest) -> None:
-        # Of the open file, not of the process: those end when any descriptor of the file is closed.
+        # Lock for the open file, not for the process: process locks end when any descriptor of the file is closed.
         at = int(digest.hex[:_DIGITS], 16)
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, at, 1, 0))
 

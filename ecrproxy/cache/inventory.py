@@ -1,13 +1,13 @@
 """
-What is in the cache, as its index knows it, and what the operator does about it.
+List, remove and verify what is in the cache, by its index.
 
 Rules:
 
-- Nothing here is a use: looking at a file changes nothing about when it goes.
-- It works while daemons serve from the directory. What comes or goes meanwhile may be told or not.
-- Each step of what yields is short. All of it is called in threads.
-- Files are unlinked first; then one transaction forgets them and the entries, and all processes hear of it.
-  What is removed stays readable for whoever has it open.
+- Nothing here counts as a use: looking at a file does not delay its eviction.
+- It works while daemons serve from the directory. Files that come or go meanwhile may or may not be listed.
+- Each step of a generator is short. All of it is called in threads.
+- Files are unlinked first; then one transaction deletes their rows and the entries, and all processes are notified.
+  Removed files stay readable for readers that have them open.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from ecrproxy.cache.takeover import forget_left, take_over
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Kind, listed
 
 STEP: Final = 4 * 2**20
-"""Bytes that are hashed in a step."""
+"""Bytes hashed in one step."""
 
 Document = dict[str, Any]
-"""What is told of one thing, as JSON has it."""
+"""The description of one item, as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
     """
-    What has become of what was to go.
+    The result of a removal.
 
-    @ivar entries: that went.
-    @ivar files: of content that went, and how many C{bytes} they had.
-    @ivar used: that stayed, because they were used meanwhile.
-    @ivar stuck: that stayed, because the disk did not let them go.
+    @ivar entries: number of entries removed.
+    @ivar files: number of files of content removed, with C{bytes} bytes in all.
+    @ivar used: number of items kept because they were used meanwhile.
+    @ivar stuck: number of files kept because the disk failed to remove them.
     """
 
     entries: int = 0
@@ -54,7 +54,7 @@ class Removed:
 
 class Inventory:
     """
-    What a cache directory holds.
+    The contents of a cache directory.
     """
 
     def __init__(self, store: Store) -> None:
@@ -62,10 +62,10 @@ class Inventory:
 
     def entries(self) -> Iterator[Document]:
         """
-        Yield what is known of repositories, entry by entry; a manifest with what it lists, a tag with its moves.
+        Yield the entries of all repositories; manifests with what they list, tags with their moves.
 
-        What earlier versions have left is imported first: it is served already, and has to be seen to be removed.
-        That may take minutes: of each step is told how much it was.
+        Entries of earlier versions are imported first: they are served already, and must be listed to be removed. This
+        may take minutes; each step yields the number imported.
         """
         for count in take_over(self._store.root, self._store.index):
             yield {"imported": count}
@@ -88,7 +88,7 @@ class Inventory:
 
     def content(self) -> Iterator[Document]:
         """
-        Yield the files of content, in the order of their digests.
+        Yield the files of content, ordered by digest.
         """
         page = self._store.index.files()
         while page:
@@ -110,20 +110,20 @@ class Inventory:
         try:
             with open(path, "rb", opener=without_waiting) as file:
                 return list(listed(file.read(MANIFEST_LIMIT), descriptor.media_type))
-        except (OSError, ValueError):  # it went, or is a signed one of old
+        except (OSError, ValueError):  # removed meanwhile, or an old signed manifest
             return []
 
     def remove(
         self, entries: Sequence[EntryKey], content: Iterable[Digest], unused_since: float | None = None
     ) -> Removed:
         """
-        Remove entries and content. Files go first, whatever becomes of the index.
+        Remove entries and content. Files are removed first, even if the index then fails.
 
-        @param unused_since: what was used after this time stays; none for all to go.
+        @param unused_since: keep items used after this time; None to remove all.
         @raise OSError: if the index can't be written.
         """
         index = self._store.index
-        with contextlib.suppress(OSError):  # a full disk: what goes makes room for that
+        with contextlib.suppress(OSError):  # the disk is full: the removal makes room
             index.settle_uses()
         keys = [key for key in entries if unused_since is None or not self._confirmed_since(key, unused_since)]
         gone, size, used, stuck = list[Digest](), 0, len(entries) - len(keys), 0
@@ -146,17 +146,17 @@ class Inventory:
 
     def verify(self, digest: Digest, *, keep: bool) -> Iterator[Document]:
         """
-        Hold a file of content against its digest.
+        Verify a file of content against its digest.
 
-        Yields the bytes that were hashed, step by step, then the verdict: C{good}, C{bad}, C{unreadable}, or C{gone}
-        if there is none.
+        Yields the number of bytes hashed by each step, then the verdict: C{good}, C{bad}, C{unreadable}, or C{gone} if
+        there is no file.
 
-        @param keep: whether a bad one stays; it is not served by this process.
+        @param keep: True to keep a bad file; this process does not serve it.
         """
         path = self._store.root / self._store.content_path(digest)
         try:
             fd = without_waiting(str(path), os.O_RDONLY)
-            with contextlib.suppress(OSError):  # where there are no locks
+            with contextlib.suppress(OSError):  # the file system does not support locks
                 share(fd, path)
         except FileNotFoundError:
             yield {"digest": str(digest), "verdict": "gone"}

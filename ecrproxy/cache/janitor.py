@@ -1,16 +1,16 @@
 """
-Keep the cache directory within its limit: the least recently used goes first, what is being read never.
+Keep the cache directory within its limit: evict the least recently used files first, never one that is being read.
 
 Rules:
 
-- The index says how much there is, for all processes together; whoever needs room makes it, one process at a time.
-- A file is unlinked first, and leaves the index then: totals may be too high after a crash, never too low.
-- What any process has open is not evicted: its lock says so, and others go instead.
-- The limit is in bytes of disk, and counts the index and what is arriving. It is never more than the disk can hold.
-- Where the limit is less than the index takes, all else goes, for the index does not shrink.
-- When the disk is full all the same, files are evicted to make room. If it lacks inodes, files are evicted by number.
-- A limit that was lowered for that is looked at again before anything is evicted or refused for it: others may have
-  given room back. A disk that leaves the cache less than is left free for others is full, even if a small file fits.
+- The index has the totals for all processes. A caller that needs room makes it, one process at a time.
+- A file is unlinked first and then leaves the index: after a crash, totals may be too high, never too low.
+- A file that any process has open is not evicted: it is locked, and others are evicted instead.
+- The limit is in bytes of disk, and includes the index and arriving files. It is never more than the disk can hold.
+- If the limit is less than the size of the index, all else is evicted, because the index does not shrink.
+- If the disk is full anyway, files are evicted to make room. If it lacks inodes, a fixed number of files is evicted.
+- Before a lowered limit causes an eviction or a refusal, it is checked again: other programs may have freed space. A
+  disk that leaves the cache less than the spare space counts as full, even if a small file fits.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ if TYPE_CHECKING:
 log = Logger()
 
 PAUSE_SECONDS: Final = 60.0
-"""How often the limit is held against the disk, and what transfers have left is swept."""
+"""How often the limit is compared with the disk, and interrupted transfers are swept."""
 ROOM_SECONDS: Final = 2.0
-"""How long a client waits for room for what it wants; what is evicted later is for the next one."""
+"""Seconds that a client waits for room. Anything evicted later serves the next client."""
 AT_ONCE: Final = 2**20
-"""Bytes that are evicted at the least when the disk is full."""
+"""Minimum number of bytes evicted when the disk is full."""
 FILES_AT_ONCE: Final = 256
-"""Files that are evicted when the disk has no inode left."""
+"""Files evicted when the disk has no inodes left."""
 EVICTING: Final = "evict.lock"
 _ROUNDS: Final = 8
-"""How often room is made for one file, if others take it: each time that is less than likely."""
+"""Maximum attempts to make room for one file while others take it: each loss is improbable."""
 
 
 def victims(candidates: Iterable[Candidate], excess: int) -> list[Candidate] | None:
     """
-    Choose what to evict.
+    Choose the files to evict.
 
     @param candidates: the least recently used first.
-    @param excess: the bytes to gain.
-    @return: none if all that may go isn't enough, in which case nothing should.
+    @param excess: number of bytes to free.
+    @return: None if evicting all candidates would not suffice; then none should be evicted.
     """
     chosen = []
     for each in candidates:
@@ -76,9 +76,9 @@ class Janitor(Service):
     """
     Makes room in the cache directory.
 
-    @param limit: the most bytes of disk for the cache, with what arrives.
+    @param limit: maximum bytes of disk for the cache, including arriving files.
     @ivar limit: the same, or less if the disk can't hold that much.
-    @ivar evicted: how many files went for others.
+    @ivar evicted: number of files evicted to make room.
     """
 
     def __init__(self, store: Store, limit: int, in_thread: InThread, clock: IReactorTime) -> None:
@@ -102,7 +102,7 @@ class Janitor(Service):
 
     def tidy(self) -> None:
         """
-        Sweep, and bring the directory within its limit: it may be lower than it was. Called in a thread.
+        Sweep, and bring the directory within its limit, which may have been lowered. Called in a thread.
         """
         self._store.sweep()
         self.fit()
@@ -117,7 +117,7 @@ class Janitor(Service):
     @property
     def held(self) -> int:
         """
-        The bytes of disk that the cache takes, with the index and what is arriving.
+        Return the bytes of disk that the cache takes, including the index and arriving files.
         """
         index = self._store.index
         return index.totals.blocks + index.totals.arriving + index.unwritten + index.size
@@ -130,9 +130,9 @@ class Janitor(Service):
 
     async def fits_without(self, size: int, seconds: float) -> bool:
         """
-        Return True if there is room for C{size} bytes without evicting what was used within the last C{seconds}.
+        Return True if C{size} bytes fit without evicting files used within the last C{seconds}.
 
-        @raise OSError: if that can't be told.
+        @raise OSError: if the index can't be read.
         """
         excess = self.held + on_disk(size) - self.limit
         return excess <= 0 or await self._in_thread(self._has_unused, excess, self._store.now() - seconds)
@@ -148,14 +148,14 @@ class Janitor(Service):
 
     def is_prompt(self, size: int) -> bool:
         """
-        Return True if L{make_room} does not have to wait for the index.
+        Return True if L{make_room} will not have to wait for the index.
         """
         index = self._store.index
         return index.elsewhere is None or index.has_plenty(on_disk(size), self.limit)
 
     async def reserve(self, what: Reservation, size: int) -> bool:
         """
-        Make room for C{size} bytes that will arrive, whose claim is held; false if it can't be had.
+        Make room for C{size} bytes to arrive under a claim that is held. Return False if that is impossible.
         """
         if on_disk(size) > self._wanted:
             return False
@@ -172,7 +172,7 @@ class Janitor(Service):
 
     async def can_hold(self, size: int) -> bool:
         """
-        Return True if C{size} bytes are within the limit, were all else evicted: it may have been raised by now.
+        Return True if C{size} bytes are within the limit if all else is evicted. The limit may be raised first.
         """
         if self.limit < size <= self._wanted:
             with contextlib.suppress(OSError):
@@ -181,9 +181,9 @@ class Janitor(Service):
 
     def see_room(self) -> None:
         """
-        See that the disk has room for a cache. Called in a thread.
+        Check that the disk has room for a cache. Called in a thread.
 
-        @raise OSError: if others have taken it.
+        @raise OSError: if other files have taken it.
         """
         self._fit()
         if self.limit < min(self._wanted, self._store.spare()):
@@ -193,7 +193,7 @@ class Janitor(Service):
         """
         Evict until C{size} bytes fit, and reserve them. Called in a thread.
 
-        @param what: what they are for; none if they are for nothing.
+        @param what: the reservation; None to reserve nothing.
         @raise OSError: if the index can't be written.
         """
         try:
@@ -209,7 +209,7 @@ class Janitor(Service):
                 with self._alone():
                     if not self._made_room(what, size):
                         return False
-                if not self._excess(what, size):  # of all who wait for room in one transaction
+                if not self._excess(what, size):  # one transaction decides between all that wait for room
                     return True
         finally:
             del self._awaited[waiter]
@@ -217,7 +217,7 @@ class Janitor(Service):
 
     def _made_room(self, what: Reservation | None, size: int) -> bool:
         """
-        Evict for this and for whoever else waits, unless whoever was alone before has; false if it can't be done.
+        Evict for this caller and all that wait, unless another has done so meanwhile. Return False if it can't be done.
         """
         index = self._store.index
         index.refresh()
@@ -231,12 +231,12 @@ class Janitor(Service):
         if excess > index.totals.blocks + index.totals.arriving and not takes_all:
             return False
         chosen = victims(self._store.candidates(), awaited) or victims(self._store.candidates(), excess)
-        if chosen is None and takes_all:  # the index takes more than the limit by itself: all else goes
+        if chosen is None and takes_all:  # the index alone exceeds the limit: evict all else
             chosen = list(self._store.candidates())
         if chosen is None or (excess > 0 and not chosen):
             return False
         self._evict(chosen)
-        index.wait()  # else they are counted still
+        index.wait()  # otherwise they are still counted
         return True
 
     def _excess(self, what: Reservation | None, size: int) -> int:
@@ -247,24 +247,24 @@ class Janitor(Service):
         """
         Keep other threads, and other processes, from evicting.
 
-        Another process may stand still with the lock: it is waited for once, and not again until the lock was had.
+        Another process may hang while it holds the lock: wait for it once, then not until the lock has been acquired.
         """
         with self._evicting, contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(locked(self._store.root / EVICTING, waiting=not self._waited_in_vain))
                 self._waited_in_vain = False
-            except OSError:  # together they evict more than is needed
+            except OSError:  # both evict, which may be more than necessary
                 self._waited_in_vain = True
             yield
 
     def evict(self, size: int) -> bool:
         """
-        Evict C{size} bytes, for the disk is full, and lower the limit to what it holds. Called in a thread.
+        Evict C{size} bytes because the disk is full, and lower the limit to what it holds. Called in a thread.
 
-        @return: whether there is another try: as much was evicted, or another thread has just evicted something.
+        @return: True to retry: that much was evicted, or another thread has just evicted something.
         """
         if not self._evicting.acquire(blocking=False):
-            with self._evicting:  # until its files are gone from the disk
+            with self._evicting:  # wait until its files are gone from the disk
                 return True
         try:
             return self._evict_for(size)
@@ -286,7 +286,7 @@ class Janitor(Service):
         else:  # all of these are open, or can't be removed
             return False
         with contextlib.suppress(OSError):
-            self._store.index.wait()  # what is counted still would be taken for room
+            self._store.index.wait()  # else files still counted would be taken for room
         if by_number:
             log.warn(
                 "The cache's disk has no inodes left: evicted {count} files;"
@@ -301,14 +301,14 @@ class Janitor(Service):
         candidates = self._store.candidates
         if by_number:
             return list(islice(candidates(), FILES_AT_ONCE))
-        # A small file frees a block that the next small write takes: more goes, if there is more.
+        # A small file frees a block that the next small write takes: evict more if possible.
         return victims(candidates(), max(size, AT_ONCE)) or victims(candidates(), size)
 
     def _evict(self, chosen: Sequence[Candidate]) -> int:
         """
-        Evict files, except those that some process has open: others go before these from then on.
+        Evict files, except those that some process has open; from then on others are tried before these.
 
-        @return: how many are gone.
+        @return: the number of files evicted.
         """
         gone = set(self._store.evict_unused(each.what for each in chosen))
         for each in chosen:
@@ -326,7 +326,7 @@ class Janitor(Service):
 
     def _pass_over(self, each: Candidate) -> None:
         """
-        Have a file that some process has open, or that can't be removed, come last, not first again.
+        Move a file that is open, or can't be removed, to the end of the eviction order.
         """
         if isinstance(each.what, Reservation):
             self._store.index.pass_over(each.what)
@@ -335,7 +335,7 @@ class Janitor(Service):
 
     def _look_again(self) -> None:
         """
-        Raise a limit that was lowered, as far as others have given room back. Called in a thread.
+        Raise a lowered limit if other programs have freed space. Called in a thread.
         """
         if self.limit < self._wanted:
             self._fit()
@@ -344,10 +344,10 @@ class Janitor(Service):
         """
         Lower the limit to what the disk can hold, or raise it again. Called in a thread.
 
-        Of what is reserved nobody knows how much is allocated, and the disk calls the rest free. So the disk holds
-        anything between two figures, and a limit between them is left as it is.
+        Nobody knows how much of the reserved space is allocated, and the disk reports the rest as free. So its capacity
+        is known only as a range, and a limit within that range is left alone.
 
-        @param pending: bytes that are reserved, and known not to be allocated.
+        @param pending: reserved bytes that are known not to be allocated.
         """
         index = self._store.index
         kept = index.taken

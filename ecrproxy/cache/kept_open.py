@@ -1,17 +1,17 @@
 """
-Files of content that stay open for a second, so that whoever asks meanwhile needs no thread to open them.
+Keep files of content open for a second, so that further requests need no thread to open them.
 
 Rules:
 
-- A file is given out for L{KEPT_SECONDS} after it was opened, and closed then, however often it was asked for: opening
-  it anew looks at all that there is to see. Who asks for it in the second half has it opened anew, once for all: else
-  all who ask in the moment when it is closed would open it.
-- Each time, one fstat(2) tells whether it is still what it was: who removes a file, or puts another in its place, takes
-  a name from it; who writes to it leaves a time that is no mark. It waits for no disk, for an open file's inode is in
-  memory. Where another machine is asked for that, nothing is kept.
-- It stays open under its shared lock, as for any reader. Who removes it in this process drops it here first: a file
-  that nobody reads is evicted as if it were closed. To another process it is one that was used a second ago.
-- A file is closed in a thread: the last of those who have a removed file open clears it away.
+- A file is given out for L{KEPT_SECONDS} after it was opened, then closed, however often it was requested: opening it
+  again checks everything. The first request in the second half of that time makes it open again in the background;
+  otherwise all requests at the moment of closing would open it.
+- Each time, one fstat(2) shows whether the file is unchanged: removing or replacing it reduces its link count, and
+  writing leaves an mtime that is not a mark. This never waits for a disk, because the inode of an open file is in
+  memory. On network file systems, which may ask another machine, no files are kept.
+- The file stays open under its shared lock, as for any reader. Before this process removes a file, it drops it here: a
+  file without readers is evicted as if it were closed. To other processes it appears to have been used a second ago.
+- Files are closed in a thread: closing the last descriptor of a removed file frees its blocks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Kept:
     An open file.
 
     @ivar since: when it was opened.
-    @ivar renewed: whether it is being opened anew.
+    @ivar renewed: True if it is being opened again.
     """
 
     content: Content
@@ -48,11 +48,11 @@ class _Kept:
 
 class KeptOpen:
     """
-    Open files by their digests. All but L{drop} is called in the event loop.
+    Open files by digest. All methods but L{drop} are called in the event loop.
 
-    @param limit: the most files.
+    @param limit: maximum number of files.
     @param in_thread: closes them.
-    @ivar renew: opens a file anew, in its own time, and keeps it.
+    @ivar renew: opens a file again in the background, and keeps it.
     """
 
     renew: Callable[[Digest], object] = staticmethod(lambda _: None)
@@ -68,7 +68,7 @@ class KeptOpen:
 
     def keep(self, content: Content) -> None:
         """
-        Keep a file that was opened just now, if it is known to be good.
+        Keep a file that was just opened, if it is verified.
         """
         if not self._limit or not content.is_unchanged():
             return
@@ -83,7 +83,7 @@ class KeptOpen:
 
     def get(self, digest: Digest) -> Content | None:
         """
-        Give a file to be closed by who asks, if it is still what it was when it was opened.
+        Return a handle to a file if it is unchanged since it was opened. The caller must close it.
         """
         with self._lock:
             found = self._files.get(digest)
@@ -111,7 +111,7 @@ class KeptOpen:
 
     def _close_old_ones(self) -> None:
         """
-        Close those whose time is over: the first in line. The next has its own.
+        Close expired files, the oldest first, and schedule the next call.
         """
         now, gone, self._closing = self._clock.seconds(), [], None
         with self._lock:

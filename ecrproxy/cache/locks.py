@@ -1,14 +1,14 @@
 """
-Locks on files, by flock(2): shared by whoever has a file open, exclusive for whoever writes or removes it.
+Locks on files, by flock(2): shared for readers, exclusive to write or remove a file.
 
 Rules:
 
 - A lock belongs to an open file description. The kernel releases it with the last descriptor, also when a process
   is killed.
-- A lock on an open file says nothing about a path: after locking, compare the open file with what the path leads to.
-- Never wait for a lock, and never convert one: a failed conversion releases the lock that was held. Release it by
-  closing the file only.
-- To find out whether a file is locked exclusively, try a shared lock: those who probe do not see each other.
+- A lock on an open file says nothing about a path: after locking, compare the open file with the one at the path.
+- Never wait for a lock, and never convert one: a failed conversion releases the lock that was held. Release it only
+  by closing the file.
+- To find out whether a file is locked exclusively, try a shared lock: probes do not conflict with each other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 def open_in_place(path: Path | str, flags: int) -> int:
     """
-    Open a regular file. Links, pipes and folders in its place are refused, without waiting for anybody.
+    Open a regular file. Refuse links, pipes and folders in its place, without blocking.
 
     @raise OSError: if there is no such file, or it can't be opened.
     """
@@ -42,20 +42,20 @@ def open_in_place(path: Path | str, flags: int) -> int:
 
 def without_side_effects(fd: int) -> None:
     """
-    Have reads of a file do nothing else: they note no access time, and have nothing read ahead.
+    Make reads of a file update no access time and cause no readahead.
 
-    The first waits for the file system's journal, even with RWF_NOWAIT, the second for room in the disk's queue, even
-    where the bytes themselves are in memory; and it is the event loop that reads.
+    Updating the access time waits for the file system's journal, even with RWF_NOWAIT; readahead waits for room in the
+    disk's queue, even if the bytes themselves are in memory. The event loop does these reads.
     """
-    with contextlib.suppress(OSError):  # another user's file
+    with contextlib.suppress(OSError):  # the file is another user's
         fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_NOATIME)
-    with contextlib.suppress(OSError):  # no file
+    with contextlib.suppress(OSError):  # not a file
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def share(fd: int, path: Path | str) -> bool:
     """
-    Take a shared lock, which keeps a file from being evicted. False if it is being removed, or C{path} leads elsewhere.
+    Take a shared lock, which prevents eviction. Return False if the file is being removed, or is no longer at C{path}.
 
     @raise OSError: if the file system does not support locks.
     """
@@ -64,7 +64,7 @@ def share(fd: int, path: Path | str) -> bool:
 
 def own(fd: int, path: Path | str) -> bool:
     """
-    Take the exclusive lock. False if any other open file has a lock on it, or C{path} leads elsewhere.
+    Take the exclusive lock. Return False if any other open file has a lock on it, or it is no longer at C{path}.
 
     @raise OSError: if the file system does not support locks.
     """
@@ -83,11 +83,11 @@ def is_in_place(fd: int, path: Path | str) -> bool:
 
 def see_one_name(fd: int, path: Path | str) -> None:
     """
-    See that an open file has no name but C{path}, before it is written to: else it may be one of somewhere else.
+    Check before writing that an open file has no name but C{path}: any other name may be outside the cache.
 
-    A file with more names is taken away from this one, so that the next time there is none.
+    A file with more names loses this one, so the next attempt finds none.
 
-    @raise OSError: if it has another name, or C{path} leads elsewhere.
+    @raise OSError: if it has another name, or is no longer at C{path}.
     """
     status = os.lstat(path)
     if not os.path.samestat(os.fstat(fd), status):
@@ -117,7 +117,7 @@ def remove_unused(path: Path) -> bool:
     """
     Unlink a file, unless a process holds a lock on it.
 
-    @return: whether it is gone.
+    @return: True if it is gone.
     @raise OSError: if it can't be opened or unlinked.
     """
     try:
@@ -135,7 +135,7 @@ def remove_unused(path: Path) -> bool:
 
 def exclude(folder: Path) -> bool:
     """
-    Return True if locks work in C{folder}: some file systems refuse them, or grant each of them.
+    Return True if locks work in C{folder}: some file systems refuse them, or grant conflicting ones.
 
     @raise OSError: if no file can be created there.
     """
@@ -151,7 +151,7 @@ def exclude(folder: Path) -> bool:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
     """
-    Open a file that is there to be locked, created if it is missing, for the duration of the block.
+    Open a lock file for the duration of the block, and create it if it is missing.
 
     @raise OSError: if it can't be opened, or something else is in its place.
     """

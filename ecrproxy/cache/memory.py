@@ -1,5 +1,5 @@
 """
-A bounded memory of small things that were used lately.
+A bounded in-memory LRU cache of small values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 class Memory(Generic[K, V]):
     """
-    Values by key; the least recently used ones go when they grow too large together.
+    Values by key. The least recently used are dropped when their total size exceeds the limit.
 
     @param limit: bytes of all values together.
     """
@@ -25,13 +25,13 @@ class Memory(Generic[K, V]):
 
     def __iter__(self) -> Iterator[K]:
         """
-        Yield the keys, of what was used longest ago first; that is no use.
+        Yield the keys, the least recently used first. Does not count as a use.
         """
         return iter(self._values)
 
     def get(self, key: K) -> V | None:
         """
-        Recall a value.
+        Return a value, and count that as a use. None if there is none.
         """
         found = self._values.get(key)
         if found is None:
@@ -41,7 +41,7 @@ class Memory(Generic[K, V]):
 
     def put(self, key: K, value: V, size: int) -> None:
         """
-        Hold a value of C{size} bytes.
+        Store a value that takes C{size} bytes.
         """
         self.drop(key)
         self._values[key] = value, size

@@ -1,5 +1,5 @@
 """
-What a directory is mounted from, by Linux's own table.
+Find the file system of a directory in Linux's mount table.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Final
 
 _FAR: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "afs", "fuse"})
-"""On C{fuse} is what a program serves that has not told its name, as bindfs."""
+"""C{fuse} is the type of a program that does not name itself, such as bindfs."""
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
     """
-    What a directory is on.
+    A mounted file system.
     """
 
     point: str
@@ -27,14 +27,14 @@ class Mount:
     @property
     def is_far(self) -> bool:
         """
-        Return True if another machine or a program serves it: locks and shared memory may not hold there.
+        Return True if another machine or a program serves it: locks and shared memory may not work there.
         """
         return self.kind in _FAR or (self.kind.startswith("fuse.") and self.kind != "fuse.overlayfs")
 
 
 def mountinfo() -> str:
     """
-    Read the table; an empty one where there is none.
+    Read the mount table. Empty if there is none.
     """
     try:
         return Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
@@ -44,7 +44,7 @@ def mountinfo() -> str:
 
 def find_mount(mountinfo: str, path: str) -> Mount | None:
     """
-    Find what a path is on: proc(5), /proc/pid/mountinfo.
+    Find the mount of a path: see proc(5), /proc/pid/mountinfo.
     """
     found = None
     for line in mountinfo.splitlines():
@@ -54,7 +54,7 @@ def find_mount(mountinfo: str, path: str) -> Mount | None:
             continue
         point = _ESCAPE.sub(lambda octal: chr(int(octal[1], 8)), words[4])
         inside = path == point or path.startswith(point.rstrip("/") + "/")
-        # The last of several on one another is what is seen.
+        # Of several mounts on one another, the last is visible.
         if inside and (found is None or len(point) >= len(found.point)):
             found = Mount(point, rest[0], frozenset(words[5].split(",")) | frozenset(rest[2].split(",")))
     return found

@@ -32,13 +32,13 @@ class PeerTransfer:
     @classmethod
     def open(cls, data: Path, directory: Directory) -> PeerTransfer | None:
         """
-        Open a transfer. None if its writer has no bytes to show yet, or has finished, or is a user who is not believed.
+        Open a transfer. Return None if its writer has no bytes to show yet, has finished, or is an untrusted user.
         """
         boot = directory.boot
         with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
             claim = open_in_place(claim_path(data), os.O_RDONLY)
             opened.callback(os.close, claim)
-            fd = open_in_place(data, os.O_RDWR)  # writable, for the case that it has to be taken over
+            fd = open_in_place(data, os.O_RDWR)  # writable, in case the transfer must be taken over
             opened.callback(os.close, fd)
             without_side_effects(fd)
             locked = share(fd, data)
@@ -71,7 +71,7 @@ class PeerTransfer:
 
     def look(self) -> Look:
         """
-        Read the record again, and probe the claim. Blocks.
+        Read the record again, and probe the claim. Blocks on the disk.
         """
         moved = self._see()
         in_place = self.is_in_place() and (moved or is_in_place(self._claim, self._path))
@@ -87,13 +87,13 @@ class PeerTransfer:
 
     def is_in_place(self) -> bool:
         """
-        Return True if the path of the data still leads to the file that was opened.
+        Return True if the path of the data still leads to the open file.
         """
         return is_in_place(self._fd, self.data)
 
     def hash(self, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401 (hashlib's objects have no public type)
         """
-        Hash C{limit} bytes from C{offset} on, which may be read.
+        Hash up to C{limit} bytes from C{offset} on, which must be readable.
 
         @return: the number of bytes hashed.
         @raise OSError: if they can't be read.
@@ -112,7 +112,7 @@ class PeerTransfer:
                 os.close(fd)
         self._claim = self._fd = -1
 
-    # A thread may have opened it for a client that has disconnected.
+    # A thread may have opened it for a client that has disconnected since.
     __del__ = close
 
 
@@ -120,6 +120,6 @@ def _is_shown(record: Record, boot: bytes) -> bool:
     """
     Return True if the transfer can be followed.
 
-    Verified bytes of before a crash of the machine may not have reached the disk: their writer was killed before fsync.
+    Bytes verified before a crash of the machine may not have reached the disk: their writer was killed before fsync.
     """
     return record.state is State.ARRIVING or (record.state is State.VERIFIED and record.is_of(boot))

@@ -1,14 +1,15 @@
 """
-Which files of the cache were seen to be what their digests name.
+Which files of the cache are known to match their digests.
 
 Rules:
 
-- A proof is of one file as it was: its inode, its size, and the time of its last change. Another daemon's file of the
-  same name, or the same file changed in place, has none.
-- A use is noted in the file's mtime, in whole milliseconds. The kernel notes a change there too, in nanoseconds: that
-  it hits a whole millisecond happens once in a million. So an mtime in whole milliseconds is a mark of ours, and says
-  that nothing was written since. Where a file system keeps whole seconds alone, changes show at the next start.
-- They are forgotten with the process, and the least recently used ones when there are too many: then a file is proved
+- A proof applies to one file in one state: its inode, size, and time of last modification. A file that another daemon
+  writes under the same name, or the same file modified in place, has none.
+- A use is recorded in the file's mtime, in whole milliseconds. The kernel records a modification there too, in
+  nanoseconds, which is a whole millisecond once in a million times. So an mtime in whole milliseconds is a mark of
+  ours, and means that nothing was written since. On a file system that keeps whole seconds, modifications are found
+  only after a restart.
+- Proofs last as long as the process; beyond a limit the least recently used are dropped. Then the file is verified
   again.
 """
 
@@ -26,19 +27,19 @@ if TYPE_CHECKING:
 _MILLISECOND: Final = 10**6
 _LIMIT: Final = 32 * 2**20
 _RECKONED: Final = 500
-"""Bytes that one proof is reckoned at: there is room for 67,000."""
+"""Bytes that one proof is assumed to take: there is room for 67,000."""
 
 
 def is_marked(status: os.stat_result) -> bool:
     """
-    Tell whether a file was changed by nobody since its last use was noted.
+    Return True if nobody has modified the file since its last use was recorded.
     """
     return status.st_mtime_ns % _MILLISECOND == 0
 
 
 def mark(fd: int, now: float) -> None:
     """
-    Note that a file is used now.
+    Record in the file's mtime that it is used now.
 
     @raise OSError: if the disk can't be written.
     """
@@ -48,7 +49,7 @@ def mark(fd: int, now: float) -> None:
 
 class Proofs:
     """
-    Verdicts about files, shared by threads.
+    Verdicts about files. Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -57,21 +58,21 @@ class Proofs:
 
     def note(self, digest: Digest, status: os.stat_result, *, good: bool) -> None:
         """
-        Note whether the file of C{status} is what C{digest} names.
+        Record whether the file with C{status} matches C{digest}.
         """
         with self._lock:
             self._verdicts.put(digest, (status.st_ino, status.st_size, status.st_mtime_ns, good), _RECKONED)
 
     def forget(self, digest: Digest) -> None:
         """
-        Forget a file that is gone: another may have its inode.
+        Forget a file that is gone: another may reuse its inode.
         """
         with self._lock:
             self._verdicts.drop(digest)
 
     def verdict(self, digest: Digest, status: os.stat_result) -> bool | None:
         """
-        Tell whether the file of C{status} is what C{digest} names; none if that isn't known.
+        Return True if the file with C{status} matches C{digest}, False if not, None if unknown.
         """
         with self._lock:
             found = self._verdicts.get(digest)

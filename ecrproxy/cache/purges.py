@@ -1,7 +1,7 @@
 """
-Each second: write what the index has gathered, and have memory forget what somebody has purged.
+Every second, write the index's pending changes, and drop purged items from memory.
 
-That may have been this process, another one on the directory, or a command that worked on it without a daemon.
+The purge may come from this process, from another one on the directory, or from a command that ran without a daemon.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ LOOK_SECONDS: Final = 1.0
 
 class Purges(Service):
     """
-    Looks each second whether there was a purge.
+    Checks for purges every second.
 
-    @param forget: forgets what is held in memory of what was purged.
+    @param forget: drops purged items from memory.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Purges(Service):
 
     def stopService(self) -> Deferred[object]:
         """
-        Stop, once what was gathered is written.
+        Stop after writing pending changes.
         """
         super().stopService()
         self._loop.stop()
@@ -53,9 +53,9 @@ class Purges(Service):
 
     async def look(self) -> None:
         """
-        Look now.
+        Check now.
 
-        @raise OSError: if the disk doesn't answer. What is in memory is forgotten when it answers again.
+        @raise OSError: if the disk doesn't answer. Once it does, everything in memory is dropped.
         """
         try:
             news = await self._in_thread(self._index.settle)

@@ -1,9 +1,9 @@
 """
-The record of a transfer, and what its readers do next. Pure.
+The record of a transfer, and the next step of its followers. Pure.
 
-A record stands in the claim of an arriving file. The process that writes the file writes the record after each piece;
-other processes read it to know which bytes they may send. A record proves nothing: a torn one fails its checksum and
-is read again. With a wrong one more bytes are fetched than necessary, or the digest does not match and the file is
+The record is in the claim of an arriving file. The process that writes the file writes the record after each piece;
+other processes read it to learn which bytes they may send. A record proves nothing: a torn one fails its checksum and
+is read again. If a record is wrong, more bytes than necessary are fetched, or the digest does not match and the file is
 dropped.
 """
 
@@ -17,34 +17,34 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 WORTH_RESUMING: Final = 2**20
-"""Smallest blob in bytes whose interrupted transfer is kept: smaller ones are fetched again."""
+"""Minimum size in bytes of a blob whose interrupted transfer is kept: smaller ones are fetched again."""
 UNKNOWN_BOOT: Final = bytes(16)
-"""The boot id where the kernel tells none."""
+"""The boot id if the kernel provides none."""
 RECORD: Final = 4096
 """Size of a claim in bytes."""
 POLL_SECONDS: Final = 0.02
 """Seconds between two reads of a record."""
 STALLED_SECONDS: Final = 10.0
-"""Seconds without progress of the writer after which others fetch the rest by themselves, without keeping it."""
+"""Seconds without progress of the writer after which followers fetch the rest themselves, without keeping it."""
 TRICKLE: Final = 2**10
-"""Bytes within that time that are no progress, as of a bucket: fewer are as good as none."""
+"""Fewer bytes than this within that time do not count as progress, as with buckets."""
 _VERSION: Final = 1
 _MAGIC: Final = b"ecrclaim"
 _HEAD: Final = struct.Struct(">8sHBB16sQQQQdHH")
 _SPAN: Final = struct.Struct(">QQ")
 _MOST_SPANS: Final = (RECORD - _HEAD.size - 4) // (2 * _SPAN.size)
-"""One gap per lane is usual. More come from small ranges that were fetched first; those beyond this are left out."""
+"""There is usually one gap per lane. Small ranges fetched first cause more; spans beyond this limit are left out."""
 _END_OF_TIME: Final = 2.0**34
-"""Seconds since the epoch that are no moment of ours: in nanoseconds they still fit 64 bits."""
+"""Upper bound of valid times, in seconds since the epoch: in nanoseconds they still fit in 64 bits."""
 
 Spans = tuple[tuple[int, int], ...]
 
 
 class Reservation(NamedTuple):
     """
-    Disk space that is reserved for the holder of a claim, or taken by what it left.
+    Disk space that is reserved for the holder of a claim, or taken by the data that it left.
 
-    @ivar name: of the file in C{arriving/}; the same for all holders of the claim.
+    @ivar name: the name of the file in C{arriving/}; the same for all holders of the claim.
     @ivar token: different for each holder: a late change of one holder does not affect its successor.
     """
 
@@ -57,7 +57,7 @@ class Reserved(NamedTuple):
     A reservation in the index.
 
     @ivar size: in bytes of disk.
-    @ivar written: when an interrupted transfer was written last, in seconds since the epoch; zero for one under way.
+    @ivar written: when an interrupted transfer was last written, in seconds since the epoch; 0 for one in progress.
     """
 
     what: Reservation
@@ -71,7 +71,7 @@ class State(enum.IntEnum):
     """
 
     CLAIMED = 0
-    """A process has claimed what another left, and has not begun to write."""
+    """A process has claimed an interrupted transfer, and has not begun to write."""
     ARRIVING = 1
     VERIFIED = 2
     """All bytes were written and match the digest. They may not have reached the disk yet."""
@@ -88,7 +88,7 @@ class Why(enum.IntEnum):
 
     NOTHING = 0
     DISK = 1
-    """The disk failed; the bytes that the record shows can be used."""
+    """The disk failed; the bytes that the record shows are usable."""
     DIGEST = 2
     """The bytes do not match the digest."""
 
@@ -99,7 +99,7 @@ _WHYS: Final = frozenset(map(int, Why))
 
 class Stretches:
     """
-    The ranges of a file that were written, where several are written at once.
+    The ranges of a file that have been written. Several may be written at once.
     """
 
     def __init__(self, stretches: Sequence[tuple[int, int]] = ()) -> None:
@@ -142,12 +142,12 @@ class Stretches:
 @dataclass(frozen=True, slots=True)
 class Record:
     """
-    What a claim tells about its transfer.
+    The state of a transfer, as stored in its claim.
 
     @ivar size: announced size of the blob, in bytes.
     @ivar when: time of the last write, in seconds since the epoch.
     @ivar boot: the boot id under which C{shown} was written; see L{claim.boot_id}.
-    @ivar there: the ranges that were written, in order. After a restart of the machine they may be lost.
+    @ivar there: the ranges that were written, in order. A restart of the machine may lose them.
     @ivar shown: the ranges that may be sent, in order: written, or hashed again, since the machine started.
     @ivar hashed: bytes that the writer has hashed, from offset 0 on.
     @ivar epoch: number of writers that the transfer has had.
@@ -167,7 +167,7 @@ class Record:
 
     def pack(self) -> bytes:
         """
-        Return the record in C{RECORD} bytes at most. Ranges beyond the first hundred are left out.
+        Encode the record in at most C{RECORD} bytes. Ranges beyond the first hundred are left out.
         """
         there, shown = self.there[:_MOST_SPANS], self.shown[:_MOST_SPANS]
         counts = (self.epoch, self.progress, self.size, self.hashed, self.when, len(there), len(shown))
@@ -178,7 +178,7 @@ class Record:
     @classmethod
     def unpack(cls, data: bytes) -> Record | None:
         """
-        Read what L{pack} returned. None if it is anything else, or inconsistent.
+        Decode the result of L{pack}. Return None if it is anything else, or inconsistent.
         """
         if len(data) < _HEAD.size:
             return None
@@ -191,26 +191,26 @@ class Record:
         spans = tuple(_SPAN.iter_unpack(data[_HEAD.size : end]))
         there, shown = spans[:theres], spans[theres:]
         epoch, progress, size, hashed, when = counts
-        sound = state in _STATES and why in _WHYS and 0 <= when < _END_OF_TIME  # which no number but a number is
+        sound = state in _STATES and why in _WHYS and 0 <= when < _END_OF_TIME  # False for NaN, too
         if not (sound and hashed <= size and _are_spans(there, size) and _are_spans(shown, size)):
             return None
         return cls(size, when, boot, there, shown, hashed, epoch, progress, State(state), Why(why))
 
     def reach(self, offset: int, boot: bytes) -> int:
         """
-        Return the offset up to which all bytes from C{offset} on may be sent under C{boot}.
+        Return the offset up to which all bytes from C{offset} on may be sent if the current boot id is C{boot}.
         """
         return Stretches(self.shown if self.is_of(boot) else ()).end_of(offset)
 
     def is_of(self, boot: bytes) -> bool:
         """
-        Return True if the machine was not restarted since: what was written can be read back.
+        Return True if the machine has not restarted since: what was written can be read back.
         """
         return self.boot == boot != UNKNOWN_BOOT
 
     def is_progress_since(self, earlier: Record) -> bool:
         """
-        Return True if the transfer has got further since C{earlier}: a byte now and then is not worth waiting for.
+        Return True if the transfer has progressed since C{earlier}: an occasional byte is not worth waiting for.
         """
         came = self._known - earlier._known
         return (self.epoch, self.state) != (earlier.epoch, earlier.state) or not 0 <= came < TRICKLE
@@ -222,7 +222,7 @@ class Record:
     @property
     def resumable(self) -> Stretches:
         """
-        The ranges that the next writer does not fetch. At least one byte is fetched, so that ECR is asked for the blob.
+        Return the ranges that the next writer need not fetch. It fetches at least one byte, to ask ECR for the blob.
         """
         stretches = Stretches(self.there)
         if stretches.gaps(self.size):
@@ -237,12 +237,12 @@ def _are_spans(spans: Spans, size: int) -> bool:
 
 class Look(NamedTuple):
     """
-    What a process finds out about another process's transfer.
+    What a process learns by looking at another process's transfer.
 
     @ivar record: None if it could never be read.
-    @ivar in_place: whether the paths of claim and data still lead to the same files.
-    @ivar free: whether no process holds the claim.
-    @ivar moved: whether the record has changed since the last look.
+    @ivar in_place: True if the paths of claim and data still lead to the same files.
+    @ivar free: True if no process holds the claim.
+    @ivar moved: True if the record has changed since the last look.
     """
 
     record: Record | None
@@ -267,7 +267,7 @@ def next_step(look: Look, idle: float) -> Step:
     """
     Choose what a follower does after a look.
 
-    @param idle: seconds since the record told of progress: see L{Record.is_progress_since}.
+    @param idle: seconds since the record showed progress: see L{Record.is_progress_since}.
     """
     record = look.record
     if record is not None and record.state in (State.VERIFIED, State.CONTENT):
@@ -285,6 +285,6 @@ def room_for(size: int) -> int:
     """
     Return the bytes of disk to reserve for a blob of C{size} bytes.
 
-    The claim of a small blob is not counted: it exists for moments only.
+    The claim of a small blob is not counted: it exists only briefly.
     """
     return size + RECORD if size >= WORTH_RESUMING else size

@@ -1,5 +1,5 @@
 """
-The tables of the index, and what brings those of earlier versions to them. Pure.
+The tables of the index, and the migrations from earlier versions. Pure.
 
 Migrations only add: an older daemon may have the same database open.
 """
@@ -67,9 +67,9 @@ MIGRATIONS: Final = (
         UPDATE total SET arriving = arriving - old.blocks + new.blocks; END;
     """,
 )
-"""What brings a database from each version, its PRAGMA user_version, to the next."""
+"""The script that brings a database from each version (PRAGMA user_version) to the next."""
 LAYOUT: Final = 1
-"""Part of the file's name. A change that an older daemon can't live with raises it, and makes another file."""
+"""Part of the file's name. Raised by a change that is incompatible with older daemons, which makes another file."""
 STATE: Final = (
     "SELECT files, blocks, arriving, (SELECT min(used) FROM content), compared,"
     " coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'purge'), 0) FROM total WHERE id = 0"

@@ -1,8 +1,8 @@
 """
 The one thread of a process that writes the index.
 
-What is to be written waits for it in memory, and nobody who serves a client waits for a disk, or another process, that
-takes long. What came while it was writing is written together.
+Changes wait for it in memory, so that nothing that serves a client waits for a slow disk or another process. Changes
+that arrive while it writes are written together.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ log = Logger()
 
 class Scribe(Service):
     """
-    Writes what is to be changed of the index, as long as it runs. Then whoever has something changed does it himself.
+    Writes changes to the index while it runs. After that, callers write their own changes.
 
-    @param post: has a function called in a thread, whichever thread asks.
+    @param post: runs a function in a thread; may be called from any thread.
     """
 
     def __init__(self, index: Index, post: Callable[[Callable[[], None]], None]) -> None:
@@ -45,7 +45,7 @@ class Scribe(Service):
         if not begun:
             try:
                 self._post(self._write)
-            except RuntimeError:  # the machine gives no thread: it is written within a second
+            except RuntimeError:  # no thread available: the changes are written within a second
                 self._at_work = False
 
     def _write(self) -> None:
@@ -53,7 +53,7 @@ class Scribe(Service):
         while more:
             try:
                 self._index.catch_up()
-            except Exception:  # noqa: BLE001 (whatever one change's trouble, those behind it are made)
+            except Exception:  # noqa: BLE001 (if one change fails, those behind it must still be made)
                 log.failure("Writing the cache's index")
                 self._again = True
             with self._lock:

@@ -3,14 +3,14 @@ Repair the index, slowly, in the background: adopt files without a row, drop row
 
 Rules:
 
-- One process goes over the directory at a time, under a lock that goes with it. Each of the others goes on, from the
-  start, should it exit.
-- It begins every ten minutes at the most, for others may bring or delete files; when a process starts, with what
-  earlier versions have left; and when the index has been replaced. Processes that start together need it once.
-- It goes over the whole directory in steps of a millisecond, and takes a twentieth of the time at the most. Nobody
+- One process scans the directory at a time, under a lock that is released when it exits. Each of the others then
+  starts over.
+- A scan starts at most every ten minutes, because others may add or delete files; when a process starts, including
+  entries of earlier versions; and when the index has been replaced. Processes that start together need one scan.
+- A scan covers the whole directory in steps of a millisecond, and takes at most a twentieth of the time. Nothing
   waits for it.
-- What is known on both sides is compared as text; digests are made of the rest.
-- A file that is adopted counts as used when it was modified, which is its last use. It is verified when it is read.
+- Names known on both sides are compared as text; only the rest are parsed as digests.
+- An adopted file counts as used at its mtime, which is its last use. It is verified when it is read.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ if TYPE_CHECKING:
 log = Logger()
 
 PAUSE_SECONDS: Final = 600.0
-"""How long after its beginning it begins again."""
+"""Interval between the starts of two scans."""
 BUSY_SECONDS: Final = 30.0
-"""How long after one that met another process's writing."""
+"""Delay after a scan that failed because another process was writing."""
 TOGETHER_SECONDS: Final = 10.0
-"""Processes that start within this time need it once."""
+"""Processes that start within this time need one scan."""
 LOOK_SECONDS: Final = 1.0
-"""How often it looks whether it is due."""
+"""How often to check whether a scan is due."""
 SHARE: Final = 20
-"""A pause is so many times as long as the work before it."""
+"""Each pause is this many times as long as the work before it."""
 STEP_SECONDS: Final = 0.001
-"""How long it works before it pauses, or a little longer: the interpreter is the event loop's, too."""
+"""Minimum duration of a step; slightly more is possible. The event loop needs the interpreter, too."""
 STEP: Final = 50
-"""Files that are adopted or dropped together."""
+"""Files adopted or dropped in one transaction."""
 ABSENT_SECONDS: Final = 30 * 24 * 3600
-"""How long entries whose content is gone are kept."""
+"""Seconds to keep entries whose content is gone."""
 SCRUBBING: Final = "scrub.lock"
 
 
 def scrub(store: Store, make_room: Callable[[], object]) -> Iterator[None]:
     """
-    Go over the directory once, in short steps. Called in a thread.
+    Scan the directory once, in short steps. Called in a thread.
 
-    @param make_room: called where files were adopted.
+    @param make_room: called after files were adopted.
     @raise OSError: if the index can't be read or written.
     """
     store.index.check()
@@ -77,7 +77,7 @@ def scrub(store: Store, make_room: Callable[[], object]) -> Iterator[None]:
                     make_room()
                 adopted += count
                 yield
-    for _ in take_over(store.root, store.index):  # last: it keeps no limit, and what is asked for is imported before
+    for _ in take_over(store.root, store.index):  # last: ignores the limit; requested entries are imported before
         yield
     yield from store.index.forget_absent(store.now() - ABSENT_SECONDS)
     if adopted:
@@ -86,7 +86,7 @@ def scrub(store: Store, make_room: Callable[[], object]) -> Iterator[None]:
 
 def _compare(store: Store, algorithm: str, prefix: str) -> Iterator[int]:
     """
-    Compare a folder, and yield after each step how many files were adopted.
+    Compare one folder. Yields after each step the number of files adopted.
     """
     unknown = store.names(algorithm, prefix)
     for known in store.index.names(algorithm, prefix):
@@ -105,7 +105,7 @@ def _compare(store: Store, algorithm: str, prefix: str) -> Iterator[int]:
 
 def _digests(algorithm: str, prefix: str, names: set[str]) -> Iterator[list[Digest]]:
     """
-    Yield digests, some at a time; files of other names are somebody else's.
+    Yield digests in batches. Skips files with other names, which are not ours.
     """
     ordered = sorted(names)
     for at in range(0, len(ordered), STEP):
@@ -119,7 +119,7 @@ def _digests(algorithm: str, prefix: str, names: set[str]) -> Iterator[list[Dige
 
 class Turn:
     """
-    The right to go over a directory: one process has it at a time.
+    The right to scan a directory: one process has it at a time.
     """
 
     def __init__(self, root: Path) -> None:
@@ -127,7 +127,7 @@ class Turn:
 
     def take(self) -> bool:
         """
-        Take it, unless another process has it; it is everybody's on a file system without locks.
+        Take it unless another process has it. On a file system without locks, every process may take it.
         """
         path = self._root / SCRUBBING
         try:
@@ -142,7 +142,7 @@ class Turn:
 
     def end(self) -> None:
         """
-        Let others have it.
+        Release it.
         """
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
@@ -155,8 +155,8 @@ class Scrub(Service):
     """
     Compares the cache directory with its index.
 
-    @param make_room: called where files were adopted, and once it is known how much there is.
-    @param in_thread: where it works; a thread of its own.
+    @param make_room: called after files were adopted, and once the totals are known.
+    @param in_thread: runs the steps, in a thread of their own.
     """
 
     def __init__(self, store: Store, make_room: Callable[[], object], in_thread: InThread, clock: IReactorTime) -> None:
@@ -186,7 +186,7 @@ class Scrub(Service):
 
     def _failed(self, failure: Failure) -> bool:
         self._end()
-        if failure.check(BusyError):  # until then the limit counts what is known
+        if failure.check(BusyError):  # until then the limit counts the known files only
             self._rest = self._clock.seconds() + BUSY_SECONDS
         if failure.check(OSError):
             log.warn("Can't compare the cache with its index: {problem}", problem=str(failure.value), once="scrub")
@@ -210,7 +210,7 @@ class Scrub(Service):
 
     def _is_due(self) -> bool:
         """
-        Return True unless a process has begun not long ago, and none of what this one knows of came after that.
+        Return True unless a scan has started recently, and after everything that this process knows of.
         """
         index, now = self._store.index, self._clock.seconds()
         if index.opened != self._opened:
@@ -221,7 +221,7 @@ class Scrub(Service):
 
     def _work(self) -> bool:
         """
-        Do a step, called in a thread; return False if there is nothing more to do.
+        Run a step. Called in a thread. Return False if there is nothing more to do.
         """
         index = self._store.index
         index.open()
@@ -229,7 +229,7 @@ class Scrub(Service):
             self._end()
             if index.shared and not self._turn.take():
                 return False
-            index.refresh()  # whoever had the turn has just come to the end
+            index.refresh()  # another process may have just finished its turn
             if not self._is_due():
                 self._end()
                 return False
@@ -239,7 +239,7 @@ class Scrub(Service):
         for _ in self._steps:
             if self._clock.seconds() >= until:
                 return True
-        with contextlib.suppress(UnusableError):  # one that can only be read
+        with contextlib.suppress(UnusableError):  # the index is read-only
             index.note_compared(self._began, self._opened)
         if not self._told:
             self._told, totals = True, index.totals
@@ -250,7 +250,7 @@ class Scrub(Service):
 
     def _end(self) -> None:
         """
-        Let another process have its turn.
+        Drop the scan and release the turn.
         """
         self._steps = None
         self._turn.end()

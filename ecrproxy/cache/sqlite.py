@@ -1,12 +1,12 @@
 """
-The rows of the index, in a SQLite database: here those of content, of what is arriving, and of purges.
+The index's rows in a SQLite database: here those of content, transfers and purges.
 
 Rules:
 
-- Triggers keep the totals, so no statement can forget them.
-- A list is read by pages. All columns are named: a newer version may have added some.
-- Any rows may be lost, and come back as they were, without SQLite noticing it: no row's meaning depends on another's
-  having stayed.
+- Triggers update the totals, so no statement can forget to.
+- Lists are read page by page. Statements name all columns, because a newer version may have added some.
+- Rows may disappear, or revert to an old state, without SQLite noticing: the meaning of a row does not depend on
+  another row.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ecrproxy.cache.record import Reservation, Reserved
 from ecrproxy.oci import Digest
 
 PURGES: Final = 10_000
-"""Purged things that are remembered, for processes to forget them one by one."""
+"""Number of purged items that are remembered, for processes to forget them one by one."""
 _TRUE_TOTALS: Final = (
     "(SELECT count(*) FROM content), (SELECT cast(total(blocks) AS INTEGER) FROM content),"
     " (SELECT cast(total(blocks) AS INTEGER) FROM arriving)"
@@ -44,12 +44,12 @@ _TRUE_TOTALS: Final = (
 
 class Rows(EntryRows):
     """
-    One database, with all of its rows.
+    One database with all of its rows.
     """
 
     def _stamps(self, connection: sqlite3.Connection) -> Callable[[float], int]:
         """
-        Return what makes a time a use later than all before it, by any process, also after the clock was set back.
+        Return a function that makes a time later than all uses so far, by any process, even if the clock was set back.
         """
         (last,) = the_row(connection.execute("SELECT coalesce(max(used), 0) FROM content"))
         last = as_number(last)
@@ -65,10 +65,10 @@ class Rows(EntryRows):
 
     def add(self, file: File, arriving: Reservation | None = None, *, asked_for: bool = True) -> None:
         """
-        Note that a file is there, used later than any other.
+        Add a file, with a later use than any other.
 
         @param arriving: its reservation, which ends.
-        @param asked_for: whether anybody has asked for it; else it is used when C{file} says.
+        @param asked_for: False if no client has requested it; then its last use is that of C{file}.
         """
         with self._transaction() as connection:
             used = self._stamps(connection)(file.used) if asked_for else moment(file.used)
@@ -85,7 +85,7 @@ class Rows(EntryRows):
 
     def add_all(self, files: Iterable[File]) -> None:
         """
-        Note that files are there of which nothing is known; what is known of others stays.
+        Add files that have no row. Existing rows are kept.
         """
         with self._transaction() as connection:
             connection.executemany(
@@ -95,9 +95,9 @@ class Rows(EntryRows):
 
     def use(self, uses: Mapping[Digest, float], verified: Mapping[Digest, float]) -> list[Digest]:
         """
-        Note when content was used, in this order, and when it was verified.
+        Record uses of content, in this order, and verifications.
 
-        @return: what was used, and nothing is known of.
+        @return: the used digests that have no row.
         """
         with self._transaction() as connection:
             change, stamp = "UPDATE content SET used = ? WHERE digest = ?", self._stamps(connection)
@@ -119,17 +119,17 @@ class Rows(EntryRows):
         is_there: Callable[[Digest], bool] = lambda _: False,
     ) -> None:
         """
-        Note that files of content, and those that reservations were of, are gone.
+        Delete the rows of content and reservations whose files are gone.
 
-        @param is_there: whether a file has come back: looked at within the transaction, so that whoever brings it
-            later notes it later.
+        @param is_there: returns True if a file has come back. Checked within the transaction: a file that comes back
+            later is also added later.
         """
         with self._transaction() as connection:
             _drop(connection, [each for each in digests if not is_there(each)], arriving)
 
     def files(self, after: Digest | None = None, limit: int = PAGE) -> list[File]:
         """
-        List content in the order of digests.
+        List content, ordered by digest.
 
         @param after: the last of the page before.
         """
@@ -144,7 +144,7 @@ class Rows(EntryRows):
         """
         Yield the hashes of content that begin with C{prefix}, page by page.
 
-        SQLite makes one text of a page: a row each would take the interpreter a hundred times as long.
+        SQLite joins a page to one text: a row for each would take the interpreter a hundred times as long.
 
         @param prefix: an even number of hexadecimal digits.
         """
@@ -162,7 +162,7 @@ class Rows(EntryRows):
 
     def known(self, digest: Digest) -> File | None:
         """
-        Look a file of content up.
+        Look up a file of content.
         """
         rows = self._query("SELECT digest, size, used, verified FROM content WHERE digest = ?", packed(digest))
         return file_of(*rows[0]) if rows else None
@@ -181,15 +181,15 @@ class Rows(EntryRows):
             yield from (file_of(*row) for row in rows)
             last = rows[-1][2], rows[-1][0]
 
-    # What is arriving
+    # Transfers
 
     def reserve(self, what: Reservation, size: int, limit: int) -> int:
         """
-        Promise C{size} bytes to what arrives, unless content and all that is promised were beyond C{limit}.
+        Reserve C{size} bytes for a transfer, unless content and all reservations would then exceed C{limit}.
 
-        What its name had before is its own from then on.
+        The reservation replaces an earlier one of the same name.
 
-        @return: by how many bytes: zero if they are promised now.
+        @return: the excess in bytes; 0 if the bytes are reserved.
         """
         with self._transaction() as connection:
             (taken,) = the_row(
@@ -206,14 +206,14 @@ class Rows(EntryRows):
 
     def arrive(self, what: Reservation, size: int, written: float) -> None:
         """
-        Note a file that arrives, or is left over, whatever the limit; in place of what its name had.
+        Add a transfer, in progress or interrupted, whatever the limit. Replaces an earlier one of the same name.
         """
         with self._transaction() as connection:
             _arrive(connection, what, size, moment(written))
 
     def put_back(self, promised: Iterable[tuple[Reservation, int]]) -> None:
         """
-        Note what was promised before, whatever the limit, unless somebody else has the name by now.
+        Add earlier reservations again, whatever the limit, unless their names have been taken since.
         """
         with self._transaction() as connection:
             connection.executemany(
@@ -223,20 +223,20 @@ class Rows(EntryRows):
 
     def pass_over(self, what: Reservation) -> None:
         """
-        Count an interrupted transfer as one under way.
+        Count an interrupted transfer as one in progress.
         """
         with self._transaction() as connection:
             connection.execute("UPDATE arriving SET written = 0 WHERE name = ? AND token = ?", what)
 
     def room_of(self, name: str) -> int:
         """
-        Return how many bytes of disk a file has that arrives, or is left over.
+        Return the bytes of disk reserved for a file that is arriving, or was interrupted.
         """
         return sum(as_number(blocks) for (blocks,) in self._query("SELECT blocks FROM arriving WHERE name = ?", name))
 
     def arriving(self) -> list[Reserved]:
         """
-        List what is arriving, or was interrupted, the longest unwritten first.
+        List all transfers: those in progress, then the interrupted ones, the longest unwritten first.
         """
         rows = self._query("SELECT name, token, blocks, written FROM arriving ORDER BY written, name")
         return [
@@ -253,10 +253,10 @@ class Rows(EntryRows):
         is_there: Callable[[Digest], bool] = lambda _: False,
     ) -> int:
         """
-        Forget entries, and content whose files are gone, for all processes.
+        Delete entries, and content whose files are gone, for all processes.
 
         @param is_there: see L{drop}.
-        @return: how many entries there were.
+        @return: the number of entries deleted.
         """
         with self._transaction(durable=True) as connection:
             count = self._forget(connection, keys)
@@ -270,33 +270,33 @@ class Rows(EntryRows):
 
     def purged_since(self, generation: int) -> list[EntryKey | Digest] | None:
         """
-        List what was purged since; none if that isn't known any more.
+        List what was purged since a generation. Return None if that is no longer known.
         """
         rows = self._query("SELECT generation, what FROM purge WHERE generation > ? ORDER BY generation", generation)
         if rows and rows[0][0] != generation + 1:
             return None
         try:
             return [EntryKey.parse(what) if " " in what else Digest.parse(what) for _, what in rows]
-        except (TypeError, ValueError):  # a newer version has purged something else
+        except (TypeError, ValueError):  # a newer version has purged another kind of item
             return None
 
-    # The whole
+    # The whole database
 
     def note_compared(self, began: float) -> None:
         """
-        Note that all files were compared with the rows, from this moment on.
+        Record when a complete comparison of all files with the rows began.
         """
         with self._transaction() as connection:
             connection.execute("UPDATE total SET compared = ?", (moment(began),))
 
     def check(self) -> None:
         """
-        Look for damaged pages, which takes seconds for a million rows: other calls go on meanwhile.
+        Look for damaged pages. Takes seconds for a million rows, without blocking other calls.
 
-        Totals and SQLite's indexes are corrected. Where a log was cut, or the file was copied while it was written,
-        they are of another time than the rows: what C{content_by_use} lacks is never evicted.
+        Corrects the totals and SQLite's indexes. If a log was truncated, or the file was copied during a write, they do
+        not match the rows: a file that C{content_by_use} lacks would never be evicted.
 
-        @raise DamagedError: if there are any.
+        @raise DamagedError: if there are damaged pages.
         """
         if self._path is None:
             return

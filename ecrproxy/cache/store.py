@@ -1,17 +1,17 @@
 """
-The cache directory: verified content by digest, what is still arriving, and an index of both.
+The cache directory: verified content by digest, arriving files, and an index of both.
 
 Rules:
 
 - The content is the truth. The L{Index} is knowledge about it, and may be lost.
-- A file gets into C{content/} by one road alone: C{writer.Writer.commit}, which has hashed every byte of it.
-- Whoever has a file open holds a shared lock on it, in whichever process. Eviction needs the exclusive one at once.
-- What is in C{content/} is never changed in place: it is replaced by rename, or unlinked.
-  Whoever has a file open keeps reading the bytes that were there.
+- Only C{writer.Writer.commit} puts a file into C{content/}, after hashing every byte of it.
+- A process holds a shared lock on each file that it has open. Eviction needs the exclusive lock, and does not wait.
+- Files in C{content/} are never modified in place: they are replaced by rename, or unlinked.
+  Readers that have a file open keep reading the old bytes.
 - Nothing here waits for anything but the disk. All of it is called in threads, several at a time.
-- What can't be read, doesn't parse or has the wrong size is as good as absent: a miss, never a failure.
-- A name that the store cannot have made is neither counted nor removed.
-- Directories that somebody removes are made anew. What fails is told once, by L{Troubles}.
+- A file that can't be read, doesn't parse or has the wrong size counts as absent: a miss, never a failure.
+- A name that the store can't have made is neither counted nor removed.
+- Deleted directories are made again. L{Troubles} reports each failure once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ log = Logger()
 T = TypeVar("T")
 
 _PROBE: Final = b"ok" + bytes(2**16)
-"""What a check writes: more than a disk that is called full still takes."""
+"""Data written by a check: more than a disk that reports itself full still accepts."""
 _UNUSABLE: Final = frozenset(
     {
         errno.EACCES,
@@ -72,21 +72,21 @@ _UNUSABLE: Final = frozenset(
         errno.EXDEV,
     }
 )
-"""Errors of a directory that is none, can't be made or belongs to others. All others are a disk's, and may pass."""
+"""Errors of a path that is not a directory, can't be created or belongs to others. All others may be temporary."""
 _TOGETHER: Final = "move the whole directory there, and have PROXY_CACHE_DIR name that"
 _TRIES: Final = 4
 NO_INODES: Final = "No inodes left on device"
 _MARGIN: Final = 64 * 2**20
-"""Bytes of the disk that are left free, or a hundredth of a small one: for entries, and others' files."""
+"""Bytes of disk left free for entries and other files. On a small disk a hundredth of it, if less."""
 
 
 class Candidate(NamedTuple):
     """
     A file that may be evicted.
 
-    @ivar what: the digest of content, or the reservation of what a transfer has left.
+    @ivar what: the digest of content, or the reservation of an interrupted transfer.
     @ivar size: the bytes of disk that it takes.
-    @ivar used: its last use, or when it was written last.
+    @ivar used: its last use, or when it was last written.
     """
 
     what: Digest | Reservation
@@ -98,13 +98,13 @@ class Store:
     """
     The cache directory.
 
-    @param root: where it is; made if it is missing.
-    @param now: seconds since the epoch.
-    @param index: what is known about it; its own if none is given.
-    @ivar arriving: the files that arrive.
-    @ivar evict: takes a number of bytes out of the directory when the disk is full; false if it can't.
-    @ivar kept: files that stay open for a moment; none where nobody keeps any.
-    @ivar see_room: raises C{OSError} if others have taken the disk's room.
+    @param root: its path; created if it is missing.
+    @param now: returns seconds since the epoch.
+    @param index: the index of the directory; by default one of its own.
+    @ivar arriving: the arriving files.
+    @ivar evict: evicts a number of bytes when the disk is full; returns False if it can't.
+    @ivar kept: files that stay open for a moment; None if nobody keeps any.
+    @ivar see_room: raises C{OSError} if other files have taken the disk's space.
     """
 
     evict: Callable[[int], bool] = staticmethod(lambda _: False)
@@ -122,7 +122,7 @@ class Store:
 
     def prepare(self) -> None:
         """
-        Make the directories and see that files can be made in them.
+        Create the directories and check that files can be created in them.
 
         @raise OSError: if not.
         """
@@ -134,9 +134,9 @@ class Store:
 
     def begin(self) -> bool:
         """
-        Prepare the directory, whatever its disk can do at the moment; tell whether there is any content.
+        Prepare the directory, even if its disk fails at the moment. Return True if there is any content.
 
-        @raise OSError: if it can't be the cache directory.
+        @raise OSError: if it can't be used as the cache directory.
         """
         try:
             self.prepare()
@@ -148,7 +148,7 @@ class Store:
 
     def make(self) -> None:
         """
-        Make the directories that are missing.
+        Create missing directories.
         """
         for name in ("content", "arriving"):
             path = self.root / name
@@ -160,7 +160,7 @@ class Store:
 
     def _anew(self, make: Callable[[], T], size: int) -> T:
         """
-        Make a file of C{size} bytes; again, if its directory was taken away, or the disk is full and something can go.
+        Create a file of C{size} bytes. Retry if its directory is gone, or if a full disk has something to evict.
         """
         for _ in range(_TRIES):
             try:
@@ -179,27 +179,27 @@ class Store:
 
     def _see_volume(self) -> None:
         """
-        Raise C{OSError} if the directory's file system is not mounted any more: the one underneath is not written to.
+        Raise C{OSError} if the directory's file system is no longer mounted: the one underneath must not be filled.
         """
         if self._volume is not None and self._volume.is_gone():
             raise OSError(errno.ENODEV, f"its file system is not mounted on {self._volume.mount} any more")
 
     def _explained(self, problem: OSError) -> OSError:
         """
-        Say so if it is inodes that a full disk lacks: the kernel has one error for both.
+        Return a clearer error if a full disk lacks inodes: the kernel has one error for both.
         """
         return OSError(errno.ENOSPC, NO_INODES) if problem.errno == errno.ENOSPC and self.lacks_inodes() else problem
 
     def check(self) -> None:
         """
-        See that a file can be written, and read, and that there is room for more than that.
+        Check that a file can be written and read, and that there is room for more.
 
         @raise OSError: if not.
         """
         self._see_one_file_system()
         try:
             self.see_room()
-        except OSError as problem:  # not as of a write: small ones that succeed would end it
+        except OSError as problem:  # not as a write error, which successful small writes would end
             self.troubles.failed(Kind.ROOM, problem)
             raise
         probe = self.arriving.folder / f"probe.{secrets.token_hex(4)}"
@@ -216,7 +216,7 @@ class Store:
 
     def _see_one_file_system(self) -> None:
         """
-        See that what has arrived can become content by being renamed.
+        Check that arriving files can be renamed into content.
 
         @raise OSError: if not: one of the folders is a mount point, or a link to another file system.
         """
@@ -235,7 +235,7 @@ class Store:
 
     def _see_owner(self) -> None:
         """
-        See whose the file system says that our files are: NFS and FUSE may give all of them to one user.
+        Find out which user the file system reports as owner of our files: NFS and FUSE may map all of them to one.
         """
         with contextlib.suppress(OSError), TemporaryFile(prefix="probe.", dir=self.arriving.folder) as file:
             self.directory.owners.add(os.fstat(file.fileno()).st_uid)
@@ -243,15 +243,15 @@ class Store:
     @property
     def counted(self) -> bool:
         """
-        Whether all files were compared with the index, by whichever process.
+        Return True if all files have been compared with the index, by any process.
         """
         return self.index.totals.compared > 0
 
     def holds(self, held: int) -> int | None:
         """
-        Tell how many bytes the disk can hold of the cache, with some to spare; none if unknown.
+        Return how many bytes of the cache the disk can hold, less the spare space. None if unknown.
 
-        @param held: what the cache takes already. As long as that is not known, the disk's size is the answer.
+        @param held: bytes that the cache takes already. Until the files have been counted, the disk's size is used.
         """
         try:
             disk = os.statvfs(self.root)
@@ -262,7 +262,7 @@ class Store:
 
     def spare(self) -> int:
         """
-        Return how many bytes of the disk are left free, for others' files; 0 if its size is unknown.
+        Return the bytes of disk to leave free for other files; 0 if the disk's size is unknown.
         """
         try:
             return _spare(os.statvfs(self.root))
@@ -271,18 +271,18 @@ class Store:
 
     def lacks_inodes(self) -> bool:
         """
-        Return True if the disk has bytes left, and no inode for another file.
+        Return True if the disk has bytes left, but no inode for another file.
         """
         try:
             disk = os.statvfs(self.root)
         except OSError:
             return False
-        # Where inodes are made of free space, as on XFS, a disk without bytes has none either.
+        # If inodes are allocated from free space, as on XFS, a disk without free bytes has no free inodes either.
         return bool(disk.f_files) and disk.f_favail == 0 and disk.f_bavail * disk.f_frsize >= 2**20
 
     def reasons(self) -> list[str]:
         """
-        Say what is wrong with the directory.
+        Check the directory, and return the reasons why it can't be used.
         """
         with contextlib.suppress(OSError):
             self.check()
@@ -290,15 +290,15 @@ class Store:
 
     def has_locks(self) -> bool:
         """
-        Tell whether files of the directory can be locked against other processes.
+        Return True if files of the directory can be locked against other processes.
 
-        @raise OSError: if no file can be made there.
+        @raise OSError: if no file can be created there.
         """
         return locks.exclude(self.arriving.folder)
 
     def has_content(self) -> bool:
         """
-        Tell whether there is any content.
+        Return True if there is any content.
         """
         try:
             return any(path.is_file() for path in (self.root / "content").glob("*/*/*"))
@@ -307,7 +307,7 @@ class Store:
 
     def sweep(self) -> None:
         """
-        Remove what arrived for writers that have exited, but for what is worth going on with.
+        Remove files of writers that have exited, except transfers worth resuming.
         """
         removed = sweep_ingest(self.root / "ingest")
         if removed:
@@ -316,7 +316,7 @@ class Store:
 
     def candidates(self) -> Iterator[Candidate]:
         """
-        Yield what may be evicted, unless some process has it open, the least recently used first.
+        Yield candidates for eviction, the least recently used first. Some process may have them open.
 
         @raise OSError: if the index can't be read.
         """
@@ -334,11 +334,11 @@ class Store:
 
     def names(self, algorithm: str, prefix: str) -> set[str]:
         """
-        List the files of the folder for digests whose hashes begin with C{prefix}; some may be somebody else's.
+        List the files of the folder for hashes that begin with C{prefix}. Some may not be ours.
 
-        What the disk can't give is not listed.
+        Files that the disk fails to list are missing.
 
-        @raise OSError: if a folder could be listed if fewer files were open.
+        @raise OSError: if too many files are open to list the folder.
         """
         try:
             return set(os.listdir(self.root / "content" / algorithm / prefix))  # noqa: PTH208 (a Path each takes its time)
@@ -349,7 +349,7 @@ class Store:
 
     def has(self, digest: Digest) -> bool:
         """
-        Tell whether there is a file of this name, without opening it or noting a use.
+        Return True if there is a file for C{digest}. Does not open it, and does not count as a use.
         """
         try:
             status = os.lstat(self.root / self.content_path(digest))
@@ -359,7 +359,7 @@ class Store:
 
     def intend(self, digest: Digest) -> bool:
         """
-        Return True if there is no file of this name, and no process brings it or is about to. This one is, then.
+        Return True, and reserve the digest for this process, if it has no file and no process fetches it or will.
         """
         if not self.intents.take(digest):
             return False
@@ -370,38 +370,38 @@ class Store:
 
     def found(self, digest: Digest) -> File | None:
         """
-        Look at a file of content that nothing is known of.
+        Look at a file of content that is not in the index.
         """
         return self.directory.found(digest)
 
     def claim(self, digest: Digest) -> Claim | PeerTransfer | Met:
         """
-        Claim a digest, to bring it in; or give what is there instead: see L{Arriving.claim}.
+        Claim a digest in order to fetch it, or return what exists instead: see L{Arriving.claim}.
 
-        @raise OSError: if the disk fails, or has no locks.
+        @raise OSError: if the disk fails, or does not support locks.
         """
         with self.troubles.noted(Kind.WRITE):
             return self._anew(lambda: self.arriving.claim(digest), RECORD)
 
     def writer(self, claim: Claim, digest: Digest, size: int) -> Writer:
         """
-        Begin a file that arrives.
+        Create an arriving file.
 
-        @param size: in bytes; so many are taken of the disk at once.
-        @raise OSError: if the disk has no room for them, or fails. The claim is still held then.
+        @param size: in bytes; allocated at once.
+        @raise OSError: if the disk is full, or fails. The claim is still held then.
         """
         with self.troubles.noted(Kind.WRITE):
             return self._anew(lambda: self.arriving.begin(claim, digest, size), size)
 
     def content_path(self, digest: Digest) -> str:
         """
-        Name the file of C{digest}, relative to the cache directory.
+        Return the path of C{digest}'s content, relative to the cache directory.
         """
         return content_path(digest)
 
     def open(self, digest: Digest) -> Content | None:
         """
-        Open content and note its use. Whether it is right still, L{Content.proved} tells.
+        Open content and record its use. Use L{Content.proved} to learn whether it is still verified.
         """
         path = self.content_path(digest)
         try:
@@ -409,7 +409,7 @@ class Store:
         except OSError as problem:
             if is_exhaustion(problem):
                 self.troubles.failed(Kind.OPEN, problem)
-            else:  # it is there, and counts
+            else:  # the file exists, and counts
                 log.warn("Can't read {path} from the cache: {why}", path=path, why=problem.strerror or problem)
                 self.troubles.failed(Kind.READ, problem)
             return None
@@ -426,16 +426,16 @@ class Store:
         if verdict is False:
             file.let_go()
             return None
-        if verdict or is_marked(status):  # else the mark would hide that somebody has changed it
+        if verdict or is_marked(status):  # otherwise the mark would hide a modification
             self.mark(file.fd)
         self.index.use(digest)
         return Content(self, digest, file, status)
 
     def _opened_file(self, digest: Digest, path: str) -> tuple[OpenFile, os.stat_result] | None:
         """
-        Open a file under a shared lock, or share the one that is open already; none if there is none.
+        Open a file under a shared lock, or share the one that is already open. None if there is none.
 
-        Clients of a large file cost one descriptor, not one each.
+        All clients of a large file share one descriptor.
 
         @raise OSError: if it can't be opened.
         """
@@ -451,10 +451,10 @@ class Store:
         except FileNotFoundError:
             return None
         locks.without_side_effects(fd)
-        there = True  # on a file system without locks, too: the kernel keeps the file for who has it open
+        there = True  # also without locks: an open file stays readable after it is unlinked
         try:
             with contextlib.suppress(OSError):
-                there = locks.share(fd, path)  # not if it is being evicted, or was just replaced
+                there = locks.share(fd, path)  # False if it is being evicted, or was just replaced
             status = os.fstat(fd)
         except OSError:
             os.close(fd)
@@ -467,13 +467,13 @@ class Store:
 
     def is_proved(self, digest: Digest, status: os.stat_result) -> bool:
         """
-        Return True if the file of this status was verified since it was modified last.
+        Return True if the file with this status has been verified since it was last modified.
         """
         return self.proofs.verdict(digest, status) is True
 
     def prove(self, digest: Digest, status: os.stat_result, fd: int) -> None:
         """
-        Note that a file was verified.
+        Record that a file was verified.
         """
         self.proofs.note(digest, status, good=True)
         self.mark(fd)
@@ -481,7 +481,7 @@ class Store:
 
     def drop(self, digest: Digest, status: os.stat_result, why: Exception) -> None:
         """
-        Take a bad file of content out of the cache, unless another has taken its place already.
+        Remove a bad file of content, unless another has already replaced it.
         """
         path = self.content_path(digest)
         self.proofs.note(digest, status, good=False)
@@ -498,36 +498,36 @@ class Store:
 
     def entry(self, key: EntryKey) -> Entry | None:
         """
-        Look up what is known of C{key}.
+        Look up an entry.
         """
         take_over_one(self.root, self.index, key)
         return self.index.entry(key)
 
     def written(self, key: EntryKey) -> Entry | None:
         """
-        Look up what is known of C{key}, as the last of all processes has left it.
+        Look up an entry as last written by any process.
 
-        @raise OSError: if that can't be told: see L{Index.written}.
+        @raise OSError: if that can't be read: see L{Index.written}.
         """
         take_over_one(self.root, self.index, key)
         return self.index.written(key)
 
     def deny(self, key: EntryKey) -> None:
         """
-        Have what was hidden of C{key} dropped, and what earlier versions knew of it.
+        Delete hidden answers of an entry, and what earlier versions knew of it.
         """
         forget_left(self.root, [key])
         self.index.go_on()
 
     def save(self, *entries: tuple[EntryKey, Entry]) -> bool:
         """
-        Note what is known, all of it or nothing; return whether it is, or is to be.
+        Store entries, all or none. Return True if they are stored, or will be.
         """
         return self.index.save(entries)
 
     def evict_unused(self, files: Iterable[Digest | Reservation]) -> list[Digest | Reservation]:
         """
-        Unlink files of content, and what transfers have left, unless some process has them open.
+        Unlink files of content, and interrupted transfers, unless some process has them open.
 
         @return: those that are gone.
         """
@@ -539,17 +539,17 @@ class Store:
 
     def unlink(self, digest: Digest) -> bool:
         """
-        Unlink a file of content, and leave it in the index; those who have it open go on reading it.
+        Unlink a file of content, but keep it in the index. Readers that have it open keep reading it.
 
-        @return: whether it is gone.
+        @return: True if it is gone.
         """
         return self._removed(digest, (self.root / self.content_path(digest)).unlink)
 
     def _removed(self, what: Digest | Reservation, unlink: Callable[[], bool | None]) -> bool:
         """
-        Return whether a file is gone.
+        Call C{unlink} to remove a file. Return True if the file is gone.
 
-        @param unlink: returns False if it has to stay.
+        @param unlink: returns False if the file must stay.
         """
         if self.kept is not None and isinstance(what, Digest):
             self.kept.drop(what)
@@ -558,7 +558,7 @@ class Store:
             return unlink() is not False
         except FileNotFoundError:
             return True
-        except OSError as problem:  # it goes on being counted
+        except OSError as problem:  # it still counts
             path = self.content_path(what) if isinstance(what, Digest) else f"arriving/{what.name}"
             log.warn("Can't remove {path} from the cache: {why}", path=path, why=problem.strerror or problem)
             return False
@@ -570,9 +570,9 @@ class Store:
 
     def _unlink_bad(self, digest: Digest, inode: int) -> bool:
         """
-        Unlink a file of content, if it is still the one with this inode.
+        Unlink a file of content, if it still has this inode.
 
-        Under the claim: nobody brings in a good file of this name between the look and the end of the bad one.
+        The claim is held, so that nobody replaces the bad file by a good one between the check and the unlink.
         """
         path = self.root / self.content_path(digest)
         claim = self.arriving.hold(digest)
@@ -588,9 +588,9 @@ class Store:
 
     def mark(self, fd: int) -> None:
         """
-        Note in a file that it is used, if that can be.
+        Record in a file's mtime that it is used, if possible.
         """
-        with contextlib.suppress(OSError):  # a read-only disk still serves what it has
+        with contextlib.suppress(OSError):  # a read-only disk still serves its content
             mark(fd, self.now())
 
 

@@ -1,12 +1,12 @@
 """
-What earlier versions have left in a cache directory: entries, each in a small JSON file, and a file C{purged}.
+Import what earlier versions left in a cache directory: entries, each in a small JSON file, and a file C{purged}.
 
-What an entry's file was called is a hash over the cache key and over what was asked for. So those of the default key
-and the facts are known by their names. Others can be of any client's key: they are dropped, and asked of ECR again.
+The name of an entry's file is a hash of the cache key and the requested object. So entries with the default key, and
+facts, are recognized by their names. All others may be for any client's key: they are dropped, and ECR is asked again.
 
-To import all of them takes a while, for it is done in the background; what somebody asks for is imported then.
-A file goes once what it says is in an index that lasts: until there is one, it may be needed again.
-An earlier version may run again, or beside this one: what it has learned of a tag since counts.
+Importing all entries takes a while and runs in the background; requested entries are imported at once.
+A file is removed once its entry is in an index that lasts: until then it may be needed again.
+An earlier version may run again, or beside this one: newer answers of it about a tag are used.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from ecrproxy.oci import MANIFEST_TYPES, SIZE_LIMIT, Descriptor, Digest, Kind
 log = Logger()
 
 TOGETHER: Final = 100
-"""Files that are read in one step."""
+"""Files read in one step."""
 LIMIT: Final = 64 * 2**10
-"""The most bytes that an entry's file may have."""
+"""Maximum size in bytes of an entry's file."""
 
 
 def take_over(root: Path, index: Index) -> Iterator[int]:
     """
     Import the entries of earlier versions, in short steps, and remove their files. Called in a thread.
 
-    Yields how many each step has imported.
+    Yields the number of entries imported by each step.
 
     @param root: the cache directory.
     """
@@ -51,7 +51,7 @@ def take_over(root: Path, index: Index) -> Iterator[int]:
     index.open()
     opened, imported, dropped = index.opened, 0, 0
     for batch in _batches(folder):
-        some = [each for each in batch if each.is_file()]  # else another has been quicker
+        some = [each for each in batch if each.is_file()]  # another process may have been faster
         count = _import(index, some)
         if count is None:
             return
@@ -73,7 +73,7 @@ def take_over(root: Path, index: Index) -> Iterator[int]:
 
 def take_over_one(root: Path, index: Index, key: EntryKey) -> None:
     """
-    Import what earlier versions knew of C{key} as L{take_over} does, ahead of all others. Called in a thread.
+    Import the entry that earlier versions had for C{key}, as L{take_over} does, before all others. Called in a thread.
     """
     folder = f"{root}/entries"
     if os.path.isdir(folder):  # noqa: PTH112 (a Path takes its time, and this is done for each question)
@@ -84,7 +84,7 @@ def take_over_one(root: Path, index: Index, key: EntryKey) -> None:
 
 def forget_left(root: Path, keys: Iterable[EntryKey]) -> None:
     """
-    Remove what earlier versions knew of C{keys}, where that could not be imported. Called in a thread.
+    Remove files of earlier versions for C{keys} that could not be imported. Called in a thread.
     """
     folder = f"{root}/entries"
     if os.path.isdir(folder):  # noqa: PTH112 (as above)
@@ -100,9 +100,9 @@ def _files_of(folder: str, key: EntryKey) -> list[Path]:
 
 def _import(index: Index, paths: Sequence[Path]) -> int | None:
     """
-    Import files and remove them; they stay until what they say is written to an index that lasts.
+    Import files and remove them. They stay until their entries are written to an index that lasts.
 
-    @return: how many were entries; none if that can't be written.
+    @return: the number of entries; None if they can't be written.
     """
     index.open()
     opened, entries = index.opened, [found for found in map(_read, paths) if found is not None]
@@ -110,7 +110,7 @@ def _import(index: Index, paths: Sequence[Path]) -> int | None:
     saved = index.save([(key, entry) for key, entry in news if entry.answers])
     try:
         index.wait()
-    except OSError:  # another process writes, or the disk is full
+    except OSError:  # another process is writing, or the disk is full
         return None
     if not saved:
         return None
@@ -127,7 +127,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 def _news(key: EntryKey, entry: Entry, known: Entry | None) -> Entry:
     """
-    Choose of an imported entry what is to be noted: what ECR said of a tag after the last that is known.
+    Select the answers of an imported entry to store: those about a tag that are newer than all known ones.
     """
     if known is None:
         return entry
@@ -153,10 +153,10 @@ def _read(path: Path) -> tuple[EntryKey, Entry] | None:
 
 def read_entry(name: str, data: bytes) -> tuple[EntryKey, Entry] | None:
     """
-    Read an entry's file of earlier versions.
+    Parse an entry's file of earlier versions.
 
-    @return: none if it is of a cache key that isn't known.
-    @raise ValueError: if it is no entry.
+    @return: None if its cache key is unknown.
+    @raise ValueError: if it is not an entry.
     """
     try:
         document = json.loads(data)
@@ -172,7 +172,7 @@ def read_entry(name: str, data: bytes) -> tuple[EntryKey, Entry] | None:
 
 def old_name(cache_key: str, key: EntryKey) -> str:
     """
-    Name the file that an earlier version kept an entry in.
+    Return the name of an entry's file in earlier versions.
     """
     parts = (cache_key, str(key.registry), key.kind.value, key.repository, key.reference)
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
@@ -194,5 +194,5 @@ def _confirmed(key: EntryKey, item: Mapping[str, Any], *, fact: bool) -> Confirm
         raise ValueError("no manifest's media type")
     if not key.is_tag and key.reference != str(descriptor.digest):
         raise ValueError("what is named by a digest led to another")
-    # Through which manifest a fact is known was not kept: any digest says that it is one.
+    # Earlier versions did not store the manifest through which a fact is known: any digest marks it as a fact.
     return Confirmed(descriptor, when, descriptor.digest if fact else None)

@@ -1,11 +1,11 @@
 """
-What is wrong with the cache's disk: one line in the log when it begins, one when it is over.
+Troubles with the cache's disk: one log line when a trouble begins, one when it is over.
 
 Rules:
 
-- A trouble begins with the first call that fails, and is not told again for as long as it lasts.
-- It is over when a call of its kind succeeds, and none has failed for C{QUIET_SECONDS}. A full disk takes small files
-  and refuses large ones by turns: that is one trouble, not one for each file.
+- A trouble begins with the first failed call, and is not logged again while it lasts.
+- It is over when a call of its kind succeeds and none has failed for C{QUIET_SECONDS}. A full disk alternates between
+  accepting small files and refusing large ones: that is one trouble, not one for each file.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from twisted.logger import Logger
 log = Logger()
 
 QUIET_SECONDS: Final = 10.0
-# These say nothing about a file or a disk: it is this process, or this machine, that has too much open.
+# These say nothing about a file or a disk: this process, or the machine, has too many files open.
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 class Kind(enum.Enum):
     """
-    What can't be done.
+    What fails.
     """
 
     WRITE = "the cache directory can't be written"
@@ -39,16 +39,16 @@ class Kind(enum.Enum):
 
 def is_exhaustion(problem: OSError) -> bool:
     """
-    Tell whether it is only that too many files are open.
+    Return True if the only cause is that too many files are open.
     """
     return problem.errno in _EXHAUSTED
 
 
 class Troubles:
     """
-    Those of one cache directory, told by threads.
+    The troubles of one cache directory. Thread-safe.
 
-    @param now: seconds since the epoch.
+    @param now: returns seconds since the epoch.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -58,7 +58,7 @@ class Troubles:
     @contextlib.contextmanager
     def noted(self, kind: Kind) -> Iterator[None]:
         """
-        Note how the calls in the block end.
+        Record whether the calls in the block succeed.
         """
         try:
             yield
@@ -70,7 +70,7 @@ class Troubles:
 
     def failed(self, kind: Kind, problem: OSError) -> None:
         """
-        Note that something of C{kind} could not be done.
+        Record a failure of this kind.
         """
         kind = Kind.OPEN if is_exhaustion(problem) else kind
         why = problem.strerror or str(problem)
@@ -82,9 +82,9 @@ class Troubles:
 
     def succeeded(self, *kinds: Kind) -> None:
         """
-        Note that something of these kinds could be done, which took opening a file too.
+        Record a success of these kinds. It implies that a file could be opened.
         """
-        if not self._standing:  # as a rule; it is asked at each use of a file
+        if not self._standing:  # the usual case; this is called at each use of a file
             return
         for kind in {*kinds, Kind.OPEN}:
             with self._lock:
@@ -96,14 +96,14 @@ class Troubles:
 
     def standing(self) -> set[Kind]:
         """
-        Tell what can't be done.
+        Return the kinds that currently fail.
         """
         with self._lock:
             return set(self._standing)
 
     def reasons(self) -> list[str]:
         """
-        Say what is wrong.
+        Return the current failures and their causes, for people.
         """
         with self._lock:
             return [f"{kind.value}: {why}" for kind, (why, _) in self._standing.items()]

@@ -1,12 +1,12 @@
 """
-Verify a cached file while clients are already sent from it.
+Verify a cached file while it is already being sent to clients.
 
 Rules:
 
-- There is one verification of a file at a time. Readers that leave do not end it: the next one needs the result.
+- A file has one verification at a time. It goes on when readers leave: the next one needs the result.
 - The file is hashed in steps, each a call in a thread, so that other calls get their turn in between.
-- Until the result is known, readers of the whole wait for their last byte, as with a download. If the file is bad, it
-  is dropped first, and then the readers fail: clients that retry get it from ECR.
+- Until the result is known, readers of the whole file wait for their last byte, as with a download. A bad file is
+  dropped first, then the readers fail: clients that retry get it from ECR.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from ecrproxy.threads import InThread
 
 STEP: Final = 4 * 2**20
-"""Bytes hashed in one call."""
+"""Bytes hashed by one call."""
 
 
 class Verification:
     """
     Verifies one file.
 
-    @param content: the file, closed at the end.
-    @ivar proved: whether it matches its digest.
-    @ivar failure: why it does not, or could not be read.
+    @param content: the file; closed at the end.
+    @ivar proved: True if it matches its digest.
+    @ivar failure: why it does not match, or could not be read.
     """
 
     def __init__(self, content: Content, in_thread: InThread) -> None:
@@ -57,7 +57,7 @@ class Verification:
 
     def leave(self, news: Callable[[], None]) -> None:
         """
-        Do not call C{news} any more.
+        Stop calling C{news}.
         """
         self._followers.discard(news)
 
@@ -68,7 +68,7 @@ class Verification:
         content = self._content
         try:
             while not await self._in_thread(content.settle, await self._hash()):
-                pass  # it was modified meanwhile
+                pass  # modified meanwhile
             self.proved = True
         except TimeoutError as problem:  # the disk hangs: nothing is known about the file
             self.failure = Failure(problem)
@@ -76,7 +76,7 @@ class Verification:
             with contextlib.suppress(OSError):
                 await self._in_thread(content.drop, problem)
             self.failure = Failure(problem)
-        except Exception:  # noqa: BLE001 (whatever it is, followers must be told)
+        except Exception:  # noqa: BLE001 (followers must be notified of any failure)
             self.failure = Failure()
         finally:
             content.close()

@@ -1,8 +1,8 @@
 """
-Which file system the cache directory is on, and whether that is still mounted.
+The file system of the cache directory, and whether it is still mounted.
 
-A volume can be unmounted while it is used: C{umount -l}, a disk that is detached, NFS. Its mount point is then a
-directory of the file system underneath, which the cache must not fill.
+A volume can be unmounted while it is in use: C{umount -l}, a detached disk, NFS. Its mount point is then a directory of
+the file system underneath, which the cache must not fill.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 class Volume:
     """
-    The file system that a directory is on, or would be made on.
+    The file system that a directory is on, or would be created on.
 
-    @ivar mount: where it is mounted.
+    @ivar mount: its mount point.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -32,7 +32,7 @@ class Volume:
         """
         Return True if the directory is on another file system, and its own is not mounted.
 
-        Mounted again, its device may have another number. A symbolic link may lead to another file system by now.
+        After a remount, the device may have another number. A symbolic link may now lead to another file system.
         """
         with contextlib.suppress(OSError):
             if self._directory.stat().st_dev == self._device:
@@ -48,7 +48,7 @@ class Volume:
 
 def _nearest(directory: Path) -> Path:
     """
-    Resolve a directory, or the nearest of its parents that exists.
+    Resolve a directory, or its nearest existing parent.
     """
     resolved = Path(os.path.realpath(directory))
     return next(each for each in (resolved, *resolved.parents) if each.exists())

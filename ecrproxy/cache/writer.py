@@ -4,11 +4,11 @@ Write one file that is being downloaded, in several places at once.
 Rules:
 
 - Bytes that were written, or are being written, are never written again: they may have been hashed, and sent.
-- The file becomes content once every byte was hashed and the digest matches.
+- The file becomes content once every byte has been hashed and the digest matches.
 - The claim is held until the file is content, left to others, or given up. The file stays open under a shared lock
   until L{Writer.close}: clients are sent from it.
-- One thread hashes at a time. Others write meanwhile, and leave what they have written to be hashed later.
-- The record is written after the bytes that it tells of, so that no other process sends bytes that are missing.
+- One thread hashes at a time. Others write meanwhile, and leave their bytes to be hashed later.
+- The record is written after the bytes that it lists, so that no other process sends missing bytes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from ecrproxy.oci import Digest
 
 UNASKED_SECONDS: Final = 3600.0
-"""How long ago content counts as used that nobody has asked for yet: it goes before what was asked for since."""
+"""How long ago unrequested content counts as used: it is evicted before anything requested since."""
 _CATCH_UP: Final = 16 * 2**20
-"""Most bytes that are hashed in one call."""
+"""Maximum number of bytes hashed by one call."""
 
 
 class Writer:
@@ -46,7 +46,7 @@ class Writer:
     @param claim: the claim of C{digest}, which the writer releases.
     @param fd: the file, open for reading and writing under a shared lock.
     @ivar room: bytes of disk that it takes.
-    @ivar asked_for: whether anybody has asked for it.
+    @ivar asked_for: True if a client has requested it.
     """
 
     asked_for = True
@@ -67,13 +67,13 @@ class Writer:
     @property
     def hashed(self) -> int:
         """
-        Return how many bytes were hashed, from offset 0 on.
+        Return the number of bytes hashed, from offset 0 on.
         """
         return self._state[1]
 
     def fileno(self) -> int:
         """
-        Return the file descriptor, for reading what was written.
+        Return the file descriptor, for reading written bytes.
         """
         return self._fd
 
@@ -81,8 +81,8 @@ class Writer:
         """
         Write the first record, or resume from the record of an earlier writer.
 
-        Bytes that were written since the machine started may be sent at once, others after they were hashed: after
-        a crash of the machine, a range that was not synced may be full of zeros.
+        Bytes that were written since the machine booted may be sent at once, others only after they have been hashed
+        again: after a crash of the machine, a range that was not synced may be all zeros.
 
         @raise OSError: if the disk fails.
         """
@@ -98,27 +98,27 @@ class Writer:
     @property
     def gaps(self) -> list[tuple[int, int]]:
         """
-        Return the ranges that are missing.
+        Return the missing ranges.
         """
         return self._there.gaps(self.size)
 
     @property
     def missing(self) -> int:
         """
-        Return the number of bytes that are missing.
+        Return the number of missing bytes.
         """
         return sum(stop - start for start, stop in self.gaps)
 
     def lacks_only(self, start: int, stop: int) -> bool:
         """
-        Return True if the bytes from C{start} to C{stop} complete the blob, and all before them were hashed.
+        Return True if the bytes from C{start} to C{stop} complete the blob, and all before them have been hashed.
         """
         return start == self.hashed and stop == self.size and self.missing == stop - start
 
     @property
     def front(self) -> int:
         """
-        Return the offset up to which all bytes from 0 on were written.
+        Return the offset up to which all bytes from 0 on have been written.
         """
         return self._there.end_of(0)
 
@@ -128,7 +128,7 @@ class Writer:
 
         @raise ValueError: if some of these bytes were written or are being written, or are outside the blob. Nothing
             is written then.
-        @raise OSError: if the disk fails; what was written before stays readable.
+        @raise OSError: if the disk fails. Bytes written before stay readable.
         """
         with self._directory.troubles.noted(Kind.WRITE), self._using():
             self._write(offset, pieces)
@@ -136,7 +136,7 @@ class Writer:
     @contextlib.contextmanager
     def _using(self) -> Iterator[None]:
         """
-        Keep the file descriptor open: a thread may still use it after the disk was given up.
+        Keep the file descriptor open: a thread may still use it after the writer has been given up.
         """
         with self._guard:
             if self._closed:
@@ -182,9 +182,9 @@ class Writer:
 
     def catch_up(self) -> bool:
         """
-        Hash some of the bytes that came out of order, or from an earlier writer.
+        Hash some of the bytes that arrived out of order, or from an earlier writer.
 
-        @return: whether there is more to hash.
+        @return: True if there is more to hash.
         @raise OSError: if the disk fails.
         """
         with self._using():
@@ -197,12 +197,12 @@ class Writer:
 
     def _hash_if_idle(self, offset: int, pieces: Sequence[bytes]) -> None:
         """
-        Hash what was written if its turn has come, and no thread hashes.
+        Hash the written bytes if they are next in order and no other thread is hashing.
         """
         if not self._hashing.acquire(blocking=False):
             return
         try:
-            if offset == self.hashed:  # from memory, without reading it again
+            if offset == self.hashed:  # from memory, without reading them back
                 state, at = self.reached
                 for piece in pieces:
                     state.update(piece)
@@ -224,7 +224,7 @@ class Writer:
                 raise OSError(errno.EIO, "what was written can't be read")
             state.update(buffer[:count])
             at += count
-        self._state = state, at  # one assignment: a transfer that gives the disk up goes on from there
+        self._state = state, at  # one assignment: a transfer that gives up the disk continues from there
         if at:
             with self._lock:
                 self._shown.add(0, at)
@@ -253,7 +253,7 @@ class Writer:
 
     def _write_record_if_possible(self, why: Why = Why.NOTHING) -> None:
         """
-        Write the record. If the disk fails, followers in other processes fetch the blob by themselves.
+        Write the record. If the disk fails, followers in other processes fetch the blob themselves.
         """
         with contextlib.suppress(OSError):
             self._write_record(why)
@@ -267,7 +267,7 @@ class Writer:
     @property
     def reached(self) -> tuple[Any, int]:
         """
-        Return a copy of the hash, and how many bytes it is over. A thread may be hashing meanwhile.
+        Return a copy of the hash, and the number of bytes hashed. Safe while a thread is hashing.
         """
         state, hashed = self._state
         return state.copy(), hashed
@@ -283,16 +283,16 @@ class Writer:
 
     def flush(self, piece: int) -> bool:
         """
-        Write some of a file that is whole to the disk. To be called until nothing is left to write, before L{commit}.
+        Write a piece of a complete file back to disk. Call this until it returns False, then L{commit}.
 
-        @return: whether there is more.
-        @raise DigestMismatchError: if it is not what its digest names.
+        @return: True if there is more.
+        @raise DigestMismatchError: if the file does not match its digest.
         @raise OSError: if the disk fails.
         """
         self.verify()
         with self._directory.troubles.noted(Kind.WRITE), self._using():
             if not self._flushed:
-                self._enter(State.VERIFIED)  # readers need not wait for that
+                self._enter(State.VERIFIED)  # readers need not wait for the disk
             write_back(self._fd, self._flushed, piece)
         self._flushed += piece
         return self._flushed < self.size
@@ -301,21 +301,21 @@ class Writer:
         """
         Sync the file, and make it content. The file descriptor stays open until L{close}.
 
-        @raise DigestMismatchError: if it is not what its digest names.
+        @raise DigestMismatchError: if the file does not match its digest.
         @raise OSError: if the disk fails. The file is not content then.
         """
         self.verify()
         with self._directory.troubles.noted(Kind.WRITE), self._using():
-            self._enter(State.VERIFIED)  # before fsync: readers need not wait for that
+            self._enter(State.VERIFIED)  # before fsync: readers need not wait for the disk
             self._commit()
             self._enter(State.CONTENT, then=self._claim.end)
 
     def finish(self, offset: int, rest: bytes, *, closes: bool) -> None:
         """
-        Write what is missing, and L{commit}.
+        Write the missing bytes, and L{commit}.
 
-        @param closes: whether nobody reads the file: it is closed then, and discarded if it does not become content.
-        @raise DigestMismatchError: if it is not what its digest names.
+        @param closes: True if the file has no readers: close it then, and discard it if it does not become content.
+        @raise DigestMismatchError: if the file does not match its digest.
         @raise OSError: if the disk fails. The file is not content then.
         """
         try:
@@ -349,11 +349,11 @@ class Writer:
         with contextlib.suppress(OSError):
             mark(self._fd, self._directory.now() if used is None else used)
         os.fsync(self._fd)
-        proved = os.fstat(self._fd)  # before others can open it, and change it
+        proved = os.fstat(self._fd)  # before others can open and modify it
         target = self._directory.content(self.digest)
-        self._check_place()  # else a folder might be created where a volume was unmounted
+        self._check_place()  # otherwise a folder might be created under an unmounted volume
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock:  # if the disk hung, the writer is given up before or afterwards
+        with self._lock:  # if the disk hangs, the writer is given up either before or after this
             self._check_place()
             self._claim.data.rename(target)
             self._committed = True
@@ -362,7 +362,7 @@ class Writer:
 
     def _check_place(self) -> None:
         """
-        Check that the data is still this file. The next writer creates another once this one was given up.
+        Check that the data is still this file. If this writer was given up, the next one may have created another.
 
         @raise OSError: if it is not.
         """
@@ -388,7 +388,7 @@ class Writer:
 
     def release(self) -> None:
         """
-        Release the claim, and keep the data for the next writer if there is enough. The file stays open until L{close}.
+        Release the claim, and keep the data for the next writer if it is worth it. The file stays open until L{close}.
         """
         if self._let_go or self._committed:
             return
@@ -403,11 +403,11 @@ class Writer:
 
     def give_up(self, why: Why = Why.DISK) -> None:
         """
-        Remove the data and release the claim. The file stays open until L{close}, and may be read.
+        Remove the data and release the claim. The file stays open and readable until L{close}.
         """
         if self._let_go or self._committed:
             return
-        verified = self._stage is State.VERIFIED  # followers may have finished with that
+        verified = self._stage is State.VERIFIED  # followers may have finished because of that
         self._enter(self._stage if verified else State.FAILED, Why.NOTHING if verified else why, self._claim.drop)
         self._directory.index.drop(arriving=[self._claim.reservation])
         self._let_go = True
