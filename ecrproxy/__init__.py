@@ -1,7 +1,7 @@
 """
 A caching pull-through proxy for Amazon ECR.
 
-C{proxy.py} is the room to read first; docs/architecture.rst is the map.
+Start reading at C{proxy.py}; docs/architecture.rst is the overview.
 """
 
 __version__ = "1.0.0"

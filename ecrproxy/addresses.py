@@ -1,5 +1,5 @@
 """
-What stands where the name of a host may stand. Pure.
+Host names and IP addresses. Pure.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _MAPPED: Final = "::ffff:"
 
 def is_address(host: str) -> bool:
     """
-    Tell whether C{host} is an address, which needs no resolver; IPv6 without its brackets.
+    Return True if C{host} is an IP address, which needs no resolver. IPv6 addresses have no brackets.
     """
     try:
         ip_address(host)
@@ -23,7 +23,7 @@ def is_address(host: str) -> bool:
 
 def unmapped(host: str) -> str:
     """
-    Give the IPv4 address that C{host} stands for on a socket for both, in whichever notation; anything else unchanged.
+    Return the IPv4 address of an IPv4-mapped IPv6 address in any notation; return anything else unchanged.
     """
     tail = host.removeprefix(_MAPPED)
     if tail == host or ":" not in tail:

@@ -1,5 +1,5 @@
 """
-What is asked of the cache, and what a client gets.
+Requests to the cache, and the answers for clients.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.passing import Passing
 
 ANY: Final[frozenset[str]] = frozenset()
-"""The manifest types of a client that takes all."""
+"""The manifest types of a client that accepts all."""
 
 
 class CacheStatus(enum.StrEnum):
     """
-    How the cache took part in an answer: the words of X-Cache-Status.
+    How an answer was obtained: the values of X-Cache-Status.
     """
 
     HIT = "HIT"
     MISS = "MISS"
     JOINED = "JOINED"
-    """Follows a transfer that another request began."""
+    """Shares a transfer that another request started."""
     REVALIDATED = "REVALIDATED"
-    """ECR confirmed it just now; the bytes are from the cache."""
+    """ECR confirmed the answer for this request; the bytes are from the cache."""
     STALE = "STALE"
-    """ECR could not be asked; this was its last answer."""
+    """ECR was not available; this is its last known answer."""
     BYPASS = "BYPASS"
-    """Handed through without being kept."""
+    """Passed through without being stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class Asked:
     """
     One request for content.
 
-    @ivar key: its expanded cache key.
-    @ivar accept: the manifest types that the client takes; empty for any.
-    @ivar head: whether only the headers are wanted.
-    @ivar entry_key: what the cache knows it by.
+    @ivar key: the expanded cache key.
+    @ivar accept: the manifest types that the client accepts; empty for any.
+    @ivar head: whether only the headers are requested.
+    @ivar entry_key: the key of the cache entry.
     """
 
     route: Route
@@ -60,7 +60,7 @@ class Asked:
     @property
     def digest(self) -> Digest:
         """
-        The digest that was asked for, where one was.
+        The requested digest. Raises ValueError if the request is by tag.
         """
         if self.route.digest is None:
             raise ValueError(f"{self.route.path} has no digest")
@@ -69,13 +69,12 @@ class Asked:
 
 class Answer(NamedTuple):
     """
-    What a client gets.
+    The answer for a client.
 
-    @ivar size: in bytes; none while upstream hasn't said.
-    @ivar body: open content, to be closed by who takes it; a transfer under way, or parts that are
-        passed on; small content whole;
-        none where only headers were asked for.
-    @ivar verification: what the end of C{body} has to wait for, if it is content that isn't proved yet.
+    @ivar size: in bytes; None if upstream has not sent it yet.
+    @ivar body: open content, which the recipient must close; a transfer in flight, or parts that are passed through;
+        all bytes of small content; None if only headers are requested.
+    @ivar verification: what must finish before the end of C{body} is sent, if that is content not verified yet.
     """
 
     status: CacheStatus
@@ -89,7 +88,7 @@ class Answer(NamedTuple):
 
 def joined(answer: Answer) -> Answer:
     """
-    Return what a client gets that has waited for another's answer.
+    Return the answer for a client that has waited for another client's request.
     """
     fetched = answer.status is CacheStatus.MISS and answer.body is not None
     return answer._replace(status=CacheStatus.JOINED, reason=Reason.IN_FLIGHT) if fetched else answer
@@ -99,7 +98,7 @@ def manifest_answer(
     status: CacheStatus, reason: Reason, asked: Asked, descriptor: Descriptor, body: bytes | None = None
 ) -> Answer:
     """
-    Answer with a manifest.
+    Return an answer with a manifest.
     """
     size = descriptor.size if body is None else len(body)
     return Answer(status, reason, descriptor.media_type, descriptor.digest, size, None if asked.head else body)

@@ -1,12 +1,12 @@
 """
-Which bytes of a blob a client wants: the Range header, and the response to several ranges. RFC 9110, 14. Pure.
+Range requests: the Range header, and the response to several ranges. RFC 9110, 14. Pure.
 
-- Ranges are sent in the order in which they were asked for, one part each, as nginx and Go's net/http do. They are not
-  coalesced: podman counts the parts (containers/image, C{handle206Response}).
-- Several ranges are answered with the whole blob if they add up to more than it has, as nginx and Go do, or if there
-  are more than C{MOST} of them: podman asks for up to 1,024 at once (containers/storage, C{maxNumberMissingChunks}).
-- From a bucket they are fetched with C{QUESTIONS} requests at most, see L{joined}. Where that can't be done, the whole
-  is sent: RFC 9110, 14.2 allows it, and containers/image and stargz-snapshotter take their parts from it.
+- Ranges are sent in the order of the request, one part each, as in nginx and Go's net/http. They are not coalesced:
+  podman counts the parts (containers/image, C{handle206Response}).
+- The whole blob is sent if several ranges add up to more than its size, as in nginx and Go, or if there are more than
+  C{MOST}: podman requests up to 1,024 at once (containers/storage, C{maxNumberMissingChunks}).
+- Ranges are fetched from a bucket with at most C{QUESTIONS} requests, see L{joined}. If that is impossible, the whole
+  blob is sent: RFC 9110, 14.2 allows it, and containers/image and stargz-snapshotter extract their parts.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ MOST: Final = 1024
 QUESTIONS: Final = 16
 """Maximum number of requests to a bucket for the ranges of one request."""
 SMALL_GAP: Final = 64 * 2**10
-"""Bytes between two ranges that are fetched with them, rather than asking once more: a round trip takes longer."""
+"""Gaps of fewer bytes between two ranges are fetched along with them: another round trip would take longer."""
 
 _SPEC: Final = re.compile(r"([0-9]*)-([0-9]*)")
 _DIGITS: Final = 18
-"""Digits of a number that is read as it is; a longer one is past the end of any blob."""
+"""Maximum digits of a number that is parsed; a longer one is past the end of any blob."""
 _BOUNDARY_LENGTH: Final = 64
 
 Span = tuple[int, int]
-"""Offset of the first byte, and of the one behind the last."""
+"""Offsets of the first byte, and of the byte after the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Ranges:
         """
         Parse a Range header.
 
-        @return: none if the whole blob is to be sent: no header, another unit, bad syntax, or too many ranges.
+        @return: None to send the whole blob: no header, another unit, bad syntax, or too many ranges.
         """
         unit, _, listed = (header or "").strip().partition("=")
         if unit.lower() != "bytes" or listed.count(",") >= MOST:
@@ -62,8 +62,8 @@ class Ranges:
         """
         Apply the ranges to a blob of C{size} bytes.
 
-        @return: what to send, in the order of the request; nothing if the whole blob is to be sent.
-        @raise LookupError: if no byte of the blob is in any of them.
+        @return: the spans to send, in the order of the request; empty to send the whole blob.
+        @raise LookupError: if no range overlaps the blob.
         """
         spans = [span for first, last in self.specs if (span := _span(first, last, size)) is not None]
         if not spans:
@@ -77,9 +77,9 @@ class Multipart:
     The framing of a multipart/byteranges body.
 
     @param unique: text that does not occur in the blob, such as its digest in hex.
-    @ivar heads: what comes before each part.
-    @ivar end: what comes after the last.
-    @ivar length: bytes of the whole body.
+    @ivar heads: the bytes before each part.
+    @ivar end: the bytes after the last.
+    @ivar length: bytes of the complete body.
     """
 
     def __init__(self, spans: Sequence[Span], size: int, media_type: str, unique: str) -> None:
@@ -103,10 +103,10 @@ class Multipart:
 
 def joined(spans: Sequence[Span], most: int = QUESTIONS) -> list[Span]:
     """
-    Join neighbours, so that at most C{most} ranges are left to ask for; none if that is not possible.
+    Join adjacent spans so that at most C{most} remain to request. Return none if that is impossible.
 
-    The spans are fetched in their order: one that starts before the end of the one before it can't be joined to it.
-    Gaps smaller than C{SMALL_GAP} are always closed; of the others, the smallest.
+    The spans are fetched in order: one that starts before the end of its predecessor can't be joined to it.
+    Gaps smaller than C{SMALL_GAP} are always closed; of the others, the smallest as needed.
     """
     if not spans:
         return []
@@ -122,11 +122,11 @@ def joined(spans: Sequence[Span], most: int = QUESTIONS) -> list[Span]:
 
 def questions(spans: Sequence[Span], *, ranged: bool) -> list[Span]:
     """
-    Choose what to ask a bucket for, so that C{spans} of a blob that is not kept can be sent; none to send it whole.
+    Choose the requests to a bucket for C{spans} of a blob that is not stored; none to send the whole blob.
 
-    Between them no more bytes are read in vain than there are in C{spans}, or in C{MOST} small gaps.
+    At most as many bytes are read in vain as there are in C{spans}, or in C{MOST} small gaps.
 
-    @param ranged: whether the bucket gives parts. If not, a single request brings all bytes up to the last one.
+    @param ranged: whether the bucket supports ranges. If not, one request reads all bytes up to the last.
     """
     if not ranged:
         return joined(spans, 1)

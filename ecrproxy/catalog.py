@@ -1,7 +1,7 @@
 """
-The catalog: which repositories of the default registry clients may pull from.
+The catalog: the repositories of the default registry that clients may pull from.
 
-ECR is asked once for all who ask at the same time; what it answers is kept for a short time, a failure as well.
+Concurrent requests share one request to ECR; its result is cached for a short time, failures too.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 log = Logger()
 
 KEPT_SECONDS: Final = 60.0
-"""Seconds for which a list is kept."""
+"""Seconds for which a list is cached."""
 FAILED_SECONDS: Final = 5.0
-"""Seconds for which ECR is not asked again after it failed."""
+"""Seconds without a request to ECR after a failure."""
 PATIENCE: Final = 25.0
-"""Seconds for which clients wait for ECR."""
+"""Seconds that clients wait for ECR."""
 _FLIGHT: Final = "catalog"
 
 
@@ -36,9 +36,9 @@ class Catalog:
     """
     The repositories that clients may pull from, page by page.
 
-    @param ask: gives all names in order, asking ECR in a thread.
-    @param choose: leaves out what no client may pull.
-    @param clock: counts seconds and calls back.
+    @param ask: returns all names in order, asking ECR in a thread.
+    @param choose: drops repositories that no client may pull.
+    @param clock: tells the time and schedules calls.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Catalog:
 
     async def page(self, last: str, most: int) -> tuple[Sequence[str], bool]:
         """
-        Return up to C{most} names that come after C{last}, and whether there are more.
+        Return up to C{most} names after C{last}, and whether there are more.
 
         @raise RegistryError: if ECR does not list them.
         """
@@ -82,7 +82,7 @@ class Catalog:
     async def _fetch(self) -> Sequence[str]:
         try:
             self._names, self._failure, kept = await self._choose(await self._ask()), None, KEPT_SECONDS
-        except Exception as problem:  # noqa: BLE001 (botocore's many: each is told, and the next may do better)
+        except Exception as problem:  # noqa: BLE001 (botocore raises many: each is reported; the next try may succeed)
             self._failure, kept = _failure(problem), FAILED_SECONDS
         self._until, self._late = self._clock.seconds() + kept, False
         if self._failure is not None:
@@ -92,7 +92,7 @@ class Catalog:
 
 def _failure(problem: Exception) -> Callable[[], RegistryError]:
     """
-    Make what clients are told of a failure, and tell the operator.
+    Log a failure, and return a factory of the error for clients.
     """
     if isinstance(problem, RegistryError):
         return partial(

@@ -1,8 +1,8 @@
 """
-How many processor cores this process may use.
+The number of CPU cores that this process may use.
 
-As many as the scheduler lets it run on, or fewer by a quota of its control group, as containers (C{--cpus},
-C{limits.cpu}) and systemd (C{CPUQuota=}) set it. Cores that are there and may not be used would each get a worker, with
+That is the scheduler's affinity mask, limited by the quota of the control group, which containers (C{--cpus},
+C{limits.cpu}) and systemd (C{CPUQuota=}) set. Without the limit, cores that can't be used would each get a worker with
 memory of its own.
 """
 
@@ -20,9 +20,9 @@ _OF_THIS_PROCESS: Final = Path("/proc/self/cgroup")
 
 def usable_cores(cgroups: Path = _CGROUPS, own: Path = _OF_THIS_PROCESS) -> int:
     """
-    Return their number, at least one; a quota of part of a core counts as a whole one.
+    Return the number of cores, at least one; fractions of a quota are rounded up.
 
-    @param cgroups: where control groups are mounted, of version 1 or 2.
+    @param cgroups: where control groups, version 1 or 2, are mounted.
     @param own: the control groups of this process: cgroups(7).
     """
     quotas = [quota for folder in _folders(cgroups, own) if (quota := _quota(folder)) is not None]
@@ -31,7 +31,7 @@ def usable_cores(cgroups: Path = _CGROUPS, own: Path = _OF_THIS_PROCESS) -> int:
 
 def _folders(cgroups: Path, own: Path) -> Iterator[Path]:
     """
-    List the folders of the groups that may limit this process; in a container its own group is the root.
+    Yield the directories of the groups that may limit this process; in a container its own group is the root.
     """
     try:
         lines = own.read_text("utf-8", "replace").splitlines()
@@ -48,12 +48,12 @@ def _folders(cgroups: Path, own: Path) -> Iterator[Path]:
 
 def _quota(folder: Path) -> float | None:
     """
-    Read a group's quota, in cores: cpu.max of version 2, cpu.cfs_quota_us and cpu.cfs_period_us of version 1.
+    Return a group's quota in cores: cpu.max in version 2, cpu.cfs_quota_us and cpu.cfs_period_us in version 1.
     """
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             quota, period = map(int, " ".join((folder / name).read_text("ascii") for name in names).split())
-        except (OSError, ValueError):  # there is none, or it says "max"
+        except (OSError, ValueError):  # no quota, or "max"
             continue
         if quota > 0 and period > 0:
             return quota / period

@@ -1,10 +1,10 @@
 """
 Twisted's endpoint strings, parsed once: C{haproxy:ssl:5443:privateKey=/k:certKey=/c}.
 
-Everything that needs to know what a string says (sockets, TLS, renewal, contradictions, doctor, health check) reads an
-L{EndpointString}. The grammar and the parameters are those of twisted.internet.endpoints; the tests compare them. It is
-parsed here and not there because the health check must start without Twisted, and because Twisted opens sockets' files
-and keys while it parses.
+All code that needs a string's contents (sockets, TLS, renewal, checks of settings, doctor, health check) uses an
+L{EndpointString}. The grammar and the parameters are those of twisted.internet.endpoints; the tests compare them.
+Twisted's parser is not used because the health check must start without Twisted, and because Twisted opens sockets'
+files and keys while it parses.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ PARAMETERS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         SYSTEMD: ("domain", "index", "name"),
     }
 )
-"""What an endpoint of each kind is made of, in the order of arguments without a name; the first is required."""
+"""Parameters by kind of endpoint, in the order of positional arguments; the first is required."""
 DEFAULTS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {"ssl": {"privateKey": "server.pem"}, "tls": {"port": "443"}}
 )
-"""Twisted's defaults, where they matter to somebody but Twisted."""
+"""Twisted's defaults that matter outside Twisted."""
 _PLUGINS: Final = frozenset({BALANCED, "tcp6", "tls", SYSTEMD})
-"""Kinds that Twisted finds whether they are in capital letters or not."""
+"""Kinds whose names are case-insensitive in Twisted."""
 _MOST_PORT: Final = 65535
 
 
@@ -46,9 +46,9 @@ class EndpointString:
     """
     An endpoint string.
 
-    @ivar text: as it was given.
+    @ivar text: the original string.
     @ivar kind: a key of C{PARAMETERS}.
-    @ivar options: arguments by name; those that were not given are left out, unless C{DEFAULTS} has them.
+    @ivar options: arguments by name: those given, and C{DEFAULTS}.
     @ivar balanced: whether connections begin with a PROXY header.
     """
 
@@ -63,21 +63,21 @@ class EndpointString:
     @property
     def secure(self) -> bool:
         """
-        Whether the string itself asks for TLS.
+        Whether the string itself specifies TLS.
         """
         return self.kind in ("ssl", "tls")
 
     @property
     def port(self) -> int | None:
         """
-        The TCP port; None for sockets without one, or of systemd's.
+        The TCP port; None for sockets without one, and for systemd's.
         """
         return int(self.options["port"]) if "port" in self.options else None
 
     @property
     def interface(self) -> str:
         """
-        The address to bind; empty if none was given.
+        The address to bind; empty if not given.
         """
         return self.options.get("interface", "")
 
@@ -91,13 +91,13 @@ class EndpointString:
     @property
     def is_local(self) -> bool:
         """
-        Whether only this machine can connect. systemd's sockets with addresses are taken to be open to others.
+        Whether only this machine can connect. systemd's sockets with addresses are assumed to be open to others.
         """
         return not self.has_addresses or is_loopback(self.interface)
 
     def files(self) -> tuple[str, ...]:
         """
-        List the files and directories from which key and certificate are read.
+        Return the files and directories of key and certificate.
         """
         options = self.options
         if self.kind == "ssl":
@@ -107,7 +107,7 @@ class EndpointString:
 
     def socket(self) -> EndpointString:
         """
-        Return the endpoint beneath PROXY protocol and TLS.
+        Return the endpoint below PROXY protocol and TLS.
         """
         kind = {"ssl": "tcp", "tls": "tcp6"}.get(self.kind, self.kind)
         options = {name: value for name, value in self.options.items() if name in PARAMETERS[kind]}
@@ -115,9 +115,9 @@ class EndpointString:
 
     def to_twisted(self, **more: str) -> str:
         """
-        Write the endpoint for C{serverFromString}, without the PROXY protocol.
+        Return the endpoint string for C{serverFromString}, without the PROXY protocol.
 
-        @param more: options for the case that the string does not have them, if its kind has them.
+        @param more: default options; those that the kind does not have are dropped.
         """
         options = {name: value for name, value in more.items() if name in PARAMETERS[self.kind]} | dict(self.options)
         return ":".join([self.kind, *(f"{name}={_escaped(value)}" for name, value in options.items())])
@@ -127,7 +127,7 @@ def parse_endpoint_string(text: str) -> EndpointString:
     """
     Parse an endpoint string.
 
-    @raise ValueError: if it is none that the daemon can listen on.
+    @raise ValueError: if the daemon can't listen on it.
     """
     words = _words(text)
     kind, balanced = _kind(words.pop(0)), False
@@ -163,7 +163,7 @@ def _kind(word: list[str]) -> str:
 
 def _words(text: str) -> list[list[str]]:
     """
-    Split a string at its colons, and each word at its first equals sign; a backslash takes a character's meaning away.
+    Split a string at its colons, and each word at its first equals sign; a backslash escapes a character.
     """
     words, current = [[""]], iter(text)
     for character in current:
@@ -189,7 +189,7 @@ def _is_port(text: str) -> bool:
 
 def is_loopback(host: str) -> bool:
     """
-    Return True if a host, as it stands in settings, is this machine by itself.
+    Return True if a host from the settings is a loopback address or C{localhost}.
     """
     try:
         return ipaddress.ip_address(host).is_loopback

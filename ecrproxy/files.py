@@ -1,7 +1,7 @@
 """
-The operator's files: settings, certificates, passwords. They are read at start, and again while the daemon runs.
+The operator's files: settings, certificates, passwords. They are read at start, and reloaded while the daemon runs.
 
-Anything may be put in their place, and their file system may hang: neither stops the daemon.
+Anything may replace them, and their file system may hang: neither stops the daemon.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = Logger()
 
 READ_SECONDS: Final = 10.0
-"""How long a reading may take before it is logged, and before nobody waits for it."""
+"""How long reading may take before it is logged and callers stop waiting."""
 
 _KINDS: Final = {
     stat.S_IFIFO: "a FIFO",
@@ -36,20 +36,20 @@ _KINDS: Final = {
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """
-    Open a regular file for reading. Blocks as long as its file system does: opening a FIFO would wait for a writer.
+    Open a regular file for reading. Blocks only as long as its file system does; opening a FIFO waits for a writer.
 
-    @raise OSError: if it can't be opened, or is no regular file.
+    @raise OSError: if it can't be opened or is not a regular file.
     """
     require_regular(path)
-    # Should a FIFO take its place at this moment, opening it does not wait either.
+    # O_NONBLOCK, in case a FIFO replaces the file at this moment.
     return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:
     """
-    Look what a path leads to, without opening it: opening a device may have effects. Blocks.
+    Check that a path leads to a regular file, without opening it: opening a device may have side effects. Blocks.
 
-    @raise OSError: if there is nothing, or something else than a regular file.
+    @raise OSError: if it does not exist or is not a regular file.
     """
     mode = os.stat(path).st_mode  # noqa: PTH116 (as it was given)
     if stat.S_ISDIR(mode):
@@ -61,7 +61,7 @@ def require_regular(path: str | os.PathLike[str]) -> None:
 
 def unread(problem: OSError) -> str:
     """
-    Say that a file can't be read, and who may not: in a container, few know which user the daemon is.
+    Return the message that a file can't be read, with the daemon's user, which few operators know in a container.
     """
     by = f" by user {os.geteuid()}" if isinstance(problem, PermissionError) else ""
     return f"can't be read{by}: {problem.strerror or problem}"
@@ -69,7 +69,7 @@ def unread(problem: OSError) -> str:
 
 class Files:
     """
-    Files, and all files below directories, as they were when they were last noted.
+    Detects changes of files, and of all files below directories, since they were last noted.
     """
 
     def __init__(self, paths: Iterable[str | None]) -> None:
@@ -78,21 +78,19 @@ class Files:
 
     def note(self, seen: Sequence[tuple[int, ...]]) -> None:
         """
-        Take the files for known as they were when they were L{seen}, before they were read.
-
-        What has changed since is read again.
+        Note the state of the files as L{seen} before they were read; later changes count as changes.
         """
         self._noted = seen
 
     def changed(self) -> bool:
         """
-        Return True if a path leads to something else than it did. Blocks.
+        Return True if a file has changed. Blocks.
         """
         return self.seen() != self._noted
 
     def seen(self) -> list[tuple[int, ...]]:
         """
-        Describe the files as they are now. Blocks.
+        Return the current state of the files. Blocks.
         """
         return [_signature(each) for path in self._paths for each in (path, *_below(path))]
 
@@ -104,28 +102,28 @@ def _below(path: str) -> Iterator[str]:
 
 def _signature(path: str) -> tuple[int, ...]:
     """
-    Describe what C{path} leads to, behind symbolic links: Kubernetes swaps that of the whole directory.
+    Describe what C{path} leads to, through symbolic links: Kubernetes swaps that of the whole directory.
     """
     try:
         status = os.stat(path)  # noqa: PTH116 (as it was given)
     except OSError:
         return ()
-    # The change time tells of permissions, too.
+    # The ctime includes changes of permissions.
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 class Reading:
     """
-    Reads files again, in a thread, one reading at a time.
+    Reloads files in a thread, one reading at a time.
 
-    A request during a reading causes one more afterwards. A reading that takes longer than C{READ_SECONDS} is logged,
-    and nobody waits for it any longer. Its result is used when it comes, however late: it was asked for, and nothing
-    else has been read since. A thread can't be interrupted, so further readings begin after that.
+    Requests during a reading cause one more afterwards. A reading that takes longer than C{READ_SECONDS} is logged,
+    and callers stop waiting for it. Its result is still used, however late: it was requested, and nothing else has been
+    read since. A thread can't be interrupted, so the next reading starts after that.
 
-    @param what: names the files, at the beginning of a line of the log.
-    @param read: reads them. Blocks; takes the arguments of L{again}.
-    @param use: called with what was read, in the reactor.
-    @param in_thread: calls C{read}.
+    @param what: names the files at the start of log lines.
+    @param read: reads the files. Blocks; takes the arguments of L{again}.
+    @param use: called in the reactor thread with the result.
+    @param in_thread: calls C{read} in a thread.
     """
 
     def __init__(
@@ -138,15 +136,15 @@ class Reading:
     ) -> None:
         self._what, self._read, self._use, self._in_thread, self._clock = what, read, use, in_thread, clock
         self._limit: IDelayedCall | None = None
-        """Of the reading in progress; not active once that takes too long."""
+        """Timeout of the reading in progress; not active once that is late."""
         self._served, self._waiting = list[Deferred[None]](), list[Deferred[None]]()
         self._next: tuple[Any, ...] | None = None
 
     def again(self, *args: object) -> Deferred[None]:
         """
-        Read. Of several requests during a reading, the next one has the arguments of the last.
+        Read. After several requests during a reading, the next one uses the arguments of the last.
 
-        @return: fires when what was read is in use or can't be used, or takes too long. Never fails.
+        @return: fires when the result is in use, on failure, or when reading takes too long. Never fails.
         """
         self._next, asked = args, Deferred[None]()
         self._waiting.append(asked)

@@ -1,5 +1,5 @@
 """
-At most one fetch in the air for a key.
+At most one fetch in flight per key.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ T = TypeVar("T")
 
 class DeadlineExceededError(Exception):
     """
-    The work has not finished within its deadline; it goes on.
+    The work did not finish within its deadline; it continues.
     """
 
 
 def within(seconds: float, work: Coroutine[Any, Any, T], call_later: Callable[..., IDelayedCall]) -> Deferred[T]:
     """
-    Wait for C{work} for so many seconds. If it is late, it goes on.
+    Wait up to C{seconds} for C{work}, which continues after that.
 
-    @return: fires with the result, or fails with L{DeadlineExceededError}. Cancelling it in time cancels C{work}.
+    @return: fires with the result, or fails with L{DeadlineExceededError}. Cancelling before that cancels C{work}.
     """
 
     def end(outcome: T | Failure) -> None:
@@ -40,7 +40,7 @@ def within(seconds: float, work: Coroutine[Any, Any, T], call_later: Callable[..
             log.debug("Failed when nobody waited any longer: {problem}", problem=outcome.value)
 
     def leave(_: Deferred[T]) -> None:
-        limit.cancel()  # before the work, which may take its time to end
+        limit.cancel()  # before the work, which may take a while to end
         working.cancel()
 
     waiting: Deferred[T] = Deferred(leave)
@@ -51,10 +51,10 @@ def within(seconds: float, work: Coroutine[Any, Any, T], call_later: Callable[..
 
 class Flights(Generic[T]):
     """
-    At most one fetch in the air for a key; whoever asks meanwhile waits for it.
+    At most one fetch in flight per key; concurrent callers wait for it.
 
-    @param abandons: cancel a fetch that nobody waits for any more.
-    @param foreseen: failures that need no traceback. They keep none, nor what its frames have fetched.
+    @param abandons: cancel a fetch when its last waiter is cancelled.
+    @param foreseen: failures that need no traceback. It is dropped, with the data that its frames hold.
     """
 
     def __init__(self, *, abandons: bool = False, foreseen: type[Exception] | None = None) -> None:
@@ -67,14 +67,14 @@ class Flights(Generic[T]):
 
     def join(self, key: Hashable, fetch: Callable[[], Coroutine[Any, Any, T]]) -> Deferred[T]:
         """
-        Wait for the flight of C{key}, begun with C{fetch} if none is in the air.
+        Wait for the fetch of C{key}; call C{fetch} if none is in flight.
 
-        Cancelling what this returns ends that waiting alone.
+        Cancelling the returned Deferred stops only this wait.
         """
         flying, waiting = key in self._waiting, self._waiting.setdefault(key, [])
         waiter: Deferred[T] = Deferred(lambda leaver: self._leave(key, waiting, leaver))
         waiting.append(waiter)
-        if not flying:  # nothing is awaited between looking and registering
+        if not flying:  # no await between this check and the registration
             self._fetching[key] = fetching = Deferred.fromCoroutine(fetch())
             fetching.addBoth(self._land, key, waiting)
         return waiter
@@ -82,7 +82,7 @@ class Flights(Generic[T]):
     def _leave(self, key: Hashable, waiting: list[Deferred[T]], leaver: Deferred[T]) -> None:
         waiting.remove(leaver)
         if self._abandons and not waiting and self._waiting.get(key) is waiting:
-            del self._waiting[key]  # whoever comes now begins anew
+            del self._waiting[key]  # the next caller starts a new fetch
             self._fetching.pop(key).cancel()
 
     def _land(self, result: T | Failure, key: Hashable, waiting: list[Deferred[T]]) -> None:
@@ -93,15 +93,15 @@ class Flights(Generic[T]):
         if not waiting and isinstance(result, Failure):
             log.debug("Nobody waited any more for {key}: {problem}", key=key, problem=result.value)
         for waiter in list(waiting):
-            if not waiter.called:  # one who came before may have cancelled it just now
+            if not waiter.called:  # an earlier waiter's callback may have cancelled this one
                 waiter.callback(result)
 
 
 def _let_go_of_frames(failure: Failure) -> None:
     """
-    Drop the frames that a failure came through.
+    Drop the traceback frames of a failure.
 
-    It becomes part of a cycle with them as soon as it is awaited, and the garbage collector counts objects, not bytes.
+    Awaiting a failure creates a reference cycle with them, and the garbage collector counts objects, not bytes.
     """
     failure.cleanFailure()
     problem: BaseException | None = failure.value

@@ -1,9 +1,8 @@
 """
-Which registry a host name means, whatever its spelling. Pure.
+The registry behind a host name, whatever its spelling. Pure.
 
-One ECR registry has several names: FIPS, dual-stack, and those of its partition; so have Docker Hub and ECR Public.
-What is known of one registry's repositories must not answer for another's, so whatever is kept about them carries a
-L{RegistryId}.
+An ECR registry has several names: FIPS, dual-stack, and those of its partition; so have Docker Hub and ECR Public.
+Data about one registry's repositories must not be used for another's, so all stored data carries a L{RegistryId}.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 _HTTPS: Final = 443
-# The names that ECR's credential helper knows (field notes C11); dual-stack ones have dkr-ecr and on.aws.
+# The names in ECR's credential helper (field notes C11); dual-stack names have dkr-ecr and on.aws.
 _ECR_HOST: Final = re.compile(
     r"([0-9]{12})\.dkr[.-]ecr(?:-fips)?\.([a-z]+(?:-[a-z]+)+-[0-9]+)\."
     r"(amazonaws\.(?:com|com\.cn|eu)|on\.aws|on\.amazonwebservices\.(?:com\.cn|eu)"
     r"|c2s\.ic\.gov|sc2s\.sgov\.gov|cloud\.adc-e\.uk|csp\.hci\.ic\.gov)"
 )
 _HUBS: Final = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
-_PUBLICS: Final = frozenset({"public.ecr.aws", "ecr-public.aws.com"})  # the latter has IPv6, too
+_PUBLICS: Final = frozenset({"public.ecr.aws", "ecr-public.aws.com"})  # the latter also has IPv6
 _ECR_IDENTITY: Final = re.compile(r"aws[a-z-]*:([a-z0-9-]+):([0-9]{12})")
 _PARTITIONS: Final = {
     "cn-": "aws-cn",
@@ -43,7 +42,7 @@ _DOMAINS: Final = {
 
 class RegistryId(NamedTuple):
     """
-    The identity of a registry: partition, region and account where it is ECR's, else host and port.
+    The identity of a registry: partition, region and account for ECR, otherwise host and port.
     """
 
     text: str
@@ -51,9 +50,10 @@ class RegistryId(NamedTuple):
     @classmethod
     def of_host(cls, name: str, port: int = _HTTPS) -> RegistryId:
         """
-        Identify the registry that clients call C{name}: a host, with its port if that is not C{port}.
+        Return the registry with the host C{name}, which may end in a port.
 
-        @raise ValueError: if it is not the name of a host.
+        @param port: the default port.
+        @raise ValueError: if C{name} is not a valid host name.
         """
         try:
             parts = urlsplit(f"//{name}")
@@ -77,7 +77,7 @@ class RegistryId(NamedTuple):
     @classmethod
     def of_url(cls, endpoint: str) -> RegistryId:
         """
-        Identify the registry at the URL C{endpoint}.
+        Return the registry at the URL C{endpoint}.
         """
         parts = urlsplit(endpoint)
         return cls.of_host(parts.netloc, 80 if parts.scheme == "http" else _HTTPS)
@@ -85,7 +85,7 @@ class RegistryId(NamedTuple):
     @property
     def account_and_region(self) -> tuple[str, str] | None:
         """
-        The account and the region of a private registry of ECR; None of any other.
+        Account and region of a private ECR registry; None for any other.
         """
         found = _ECR_IDENTITY.fullmatch(self.text)
         return (found[2], found[1]) if found else None
@@ -93,7 +93,7 @@ class RegistryId(NamedTuple):
     @property
     def host(self) -> str:
         """
-        The host as most clients call it: L{of_host} of it is this registry.
+        The most common host name; L{of_host} returns this registry for it.
         """
         if self.account_and_region is None:
             return self.text.removesuffix(f":{_HTTPS}")
@@ -105,9 +105,9 @@ class RegistryId(NamedTuple):
 
 
 HUB: Final = RegistryId(f"docker.io:{_HTTPS}")
-"""Docker Hub, by any of its names."""
+"""Docker Hub, under any of its names."""
 PUBLIC: Final = RegistryId(f"public.ecr.aws:{_HTTPS}")
-"""ECR Public, by any of its names."""
+"""ECR Public, under any of its names."""
 _COMPONENT: Final = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _NAME: Final = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _NAME_LENGTH: Final = 255
@@ -115,16 +115,16 @@ _NAME_LENGTH: Final = 255
 
 def is_repository_name(text: str) -> bool:
     """
-    Return True if C{text} is in the grammar of repositories' names: OCI distribution spec 1.1, "Pulling manifests".
+    Return True if C{text} is a valid repository name: OCI distribution spec 1.1, "Pulling manifests".
     """
     return len(text) <= _NAME_LENGTH and _NAME.fullmatch(text) is not None
 
 
 class Repository(NamedTuple):
     """
-    A repository of a registry. Another registry's of the same name is another one.
+    A repository of a registry. Registries may have different repositories of the same name.
 
-    @ivar name: its whole name.
+    @ivar name: the full name.
     """
 
     registry: RegistryId

@@ -1,5 +1,5 @@
 """
-Lists of tags and of referrers, page by page. They change with each push, so ECR is asked each time.
+Lists of tags and referrers, page by page. They change with each push, so ECR is asked each time.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 _PAGES_BYTES = 8 * 2**20
 _PAGE_BYTES = 2**20
-"""Bytes of memory for pages, which are served while ECR can't be asked; and for one of them."""
+"""Bytes of memory for all pages, and for one. They are served while ECR is not available."""
 
 
 class _Key(NamedTuple):
     """
-    Which page is meant.
+    The key of a page.
 
-    @ivar query: what of the client's goes to ECR.
+    @ivar query: the part of the client's query that is passed to ECR.
     """
 
     route: Route
@@ -41,8 +41,8 @@ class Lists:
     """
     The registries' lists.
 
-    @param upstream: gives the registry of a route.
-    @param call_later: a reactor's.
+    @param upstream: returns the registry of a route.
+    @param call_later: the reactor's C{callLater}.
     """
 
     def __init__(self, upstream: Callable[[Route], Upstream], call_later: Callable[..., IDelayedCall]) -> None:
@@ -53,10 +53,10 @@ class Lists:
 
     async def page(self, route: Route) -> tuple[CacheStatus, Reason, Page]:
         """
-        Ask for a page of tags or referrers, once for all who want it at the same time.
+        Fetch a page of tags or referrers. Concurrent requests share one request to ECR.
 
-        @return: how the page was had, why, and the page: the last one known if ECR can't be asked.
-        @raise RegistryError: as ECR gave it.
+        @return: cache status, reason, and the page: the last known one if ECR is not available.
+        @raise RegistryError: ECR's error.
         """
         key = _Key(route, upstream_query(route))
         last = self._last_pages.get(key)
@@ -70,10 +70,10 @@ class Lists:
 
     async def _first_page(self, key: _Key) -> Page:
         """
-        Ask for a page of which none is known.
+        Fetch a page that is not in memory.
 
-        After a 404 alone clients look for referrers under a tag instead: distribution specification 1.1, "Unavailable
-        Referrers API". If something else answers for the registry, they find no tag there either.
+        Only after a 404 do clients fall back to the referrers tag: distribution spec 1.1, "Unavailable Referrers API".
+        If something else answers for the registry, they find no tag there either.
         """
         try:
             return await self._ask_for_page(key)
@@ -90,7 +90,7 @@ class Lists:
             raise
         sent = self._sent_pages.get(key)
         if page == sent:
-            page = sent  # one copy for all clients that are slow to take it
+            page = sent  # one copy in memory for all slow clients
         self._sent_pages[key] = page
         if len(page.body) <= _PAGE_BYTES:
             self._last_pages.put(key, page, len(page.body) + 2 * len(key.query) + 1000)

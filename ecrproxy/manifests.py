@@ -3,9 +3,9 @@ Manifests, by tag and by digest.
 
 Rules:
 
-- A tag is asked for each time, or once its time to live is over: one question for all who ask at once.
-  When ECR can't be asked, the last answer holds; if there is none, what a replica of the registry has.
-- What is named by its digest is asked for once in each repository, as blobs are: see L{proxy}.
+- ECR is asked for a tag each time, or when its time to live is over; concurrent clients share one request.
+  If ECR is not available, the last answer is used; without one, that of a replica of the registry.
+- A manifest by digest is requested once per repository, as blobs are: see L{proxy}.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NAMED_SECONDS: Final = 60
-"""How long a digest that ECR named for a tag, and then does not find, is asked for by that tag."""
+"""How long a digest that ECR returned for a tag, but does not find itself, is requested by that tag."""
 _NAMED_BYTES = 2**20
 """Bytes of memory for such digests."""
 INDEX_SECONDS: Final = 1.0
-"""How long the index has to say what other processes know of a tag where ECR can't be asked, and to forget one."""
+"""Timeout for the index: to look up a tag known to other processes if ECR is not available, or to forget one."""
 REPLICA_SECONDS: Final = STALE_SECONDS + 2 * INDEX_SECONDS
-"""How long ECR may take to say what a tag of which nothing is known here leads to, where a replica may say it."""
+"""How long ECR may take to resolve a tag that is not cached before replicas are asked."""
 REPLICAS_SECONDS: Final = 18.0
-"""How long replicas may take then: ECR's own question ends after 25 s, and containerd waits for 30 s."""
+"""Timeout for replicas after that: the request to ECR ends after 25 s, and containerd waits for 30 s."""
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
 
@@ -53,10 +53,10 @@ class Manifests:
     """
     The registries' manifests, through the cache.
 
-    @param upstream: gives the registry of a route.
+    @param upstream: returns the registry of a route.
     @param now: seconds since the epoch.
-    @param tag_ttl: seconds for which a tag's digest is taken on trust.
-    @param call_later: a reactor's.
+    @param tag_ttl: seconds for which a tag's digest is served without asking ECR.
+    @param call_later: the reactor's C{callLater}.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Manifests:
 
     def at_hand(self, asked: Asked) -> Answer | None:
         """
-        Answer from memory, if neither ECR nor the disk has to be asked.
+        Return an answer from memory, or None if ECR or the disk is needed.
         """
         if asked.route.digest is not None:
             return self._cache.at_hand(asked)
@@ -90,16 +90,16 @@ class Manifests:
 
     def knows(self, asked: Asked) -> bool:
         """
-        Return True if memory has what a tag led to last for such a client: then ECR is asked whether it still does.
+        Return True if memory has a tag's last answer for such a client, which ECR then only has to confirm.
         """
         entry = self._cache.entry_at_hand(asked)
         return entry is not None and asked.accept in entry.answers
 
     async def answer(self, asked: Asked) -> Answer:
         """
-        Answer a request for a manifest; its body may still be in a file.
+        Return the answer to a request for a manifest; its body may still be in a file.
 
-        @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
+        @raise RegistryError: if the repository doesn't have it, or ECR can't return it.
         """
         if asked.route.digest is not None:
             return await self._by_digest(asked)
@@ -109,7 +109,7 @@ class Manifests:
 
         async def own() -> Answer:
             nonlocal problem
-            try:  # in a flight of its own: what ECR says later is noted all the same
+            try:  # in a flight of its own: a late answer from ECR is still recorded
                 return await self._by_tags.join(object(), partial(self._by_tag, asked))
             except UnavailableError as own_problem:
                 problem = own_problem
@@ -124,7 +124,7 @@ class Manifests:
 
     async def _of_replicas(self, asked: Asked) -> tuple[Descriptor, Document]:
         """
-        Give what a replica has of a tag of which nothing is known here: it may be old, and is not noted.
+        Return a replica's manifest for a tag that is not cached. It may be old, and is not recorded.
 
         @raise RegistryError: if no replica has it.
         """
@@ -145,7 +145,7 @@ class Manifests:
             return self._cache.manifest(asked, *found)
         try:
             return await self._ask_for_digest(asked, found)
-        except UnavailableError:  # a disk that was slow may give by now what ECR does not
+        except UnavailableError:  # a slow disk may be able to answer by now
             late = await self._cache.look_up_manifest(asked) if found is Reason.DISK else found
             if isinstance(late, Reason):
                 raise
@@ -153,9 +153,9 @@ class Manifests:
 
     async def _ask_for_digest(self, asked: Asked, found: Reason) -> Answer:
         """
-        Have ECR say that the repository holds a manifest, and fetch it if it isn't in the cache.
+        Ask ECR whether the repository has a manifest, and fetch it if it isn't in the cache.
 
-        @param found: why it was not found there.
+        @param found: why the lookup failed.
         """
         here = await self._cache.has(asked.digest)
         if not here and not asked.head:
@@ -191,9 +191,9 @@ class Manifests:
         digest_of: Callable[[T], Digest | None],
     ) -> T:
         """
-        Ask about a manifest by its digest; if ECR does not find that, by the tag that led to it a moment ago.
+        Request a manifest by its digest; if ECR does not find that, by the tag that recently led to it.
 
-        ECR finds tags before digests for some seconds after a push, and what it converts for a client by its tag alone.
+        For some seconds after a push, ECR finds tags before digests; and it finds converted manifests only by tag.
         """
         said = await flights.join((asked.route, ANY, self._cache.purges), lambda: self._numbered(ask(asked.route, ANY)))
         named = self._named.get((asked.route.repository, asked.digest))
@@ -214,7 +214,7 @@ class Manifests:
                 return _trusted_answer(asked, trusted, document)
         known = entry.answers.get(asked.accept)
         found = await self._latest(asked, entry)
-        if found is None and entry.answers:  # another process may have been told for such a client
+        if found is None and entry.answers:  # another process may have an answer for such a client
             found = await self._latest(asked, await self._last_known(asked, entry))
         if found is None:
             return await self._ask_for_tag(asked, known)
@@ -222,26 +222,26 @@ class Manifests:
             return await within(STALE_SECONDS, self._ask_for_tag(asked, known), self._call_later)
         except (DeadlineExceededError, UnavailableError) as problem:
             found = await self._latest(asked, await self._last_known(asked, entry), found)
-            if found is None and isinstance(problem, DeadlineExceededError):  # it was forgotten or purged meanwhile
+            if found is None and isinstance(problem, DeadlineExceededError):  # forgotten or purged meanwhile
                 return await self._ask_for_tag(asked, known)
             if found is None:
                 raise
             last, document = found
             if isinstance(problem, RefusedAnswerError) and problem.named not in ("", str(last.descriptor.digest)):
-                raise  # ECR is not silent: the tag leads elsewhere now
+                raise  # ECR did answer: the tag has moved
             reason = why_stale(asked.route, self._upstream(asked.route).name, problem)
         return manifest_answer(CacheStatus.STALE, reason, asked, last.descriptor, document.body)
 
     def _trusted(self, asked: Asked, entry: Entry) -> Confirmed | None:
         """
-        Return what a tag leads to for a client, if its time to live is not over.
+        Return a tag's answer for a client, if its time to live is not over.
         """
         known = entry.answers.get(asked.accept)
         return known if known is not None and 0 <= self._now() - known.when < self._tag_ttl else None
 
     async def _last_known(self, asked: Asked, entry: Entry) -> Entry:
         """
-        Return what any process was told of a tag; what this one knows if the disk does not say that soon.
+        Return what any process knows of a tag; if the disk is slow, what this one knows.
         """
         try:
             return await within(INDEX_SECONDS, self._cache.last_known(asked), self._call_later)
@@ -252,9 +252,9 @@ class Manifests:
         self, asked: Asked, entry: Entry, before: tuple[Confirmed, Document] | None = None
     ) -> tuple[Confirmed, Document] | None:
         """
-        Choose the last known answer for a client, with its manifest.
+        Return the last known answer for a client, with its manifest.
 
-        @param before: the one that was read before.
+        @param before: the result of an earlier call, to avoid reading it again.
         """
         last = entry.latest(asked.accept)
         if last is None or (before is not None and last.descriptor == before[0].descriptor):
@@ -264,10 +264,10 @@ class Manifests:
 
     async def _ask_for_tag(self, asked: Asked, known: Confirmed | None) -> Answer:
         """
-        Have ECR say what a tag leads to; fetch it if it isn't in the cache.
+        Ask ECR to resolve a tag; fetch the manifest if it isn't in the cache.
 
-        A tag that was never asked for is fetched straight away. It is fetched by its tag in any case:
-        what ECR converts for a client is not to be had by its digest (field notes C7).
+        A tag that was never requested is fetched directly. A manifest is always fetched by its tag: those that ECR
+        converts for a client are not available by digest (field notes C7).
         """
         route, accept, head = asked.route, asked.accept, None
         if known is not None or asked.head:
@@ -288,7 +288,7 @@ class Manifests:
         try:
             question, fetched = await self._of_tag(asked, self._manifests, lambda: self._fetch(route, accept))
         except RefusedAnswerError as problem:
-            if head is not None:  # ECR names a digest in answers to HEAD alone: aws/containers-roadmap#1931
+            if head is not None:  # ECR sends a digest only with HEAD responses: aws/containers-roadmap#1931
                 problem.named = str(head.digest)
             raise
         descriptor, document = fetched
@@ -299,7 +299,7 @@ class Manifests:
 
     def _missing(self, asked: Asked, known: Confirmed | None, found: Descriptor) -> Reason:
         """
-        Return why a tag's manifest is not in the cache, by what was known of the tag.
+        Return why a tag's manifest is not in the cache, given what was known of the tag.
         """
         if known is not None and known.descriptor.digest != found.digest:
             return Reason.TAG_MOVED
@@ -309,13 +309,13 @@ class Manifests:
         self, asked: Asked, flights: Flights[_Said[T]], ask: Callable[[], Coroutine[Any, Any, T]]
     ) -> tuple[int, T]:
         """
-        Ask about a tag, or share the answer to whoever asks already; a tag that ECR does not have is forgotten.
+        Ask ECR for a tag, or share a request in flight. Forget a tag that ECR does not have.
 
-        @return: the number of the question, and its answer.
+        @return: the request's number, and its answer.
         """
         said = await flights.join((asked.route, asked.accept, self._cache.purges), lambda: self._noted(asked, ask()))
         if isinstance(said.answer, RegistryError):
-            with contextlib.suppress(DeadlineExceededError):  # of a slow disk: what ECR said is told all the same
+            with contextlib.suppress(DeadlineExceededError):  # a slow disk must not delay ECR's answer
                 await within(INDEX_SECONDS, self._forget(asked, said.question), self._call_later)
         return said.question, _answered(said)
 
@@ -325,7 +325,7 @@ class Manifests:
 
     async def _noted(self, asked: Asked, question: Coroutine[Any, Any, T]) -> _Said[T]:
         said = await self._numbered(question)
-        if isinstance(said.answer, RegistryError):  # it is forgotten, too, if nobody waits for the answer any more
+        if isinstance(said.answer, RegistryError):  # even if no client waits any longer
             on_its_own(self._forget(asked, said.question))
         return said
 
@@ -340,7 +340,7 @@ class Manifests:
 
     async def _head(self, route: Route, accept: frozenset[str]) -> Descriptor | None:
         """
-        Ask ECR what C{route} leads to; none if it has it, but doesn't say its digest.
+        Ask ECR for the descriptor of C{route}; None if ECR has it but doesn't send its digest.
         """
         upstream = self._upstream(route)
         head = await upstream.head_manifest(route, _accept_header(accept))
@@ -354,7 +354,7 @@ class Manifests:
 
     async def _fetch(self, route: Route, accept: frozenset[str]) -> tuple[Descriptor, Document]:
         """
-        Fetch a manifest; keeping it takes its own time.
+        Fetch a manifest, and store it in the background.
         """
         return await self._fetch_from(self._upstream(route), route, accept)
 
@@ -367,7 +367,7 @@ class Manifests:
         if route.digest not in (None, digest):
             said = f"{upstream.name} gave something else than {route.digest}"
             raise RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
-        held = self._cache.held(digest)  # one copy for all clients that are slow to take it
+        held = self._cache.held(digest)  # one copy in memory for all slow clients
         try:
             document = held if held is not None else await self._cache.parse(manifest.body, Document.read)
             media_type = document.type_as(manifest.content_type)
@@ -387,10 +387,10 @@ class Manifests:
 @dataclass(frozen=True, slots=True)
 class _Said(Generic[T]):
     """
-    What ECR answered to a question: that it has no such thing, or what was asked for.
+    ECR's answer to a request: a result, or a 404.
 
-    @ivar question: its number, larger than those of all that were asked before: when it was asked, in microseconds
-        since the epoch, for other processes ask, too.
+    @ivar question: the request's number, larger than those of all earlier ones: its time in microseconds since the
+        epoch, because other processes send requests, too.
     """
 
     question: int
@@ -400,7 +400,7 @@ class _Said(Generic[T]):
 @dataclass(frozen=True, slots=True)
 class _Named:
     """
-    The tag for which ECR named a digest.
+    The tag for which ECR returned a digest.
 
     @ivar accept: the manifest types of the client that asked.
     @ivar when: seconds since the epoch.
@@ -413,7 +413,7 @@ class _Named:
 
 def _leaves_it_to_others(failure: Failure, number: int) -> bool:
     """
-    Return True if a failure leaves a tag to whoever else is asked: what ECR itself denies, or answers, does not.
+    Return True if a failure permits another registry to answer for a tag: an answer or denial by ECR does not.
     """
     if number:
         return failure.check(RegistryError, DeadlineExceededError) is not None
@@ -432,7 +432,7 @@ def _answered(said: _Said[T]) -> T:
 
 def _accept_header(accept: frozenset[str]) -> str:
     """
-    Write the types that a client takes. Who takes any is spelled out: registries don't all read C{*/*}.
+    Return an Accept header. "Any type" is spelled out, because some registries ignore C{*/*}.
     """
     return ", ".join(sorted(accept)) or ", ".join([*sorted(MANIFEST_TYPES), "*/*"])
 

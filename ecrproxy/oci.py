@@ -1,8 +1,8 @@
 """
 The distribution protocol as values: digests, descriptors, routes, media types and error bodies. Pure.
 
-What a client asked for is parsed here once, at the door, from the raw request target; nothing
-further in ever sees a raw path. The grammar is that of the OCI distribution spec 1.1, "Pull".
+The raw request target is parsed here, once; no later code sees a raw path. The grammar is that of the OCI distribution
+spec 1.1, "Pull".
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 MANIFEST_LIMIT = 4 * 2**20
-"""The most bytes a manifest may have: what the spec asks registries to accept, and ECR's own limit."""
+"""Maximum bytes of a manifest: what the spec requires registries to accept, and ECR's limit."""
 VALUES_LIMIT = 100_000
 """
-The most values that a manifest may have, reckoned at a glance. Python's parser lets no other thread run, and its
-garbage collector looks at all that it makes: 4 MiB of empty lists stop everything for seconds.
+Maximum values in a manifest, estimated before parsing. Python's parser blocks all other threads, and the garbage
+collector scans all objects that it creates: 4 MiB of empty lists stop the process for seconds.
 """
 
 SIZE_LIMIT = 2**62
-"""The most bytes that anything is said to have: files can't have many more."""
+"""Maximum size, in bytes, in a descriptor: files can't be much larger."""
 CATALOG_PAGE = 1000
-"""The most names on a page of the catalog."""
+"""Maximum names on a page of the catalog."""
 BLOB_TYPE = "application/octet-stream"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 INDEX_TYPES = frozenset({INDEX_TYPE, "application/vnd.docker.distribution.manifest.list.v2+json"})
@@ -65,13 +65,13 @@ _PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 class RegistryError(Exception):
     """
-    The answer that a client gets instead of content.
+    An error response.
 
     @ivar status: the HTTP status.
     @ivar code: the spec's error code, "Error Codes".
-    @ivar message: what happened, and what to do, for a person.
-    @ivar headers: more headers of the answer.
-    @ivar reason: why, in a word; each kind of error has its usual one.
+    @ivar message: what happened, and what to do.
+    @ivar headers: additional response headers.
+    @ivar reason: the value of X-Cache-Reason; each class has a default.
     """
 
     reason = Reason.BAD_REQUEST
@@ -91,14 +91,14 @@ class RegistryError(Exception):
 
     def body(self) -> bytes:
         """
-        Write the error as the spec's JSON.
+        Return the error as the spec's JSON.
         """
         return json.dumps({"errors": [{"code": self.code, "message": self.message}]}).encode() + b"\n"
 
 
 class Digest(NamedTuple):
     """
-    The name of content by its hash: sha256 or sha512.
+    A sha256 or sha512 digest.
     """
 
     algorithm: str
@@ -107,7 +107,7 @@ class Digest(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Digest:
         """
-        Read C{algorithm:hex}.
+        Parse C{algorithm:hex}.
 
         @raise ValueError: if it is not a digest of an algorithm that the proxy can verify.
         """
@@ -119,13 +119,13 @@ class Digest(NamedTuple):
     @classmethod
     def of(cls, data: bytes, algorithm: str = "sha256") -> Digest:
         """
-        Name C{data}.
+        Return the digest of C{data}.
         """
         return cls(algorithm, hashlib.new(algorithm, data).hexdigest())
 
     def hasher(self) -> _Hash:
         """
-        Begin the hash whose C{hexdigest()} must come to be C{hex}.
+        Return a new hash object of this algorithm; at the end, its C{hexdigest()} must equal C{hex}.
         """
         return hashlib.new(self.algorithm)
 
@@ -136,7 +136,7 @@ class Digest(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Descriptor:
     """
-    What a name leads to. OCI image spec, "Content Descriptors".
+    A content descriptor: OCI image spec, "Content Descriptors".
 
     @ivar size: in bytes.
     """
@@ -148,7 +148,7 @@ class Descriptor:
 
 class Kind(enum.Enum):
     """
-    What of a repository a path speaks of; the value is its word in the path.
+    The kind of resource in a path; the value is its path segment.
     """
 
     MANIFEST = "manifests"
@@ -160,10 +160,10 @@ class Kind(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class Route:
     """
-    A request path under /v2/, understood.
+    A parsed request path under /v2/.
 
     @ivar reference: a tag, or the text of C{digest}; C{list} for tags.
-    @ivar digest: the reference, if it is one.
+    @ivar digest: the reference as a digest; None for tags.
     @ivar query: the raw query string, without C{?}.
     """
 
@@ -176,32 +176,32 @@ class Route:
     @property
     def path(self) -> str:
         """
-        The path in its one canonical spelling: what nginx calls C{$uri}.
+        The canonical path: what nginx calls C{$uri}.
         """
         return f"/v2/{self.repository.name}/{self.kind.value}/{self.reference}"
 
     def at(self, digest: Digest) -> Route:
         """
-        Point at C{digest} in the same repository, by the same kind.
+        Return the route to C{digest}, with the same repository and kind.
         """
         return replace(self, reference=str(digest), digest=digest)
 
 
 def first_component(repository: str) -> str:
     """
-    Return what comes before the first slash of a repository's name: of a pull-through cache, the rule's prefix.
+    Return the part of a repository's name before the first slash: in a pull-through cache, the rule's prefix.
     """
     return repository.partition("/")[0]
 
 
 def parse_route(target: str, registry: RegistryId) -> Route:
     """
-    Understand a raw origin-form request target under /v2/ of C{registry}.
+    Parse a raw origin-form request target under /v2/ of C{registry}.
 
-    The path is split as it came; then the name and the reference are percent-decoded, once, and must be of the grammar.
+    The raw path is split; then the name and the reference are percent-decoded, once, and must match the grammar.
 
-    @raise RegistryError: 404 for a path that the pull side of the protocol has not,
-        400 for a name, digest or tag outside the grammar, and for a query that belongs in no URL.
+    @raise RegistryError: 404 for a path that is not in the pull part of the protocol,
+        400 for a name, digest or tag outside the grammar, and for a query that is not valid in a URL.
     """
     path, _, query = target.partition("?")
     parts = path.removeprefix("/v2/").rsplit("/", 2)
@@ -247,7 +247,7 @@ def _no_such_query() -> RegistryError:
 
 def query_values(query: str) -> dict[str, str]:
     """
-    Split a raw query string into its first value for each name, still escaped.
+    Return the first value for each name of a raw query string, still escaped.
     """
     values: dict[str, str] = {}
     for name, _, value in (pair.partition("=") for pair in query.split("&") if pair):
@@ -257,9 +257,11 @@ def query_values(query: str) -> dict[str, str]:
 
 def parse_catalog(query: str) -> tuple[str, int]:
     """
-    Read which page of the catalog is meant: after which name it begins, and how many names it may have.
+    Return the requested page of the catalog: the name it starts after, and the maximum number of names.
 
-    @raise RegistryError: 400 if C{n} is no number. More than C{CATALOG_PAGE} are as many.
+    C{n} is limited to C{CATALOG_PAGE}.
+
+    @raise RegistryError: 400 if C{n} is not a number.
     """
     if not _QUERY.fullmatch(query):
         raise _no_such_query()
@@ -273,27 +275,27 @@ def parse_catalog(query: str) -> tuple[str, int]:
 
 def passed_on(query: str) -> dict[str, str]:
     """
-    Choose the parameters of a list that pass between a client and ECR, escaped as they came: C{last} is opaque.
+    Return the parameters of a list that are passed between client and ECR, unchanged: C{last} is opaque.
 
-    That is all but containerd's C{ns}, and names that a query would have to escape.
+    Containerd's C{ns}, and names that would need escaping, are dropped.
     """
     return {name: value for name, value in query_values(query).items() if name != "ns" and _PARAMETER.fullmatch(name)}
 
 
 def to_query(values: Mapping[str, str]) -> str:
     """
-    Write values that are escaped already as a query string.
+    Return a query string of values that are already escaped.
     """
     return "&".join(f"{name}={value}" for name, value in values.items())
 
 
 def accepted_types(accept: Sequence[str]) -> frozenset[str]:
     """
-    Read Accept headers as the set of manifest types that the client takes; empty means any.
+    Return the set of manifest types in Accept headers; empty means any.
 
-    Order, spelling and preference values are left out: ECR chooses by membership alone (field notes C7),
-    so that two clients who accept the same types share one answer. Types that no manifest has choose nothing
-    and are dropped: a client could fill the cache with them. RFC 9110, 12.5.1.
+    Order, spelling and quality values are ignored: ECR only looks whether a type is listed (field notes C7), so clients
+    that accept the same types share one answer. Types of no manifest have no effect and are dropped: a client could
+    fill the cache with them. RFC 9110, 12.5.1.
     """
     types = set()
     for item in ",".join(accept).split(","):
@@ -309,9 +311,9 @@ def accepted_types(accept: Sequence[str]) -> frozenset[str]:
 @dataclass(frozen=True, slots=True)
 class Document:
     """
-    A manifest's bytes and the media type that it gives itself.
+    A manifest's bytes and its C{mediaType} field.
 
-    @ivar own_type: none if it gives none.
+    @ivar own_type: None without that field.
     """
 
     body: bytes
@@ -322,7 +324,7 @@ class Document:
         """
         Parse a manifest.
 
-        @raise ValueError: if it is no JSON object, or its media type is no text.
+        @raise ValueError: if C{body} is not a JSON object, or its media type is not a string.
         """
         own_type = _json_object(body).get("mediaType")
         if own_type is not None and not isinstance(own_type, str):
@@ -333,8 +335,8 @@ class Document:
         """
         Return the media type of this manifest, which a registry has sent as C{content_type}.
 
-        @raise ValueError: if that is not a manifest's type, as that of a page in a manifest's place,
-            or not the one that the manifest gives itself (CVE-2021-41190).
+        @raise ValueError: if that is not a manifest's type, such as that of an HTML page,
+            or differs from the manifest's own field (CVE-2021-41190).
         """
         named = content_type.partition(";")[0].strip().lower()
         if named not in MANIFEST_TYPES:
@@ -346,9 +348,9 @@ class Document:
 
 def index_type(content_type: str, body: bytes) -> str:
     """
-    Return the media type of an index, such as the list of what refers to a manifest, sent as C{content_type}.
+    Return the media type of an index, such as a list of referrers, sent as C{content_type}.
 
-    @raise ValueError: if it is none.
+    @raise ValueError: if it is not an index.
     """
     named = content_type.partition(";")[0].strip().lower()
     if named in INDEX_TYPES:
@@ -360,16 +362,16 @@ def index_type(content_type: str, body: bytes) -> str:
 
 def listed(manifest: bytes, media_type: str) -> Iterator[tuple[Kind, Descriptor]]:
     """
-    Yield what a manifest of C{media_type} lists of its own repository.
+    Yield the content of its own repository that a manifest of C{media_type} lists.
 
-    Only the fields that the type defines are read, for these alone are checked by a registry that takes the manifest:
-    C{manifests} of an index, C{layers} and C{config} of an image, C{blobs} of an artifact. Content that may live
-    elsewhere (foreign layers, C{urls}) and a C{subject} are left out: a registry takes a manifest without having them.
+    Only the fields that the type defines are read, because registries check only these when they accept a manifest:
+    C{manifests} of an index, C{layers} and C{config} of an image, C{blobs} of an artifact. Content that may be stored
+    elsewhere (foreign layers, C{urls}) and a C{subject} are ignored: a registry accepts a manifest without having them.
 
-    A manifest in which two members of an object have one name lists nothing: the registry may have checked the other.
-    Go's readers ignore the case of names, and media types have none (RFC 6838, 4.2).
+    If an object in a manifest has duplicate member names, nothing is listed: the registry may have checked the other.
+    Names are compared without case, as Go's parsers do, and so are media types (RFC 6838, 4.2).
 
-    @raise ValueError: if it is no JSON object.
+    @raise ValueError: if C{manifest} is not a JSON object.
     """
     try:
         document = _json_object(manifest, _told_apart)
@@ -382,9 +384,9 @@ def listed(manifest: bytes, media_type: str) -> Iterator[tuple[Kind, Descriptor]
 
 def layers(manifest: bytes, media_type: str) -> Iterator[Descriptor]:
     """
-    Yield the layers of an image, in order, as L{listed} does; none of what is no image.
+    Yield the layers of an image, in order, by the rules of L{listed}; nothing for other manifests.
 
-    @raise ValueError: if it is no JSON object.
+    @raise ValueError: if C{manifest} is not a JSON object.
     """
     if media_type in _IMAGE_TYPES:
         with contextlib.suppress(_AmbiguousError):
@@ -402,7 +404,7 @@ def _own_descriptors(document: Mapping[str, object], field_name: str) -> Iterato
 
 def _fields_of(media_type: str) -> Sequence[tuple[str, Kind]]:
     """
-    Return the fields in which a manifest of this type lists content of its repository.
+    Return the fields of this type that list content of the repository.
     """
     if media_type in INDEX_TYPES:
         return (("manifests", Kind.MANIFEST),)
@@ -432,7 +434,7 @@ def _own_descriptor(item: object) -> Descriptor | None:
 
 class _AmbiguousError(Exception):
     """
-    Two members of an object have one name.
+    A JSON object has duplicate member names.
     """
 
 

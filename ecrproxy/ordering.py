@@ -1,5 +1,5 @@
 """
-One change at a time to what a key names, and which of several is the newer one.
+Serialize changes per key, and order answers about a tag.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from twisted.internet.defer import Deferred
 T = TypeVar("T")
 
 KEPT: Final = 16
-"""Sets of accepted types whose order is known for a tag: as many as its entry keeps answers to."""
+"""Maximum sets of accepted types tracked for a tag: as many as its entry keeps answers for."""
 
 
 class Places:
     """
-    Places for work that only so much of may be done at once.
+    A semaphore: limits concurrent work.
 
-    @param count: places.
+    @param count: maximum number of concurrent pieces of work.
     """
 
     def __init__(self, count: int) -> None:
@@ -33,14 +33,14 @@ class Places:
     @property
     def idle(self) -> bool:
         """
-        Whether nobody has a place, or waits for one.
+        Whether all places are free and nothing waits for one.
         """
         return self._free == self._count and not self._waiting
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """
-        Wait for a place, first come first served.
+        Hold a place; wait for one in order of arrival.
         """
         place: Deferred[None] = Deferred(lambda left: self._waiting.pop(left, None))
         self._waiting[place] = None
@@ -57,10 +57,10 @@ class Places:
 
     def _give(self) -> None:
         """
-        Give places in a loop: work that ends at once would otherwise start the next a few stack frames deeper.
+        Hand out places in a loop: otherwise, work that ends at once would start the next a few stack frames deeper.
 
-        A hundred that wait would reach Python's limit. Twisted's C{DeferredLock} and C{DeferredSemaphore} do, and stay
-        taken for ever then.
+        With a hundred waiting, that reaches Python's recursion limit, as in Twisted's C{DeferredLock} and
+        C{DeferredSemaphore}, which then stay locked for ever.
         """
         if self._giving:
             return
@@ -75,7 +75,7 @@ class Places:
 
 class KeyedLocks:
     """
-    At most one piece of work at a time for a key; the others wait in the order in which they came.
+    One lock per key; waiting work runs in order of arrival.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class KeyedLocks:
 
     async def run(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """
-        Do C{work} once all that came before it for C{key} is done.
+        Run C{work} after all earlier work for C{key}.
         """
         lock = self._locks.setdefault(key, Places(1))
         try:
@@ -97,13 +97,13 @@ class KeyedLocks:
 @dataclass
 class Order:
     """
-    Which questions about one tag the newest answers were given to. Questions are numbered as they are asked.
+    The newest answered requests to ECR for one tag, numbered in the order in which they were sent.
 
-    Some registries answer 404 if the tag has nothing that the client accepts. So a 404 denies what its client would
-    have accepted, and says nothing about what other clients were given.
+    Some registries answer 404 if the tag has nothing that the client accepts. So a 404 only denies what its client
+    would have accepted, and says nothing about answers to other clients.
 
-    @ivar gone: the last one that was answered with 404, for each set of accepted types.
-    @ivar answered: the last one that was answered otherwise, for each set of accepted types.
+    @ivar gone: the last request that was answered with 404, by set of accepted types.
+    @ivar answered: the last request that was answered otherwise, by set of accepted types.
     """
 
     gone: dict[frozenset[str], int] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Order:
 
     def answer(self, accept: frozenset[str], media_type: str, question: int) -> bool:
         """
-        Note an answer; return False if it is outdated: a later question has been answered already.
+        Note an answer; return False if a later request has already been answered.
         """
         denied = (number for by, number in self.gone.items() if _denies(by, accept, media_type))
         if question < max(self.answered.get(accept, 0), *denied, 0):
@@ -121,7 +121,7 @@ class Order:
 
     def forget(self, by: frozenset[str], question: int, known: Mapping[frozenset[str], str]) -> set[frozenset[str]]:
         """
-        Note a 404 to a client that accepts C{by}; return which of the C{known} answers stay.
+        Note a 404 to a client that accepts C{by}; return which C{known} answers remain valid.
 
         @param known: the media type of each answer.
         """
@@ -135,7 +135,7 @@ class Order:
 
 def _denies(by: frozenset[str], accept: frozenset[str], media_type: str) -> bool:
     """
-    Return True if a 404 to a client that accepts C{by}, any type if empty, denies an answer given to C{accept}.
+    Return True if a 404 to a client that accepts C{by} (empty for any) denies an answer given for C{accept}.
     """
     return not by or by == accept or media_type in by
 

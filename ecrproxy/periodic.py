@@ -1,8 +1,7 @@
 """
-Call something again and again, also after a call that failed.
+Call a function periodically, even after it failed.
 
-A C{LoopingCall} ends for good with its first call that fails. No part of the daemon wants that: what failed once may
-succeed the next time.
+C{LoopingCall} stops at the first failure. No part of the daemon wants that: the next call may succeed.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ log = Logger()
 
 class Periodic:
     """
-    Calls C{turn}, and logs its failures. The next turn waits for the last.
+    Calls C{turn} and logs its failures. A turn starts only after the previous one has ended.
 
-    @param what: names it in the log.
+    @param what: the name in the log.
     @param turn: returns anything, a Deferred or a coroutine.
-    @param counted: C{turn} takes the number of turns since the last call: more than one after a stall.
+    @param counted: pass C{turn} the number of turns since the last call: more than one after a stall.
     """
 
     def __init__(self, what: str, turn: Callable[..., object], clock: IReactorTime, *, counted: bool = False) -> None:
@@ -38,16 +37,16 @@ class Periodic:
 
     def start(self, seconds: float, *, now: bool = True) -> None:
         """
-        Begin.
+        Start calling.
 
-        @param seconds: from one turn to the next.
-        @param now: the first turn is at once.
+        @param seconds: interval between turns.
+        @param now: start with a turn at once.
         """
         self._loop.start(seconds, now=now)
 
     def stop(self) -> None:
         """
-        Call no more, if it was started.
+        Stop calling, if started.
         """
         if self._loop.running:
             self._loop.stop()
@@ -57,7 +56,7 @@ class Periodic:
 
     def _failed(self, failure: Failure) -> None:
         what, problem = self._what, str(failure.value)
-        if failure.check(OSError):  # a disk or a network: a traceback says nothing more
+        if failure.check(OSError):  # disk or network: a traceback adds nothing
             log.warn("{what} failed: {problem}; trying again", what=what, problem=problem, once=what)
         else:
             log.failure("{what} failed: {problem}; trying again", failure, what=what, problem=problem, once=what)

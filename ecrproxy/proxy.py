@@ -1,19 +1,19 @@
 """
-Pull-through: what is asked for comes from the cache, or through it from ECR. Read this one first.
+Pull-through: serve content from the cache, or through it from ECR. Start reading here.
 
 Rules:
 
-- What is named by its digest is asked of ECR once for each repository, and never again while it is in the cache.
-- Content is shared, permission is not. A repository gets what another brought in only after ECR has said
-  that this one holds it too, or a cached manifest of this one lists it (a I{fact}, see L{cached}).
-- Look, then register the flight, with no await between: between two awaits nobody else runs.
-- A part of a blob is fetched first, and the rest for the cache behind it. If the blob is not kept, the part is passed
-  on alone: the bucket is asked for these bytes, and for small gaps between several of them.
-- What ECR said before a purge is noted for nobody after it, also where it began a transfer that goes on.
-- One process in a directory brings a blob in, the others follow it: see L{record}. A part that it has not come to yet
-  is passed on alone.
-- The cache may fail in any way: what upstream gives is handed on all the same.
-- Of an image, layers are fetched ahead of who asks for them: see L{reading_ahead}, which decides which and when.
+- Content with a digest is requested from ECR once per repository, and not again while it is in the cache.
+- Content is shared, permission is not. Content that another repository fetched is served only after ECR has confirmed
+  that this repository has it too, or if a cached manifest of this one lists it (a I{fact}, see L{cached}).
+- Check, then register the flight, with no await in between: between two awaits no other code runs.
+- A requested part of a blob is fetched first, then the rest for the cache. If the blob is not stored, only the part is
+  passed through: the bucket is asked for these bytes, and for small gaps between several of them.
+- What ECR said before a purge is not recorded after it, even if it started a transfer that continues.
+- One process per directory downloads a blob, the others follow it: see L{record}. A part that it has not reached yet
+  is passed through separately.
+- The cache may fail in any way: the upstream response is still passed on.
+- Layers of an image are fetched before clients request them: L{reading_ahead} decides which and when.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ log = Logger()
 T = TypeVar("T")
 
 Source = tuple[Upstream, Route]
-"""A registry, and as what it has a blob."""
+"""A registry, and the route of a blob there."""
 
 
 class _Carrier(NamedTuple):
     """
-    In which repository what is on its way was asked for first.
+    The repository that first requested a blob in flight.
 
-    @ivar purges: how many had been heard of when ECR was asked: what it said counts for others until there is another.
+    @ivar purges: number of purges known when ECR was asked; its answer is valid for others until the next purge.
     """
 
     repository: Repository
@@ -76,9 +76,9 @@ class _Carrier(NamedTuple):
 
 class OtherSizeError(UnavailableError):
     """
-    A blob has another size than is known of it.
+    A blob's size differs from the known one.
 
-    @ivar certain: whether ECR has told whoever asked the bucket how large it is; else it may be that which is wrong.
+    @ivar certain: whether the known size is ECR's, given with this request; otherwise that may be wrong.
     """
 
     certain = False
@@ -88,14 +88,14 @@ class PullThrough:
     """
     The registries' content, through the cache.
 
-    @param upstream: gives the registry of a route.
+    @param upstream: returns the registry of a route.
     @param now: seconds since the epoch.
-    @param tag_ttl: seconds for which a tag's digest is taken on trust.
-    @param lanes: the connections that blobs may come over.
-    @param ahead: makes what fetches the layers behind those that clients fetch; none to have that done by nobody.
-    @param unattended: how many transfers go on that nobody reads.
-    @param call_later: a reactor's.
-    @ivar ahead: what fetches layers ahead, if anything does.
+    @param tag_ttl: seconds for which a tag's digest is served without asking ECR.
+    @param lanes: the connections for blobs.
+    @param ahead: creates the object that reads ahead; None to disable reading ahead.
+    @param unattended: limits the transfers that continue without readers.
+    @param call_later: the reactor's C{callLater}.
+    @ivar ahead: reads layers ahead; None if disabled.
     @ivar page: answers a request for tags or referrers, see L{Lists}.
     """
 
@@ -130,26 +130,26 @@ class PullThrough:
 
     def transfers(self) -> list[Download]:
         """
-        List what is on its way from upstream.
+        Return the transfers in flight from upstream.
         """
         return list(self._arriving.values())
 
     def carrier(self, digest: Digest) -> Repository | None:
         """
-        Return the repository in which what is on its way was asked for first.
+        Return the repository that first requested a blob in flight.
         """
         found = self._carriers.get(digest)
         return None if found is None else found.repository
 
     def _vouches(self, asked: Asked) -> bool:
         """
-        Return True if what is on its way was asked for first in the same repository, and no purge was heard of since.
+        Return True if the same repository started the transfer in flight, and there was no purge since.
         """
         return self._carriers.get(asked.digest) == _Carrier(asked.route.repository, self._cache.purges)
 
     def at_hand(self, asked: Asked) -> Answer | None:
         """
-        Answer from memory a request for which neither upstream nor the disk has to be asked.
+        Return an answer from memory, or None if upstream or the disk is needed.
         """
         if asked.route.kind is Kind.BLOB:
             return self._cache.at_hand(asked)
@@ -157,7 +157,7 @@ class PullThrough:
 
     def answered_at_hand(self, asked: Asked, answer: Answer) -> None:
         """
-        Note that a client has got what L{at_hand} has given.
+        Note that a client was sent an answer from L{at_hand}.
         """
         if self.ahead is not None and asked.route.kind is Kind.BLOB:
             self.ahead.asked_for(asked.digest)
@@ -168,10 +168,10 @@ class PullThrough:
 
     async def blob(self, asked: Asked, ranges: Ranges | None = None) -> Answer:
         """
-        Answer a request for a blob.
+        Return the answer to a request for a blob.
 
-        @param ranges: the parts wanted; none for all.
-        @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
+        @param ranges: the requested parts; None for all.
+        @raise RegistryError: if the repository doesn't have it, or ECR can't return it.
         """
         if self.ahead is not None:
             self.ahead.asked_for(asked.digest)
@@ -206,7 +206,7 @@ class PullThrough:
             except OtherSizeError as problem:
                 if problem.certain:
                     raise
-                # If it was confirmed before, who began the transfer knew less.
+                # If ECR confirmed a size before, the transfer was started without it.
                 (size, said), confirmed = (size, said) if confirmed else await self._blob_size(asked), True
             except UnavailableError:
                 answer = await self._answer_late(asked, missing)
@@ -216,10 +216,10 @@ class PullThrough:
 
     async def _answer_late(self, asked: Asked, missing: Reason) -> Answer | None:
         """
-        Look once more for what upstream does not give, if the disk had no answer in time: it may have one by now.
+        Look up again what upstream can't return, if the disk was too slow before: it may have answered by now.
 
-        @param missing: why it was not found before.
-        @return: none if it isn't there, or it is not known that the repository may have it.
+        @param missing: why the first lookup failed.
+        @return: None if the blob isn't there, or it is not known that the repository has it.
         """
         if missing is not Reason.DISK:
             return None
@@ -235,7 +235,7 @@ class PullThrough:
 
     async def _join_at_once(self, asked: Asked, ranges: Ranges | None) -> Answer | None:
         """
-        Follow a transfer that the same repository began, if it is not yet at its end: then no disk knows more of it.
+        Follow an unfinished transfer that the same repository started: the disk has no more of it.
         """
         digest, repository = asked.digest, asked.route.repository
         if not self._vouches(asked):
@@ -267,9 +267,9 @@ class PullThrough:
 
     async def _blob_size(self, asked: Asked) -> tuple[int, int]:
         """
-        Have ECR confirm that the repository holds the blob.
+        Ask ECR to confirm that the repository has the blob.
 
-        @return: its bytes, and how many purges had been heard of when ECR was asked.
+        @return: its size in bytes, and the number of purges known when ECR was asked.
         """
         since = self._cache.purges
         size = await self._sizes.join((asked.route, since), lambda: self._upstream(asked.route).blob_size(asked.route))
@@ -280,18 +280,18 @@ class PullThrough:
         self, asked: Asked, expected: int | None, missing: Reason, ranges: Ranges | None, since: int, *, confirmed: bool
     ) -> Answer | None:
         """
-        Begin the transfer that all who ask for this digest meanwhile will follow; none if it has landed since the look.
+        Start the transfer that concurrent requests for this digest share; None if it has ended since the lookup.
 
-        @param expected: how many bytes it has by what is known.
-        @param missing: why it has to be begun.
-        @param since: how many purges had been heard of when the repository was known to hold it.
-        @param confirmed: whether ECR has said so just now; else it may be what a bucket told that was wrong.
-        @raise OtherSizeError: if it has another size, or may have.
+        @param expected: the known size in bytes.
+        @param missing: why the transfer is needed.
+        @param since: number of purges known when the repository was known to have the blob.
+        @param confirmed: whether ECR has just confirmed the size; otherwise it may come from a bucket and be wrong.
+        @raise OtherSizeError: if the size differs, or may differ.
         """
         route, digest = asked.route, asked.digest
         try:
             parts = _parts(ranges, expected)
-        except LookupError:  # nothing to send, and nothing to fetch for it
+        except LookupError:  # nothing to send, so nothing to fetch
             if not confirmed:
                 raise _uncertain() from None
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, expected)
@@ -302,14 +302,14 @@ class PullThrough:
         begin = partial(self._open, route, digest, expected, parts, unread=unread, asked=asked)
         try:
             body = await self._openings.join(digest, begin)
-        except OtherSizeError as problem:  # which those who joined are told after this
+        except OtherSizeError as problem:  # reported to those that joined after this
             problem.certain = confirmed
             raise
         if isinstance(body, Passing) and body.is_let_go:
             return await self._alone(asked, parts, expected, confirmed=confirmed)
         if body is None or self.carrier(digest) not in (None, route.repository):
-            return None  # that another registry has begun to send it says nothing about this one
-        if isinstance(body, Passing) or not body.kept or body.elsewhere:  # else it was noted with the file
+            return None  # that another registry sends it proves nothing about this one
+        if isinstance(body, Passing) or not body.kept or body.elsewhere:  # otherwise noted with the file
             self._cache.holds(asked, body.size, since)
         missing = self._cache.why_missing(asked, missing)
         if isinstance(body, Passing) or not body.kept:
@@ -322,11 +322,11 @@ class PullThrough:
         self, asked: Asked, ranges: Ranges | None, carrier: Repository | None, confirmed: int | None, since: int
     ) -> Answer | None:
         """
-        Follow the transfer that C{carrier} began; none if the answer has to be looked for again.
+        Follow the transfer that C{carrier} started; None if the lookup must be repeated.
 
-        @param confirmed: how many bytes it has, if ECR has said so just now; a transfer has what a bucket told.
-        @param since: how many purges had been heard of when the repository was known to hold it.
-        @raise OtherSizeError: if it has another size, or may have.
+        @param confirmed: the size in bytes, if ECR has just confirmed it; a transfer has the bucket's size.
+        @param since: number of purges known when the repository was known to have the blob.
+        @raise OtherSizeError: if the size differs, or may differ.
         """
         digest = asked.digest
         body: Download | Passing | None = self._arriving.get(digest)
@@ -336,7 +336,7 @@ class PullThrough:
         if body is None:
             return None
         if isinstance(body, Download) and body.stopped:
-            if digest in self._arriving:  # else it has ended already, and nobody tells that again
+            if digest in self._arriving:  # otherwise it has already ended, which is not announced again
                 await self._unattended.change()
             return None
         size = confirmed if confirmed is not None and body.size is not None else body.size
@@ -348,14 +348,14 @@ class PullThrough:
             return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, size)
         if isinstance(body, Passing) or body.size != size or not _serves(body, parts):
             return await self._alone(asked, parts, size, confirmed=confirmed is not None)
-        if confirmed is None:  # else that is noted
+        if confirmed is None:  # otherwise already noted
             self._cache.holds(asked, body.size, since)
         self._add_source(body, asked.route, carrier)
         return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
 
     async def _begun(self, asked: Asked, carrier: Repository | None) -> Download | Passing | None:
         """
-        Wait for the transfer that is being opened for C{carrier}; none if that says nothing about who waits.
+        Wait for the transfer that is being opened for C{carrier}; None if its outcome proves nothing for this request.
         """
         digest, own = asked.digest, carrier == asked.route.repository
         refusals = self._refusals.get(digest, {})
@@ -365,16 +365,16 @@ class PullThrough:
         except RegistryError:
             if own:
                 raise
-            if (refusal := refusals.get(asked.route.repository)) is not None:  # asked beside, it had all its time
+            if (refusal := refusals.get(asked.route.repository)) is not None:  # its own registry was asked and refused
                 raise refusal from None
-            return None  # what ECR said to another repository says nothing about this one
+            return None  # ECR's answer for another repository proves nothing about this one
         if own and self.carrier(digest) not in (None, carrier):
-            return None  # nor does it that another registry has begun to send it
+            return None  # nor does a transfer from another registry
         return body
 
     def _ask_beside(self, digest: Digest, route: Route, carrier: Repository | None) -> None:
         """
-        Have a transfer that is being opened begin at the registry of a client that waits for it, if its own is slow.
+        Let a transfer that is being opened also try the registry of a waiting client, if its own is slow.
         """
         registry, others = route.repository.registry, self._others.get(digest)
         if carrier is not None and carrier.registry != registry and others is not None and registry not in others:
@@ -384,7 +384,7 @@ class PullThrough:
 
     def _add_source(self, download: Download, route: Route, carrier: Repository | None) -> None:
         """
-        Let the rest of a transfer come from the registry of a client that has joined it, should its own give no more.
+        Let a transfer continue from the registry of a client that has joined it, if its own fails.
         """
         registry = route.repository.registry
         if carrier is not None and carrier.registry != registry and registry not in download.others:
@@ -404,12 +404,12 @@ class PullThrough:
         asked: Asked | None = None,
     ) -> Download | Passing | None:
         """
-        Open the shared transfer of C{digest}; none if it turns out to be in the cache.
+        Open the shared transfer of C{digest}; None if it turns out to be in the cache.
 
-        @param expected: how many bytes it has by what is known; known only if the repository holds it.
-        @param parts: what of it is wanted first. If the blob is not kept, only that is opened, and nothing is shared.
-        @param unread: whether the disk could not give it: if it is there, it is passed on, and not kept.
-        @param asked: whose request it is, if it is one's.
+        @param expected: the known size in bytes; known only if the repository has the blob.
+        @param parts: the parts needed first. If the blob is not stored, only they are opened, and nothing is shared.
+        @param unread: whether the disk could not read the blob: it is then passed through, and not stored.
+        @param asked: the client's request, if there is one.
         """
         self._others[digest], self._refusals[digest] = {}, {}
         try:
@@ -434,9 +434,9 @@ class PullThrough:
 
     async def _claimed(self, digest: Digest) -> Claim | PeerTransfer | Met | Reason:
         """
-        Claim a digest, or find who has it; wait a while for a process that has no bytes to show yet.
+        Claim a digest, or find its owner; wait a while for a process that has no bytes yet.
 
-        It is asked for less and less often: ECR may be slow to answer for many blobs at once.
+        Retries back off: ECR may be slow to answer for many blobs at once.
         """
         waited = 0.0
         while (claimed := await self._cache.claim(digest)) is Met.BUSY and waited < STALLED_SECONDS:
@@ -462,7 +462,7 @@ class PullThrough:
         parts: Sequence[Span],
     ) -> Download | Passing | None:
         """
-        Follow another process's transfer, once ECR has said that the repository holds the blob.
+        Follow another process's transfer, after ECR has confirmed that the repository has the blob.
         """
         try:
             if expected is None:
@@ -490,12 +490,12 @@ class PullThrough:
 
     async def _follow(self, download: Download, peer: PeerTransfer, route: Route) -> None:
         """
-        Follow another process's transfer to its end, and finish it if the other does not.
+        Follow another process's transfer to its end; finish it if the other process does not.
         """
         try:
             await download.to_the_end(self._follow_on(download, peer, route))
         finally:
-            self._cache.used(download.digest)  # who writes it does not know, and may have begun it ahead
+            self._cache.used(download.digest)  # unknown to the writer, which may have read it ahead
             self._ended(download)
 
     async def _follow_on(self, download: Download, peer: PeerTransfer, route: Route) -> None:
@@ -509,7 +509,7 @@ class PullThrough:
             if writer is not None:
                 await self._finish_for(download, writer, route)
                 return
-            step = await download.watch(self._looks.at)  # another process was quicker
+            step = await download.watch(self._looks.at)  # another process was faster
         if step is Step.GO_ALONE:
             log.info("{digest} goes on alone: the process that brings it gets no further", digest=digest)
             start = await download.go_alone()
@@ -521,7 +521,7 @@ class PullThrough:
 
     async def _rest(self, download: Download, route: Route, stop: int | None, start: int) -> Blob:
         """
-        Begin to fetch what another process has left: from the first registry, or, if that fails or is slow, another.
+        Start to fetch what another process left unfinished, from the first registry; if it fails or is slow, another.
         """
 
         async def ask(source: Source) -> Blob:
@@ -534,12 +534,12 @@ class PullThrough:
 
     async def _finish_for(self, download: Download, writer: Writer, route: Route) -> None:
         """
-        Finish what a process has begun that has exited.
+        Finish the transfer of a process that has exited.
         """
         start, stop = writer.gaps[0]
         log.info("Taking over {digest} at byte {at}: its writer has exited", digest=writer.digest, at=start)
         download.continue_in(writer)
-        self._unattended.settle()  # its readers may have left meanwhile
+        self._unattended.settle()  # the readers may have left meanwhile
         blob = await self._rest(download, route, stop, start)
         if blob.size is None:
             blob.size = download.size
@@ -553,10 +553,10 @@ class PullThrough:
 
     async def _alone(self, asked: Asked, parts: Sequence[Span], size: int | None, *, confirmed: bool) -> Answer:
         """
-        Hand the blob, or parts of it, through to one client: the shared transfer keeps no file and is elsewhere.
+        Pass the blob, or parts of it, through to one client: the shared transfer has no file and is elsewhere.
 
-        @param confirmed: whether ECR has told the size just now.
-        @raise OtherSizeError: if a bucket has another size.
+        @param confirmed: whether ECR has just confirmed the size.
+        @raise OtherSizeError: if the bucket's size differs.
         """
         wanted: Sequence[tuple[int, int | None]] = questions(parts, ranged=True) or [(0, None)]
         start, stop = wanted[0]
@@ -581,10 +581,10 @@ class PullThrough:
         asked: Asked | None = None,
     ) -> Download | Passing:
         """
-        Begin the shared transfer of C{digest}: with what is wanted first, or from where an earlier one ended.
+        Start the shared transfer of C{digest}: with the parts needed first, or from where an earlier one ended.
 
-        @param claim: the claim, or why the blob is not kept.
-        @return: one that is let go if it is a part that another registry gives: each client asks its own for that.
+        @param claim: the claim, or why the blob is not stored.
+        @return: the transfer; already released if it is a part from another registry: each client asks its own.
         """
         left = self._cache.left(claim) if isinstance(claim, Claim) else None
         if left is not None:
@@ -619,9 +619,9 @@ class PullThrough:
 
     async def _first(self, route: Route, digest: Digest, stop: int | None, start: int) -> tuple[Route, Blob]:
         """
-        Begin to fetch a blob: from its registry, or, if that fails or is slow, from that of another client who waits.
+        Start to fetch a blob: from its registry or, if that fails or is slow, from that of another waiting client.
 
-        @return: as what the registry that gives it has it, and the blob.
+        @return: the blob's route at the registry that sends it, and the blob.
         """
         refusals = self._refusals[digest]
 
@@ -643,7 +643,7 @@ class PullThrough:
         passes: Callable[[Failure, int], bool],
     ) -> T:
         """
-        Ask registries for a blob: the first, and the others where it fails or is slow, also those that come meanwhile.
+        Ask registries for a blob: the first and, if it fails or is slow, the others, including those added meanwhile.
         """
         asks = [partial(ask, each) for each in sources]
         race = Race(asks, SLOW_SECONDS, self._call_later, passes, together=True)
@@ -664,9 +664,9 @@ class PullThrough:
         ahead: bool = False,
     ) -> Download:
         """
-        Begin a transfer, into C{file}; or through a window, for a reason.
+        Start a transfer, into C{file}; or, if that is a reason, through a window.
 
-        @param ahead: whether nobody has asked for it yet.
+        @param ahead: whether it is read ahead.
         """
         writer, unkept = (None, file) if isinstance(file, Reason) else (file, Reason.DISK)
         lanes = self._lanes.take(writer.missing if writer is not None and blob.ranged else 0)
@@ -713,7 +713,7 @@ class PullThrough:
         if self.ahead is not None:
             self.ahead.ended(download) if ahead else self.ahead.go_on()
 
-    # What is read ahead: see L{reading_ahead}.
+    # Reading ahead: see L{reading_ahead}.
 
     def _begin_behind(self, asked: Asked, ranges: Ranges | None, size: int | None, *, lacking: bool) -> None:
         if lacking and self.ahead is not None and not _is_part(ranges, size):
@@ -724,15 +724,15 @@ class PullThrough:
 
     async def _ask_ahead(self, route: Route, layer: Descriptor) -> tuple[Blob, int]:
         """
-        Ask for a layer that nobody has asked for. It is not claimed before its bytes come: others may get it sooner.
+        Ask for a layer to read ahead. It is claimed only when its bytes arrive: other processes may get it sooner.
 
-        @return: where it comes from, and how many purges had been heard of when ECR was asked.
-        @raise RegistryError: if there is none, or ECR can't give it.
+        @return: the blob's source, and the number of purges known when ECR was asked.
+        @raise RegistryError: if ECR doesn't have it, or can't return it.
         """
         since = self._cache.purges
         try:
             upstream = self._upstream(route)
-        except LookupError as problem:  # a reload has come meanwhile
+        except LookupError as problem:  # after a reload
             raise UnavailableError(503, "UNAVAILABLE", str(problem)) from None
         blob = await upstream.blob(route, self._lanes.first_part(layer.size), ahead=True)
         try:
@@ -749,7 +749,7 @@ class PullThrough:
 
     async def _bring(self, route: Route, layer: Descriptor, given: tuple[Blob, int]) -> Download | None:
         """
-        Begin the transfer of a layer that nobody has asked for; none if somebody has by now, in any process.
+        Start the transfer of a layer to read ahead; None if a client, in any process, has requested it by now.
         """
         digest, file, (blob, since) = layer.digest, None, given
         try:
@@ -763,7 +763,7 @@ class PullThrough:
                 blob.first.drop()
         if not isinstance(file, Writer):
             return None
-        if digest in self._carriers:  # who asks for it waits for the claim
+        if digest in self._carriers:  # a client that requests it waits for the claim
             blob.first.drop()
             self._disk.closing(file.leave).addErrback(lambda problem: log.failure("Letting go", problem))
             return None
@@ -775,10 +775,10 @@ class PullThrough:
 
     async def manifest(self, asked: Asked, told: Answer | BaseException | None = None) -> Answer:
         """
-        Answer a request for a manifest.
+        Return the answer to a request for a manifest.
 
-        @param told: what L{latest} has given already.
-        @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
+        @param told: an earlier result of L{latest}.
+        @raise RegistryError: if the repository doesn't have it, or ECR can't return it.
         """
         if isinstance(told, BaseException):
             raise told.with_traceback(None)
@@ -786,15 +786,15 @@ class PullThrough:
 
     def knows_tag(self, asked: Asked) -> bool:
         """
-        Return True if memory has what a tag led to last: see L{Manifests.knows}.
+        Return True if memory has a tag's last answer: see L{Manifests.knows}.
         """
         return self._manifests.knows(asked)
 
     async def latest(self, asked: Asked) -> Answer:
         """
-        Answer a request for a manifest with its bytes.
+        Return the answer to a request for a manifest, with its bytes.
 
-        @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
+        @raise RegistryError: if the repository doesn't have it, or ECR can't return it.
         """
         answer = await self._manifests.answer(asked)
         if self.ahead is not None and isinstance(answer.body, bytes):
@@ -804,21 +804,21 @@ class PullThrough:
 
 def _is_part(ranges: Ranges | None, size: int | None) -> bool:
     """
-    Return True if a part of a blob is asked for, or may be.
+    Return True if only a part of a blob is, or may be, requested.
     """
     if ranges is None or size is None:
         return ranges is not None
     try:
         return bool(_parts(ranges, size))
-    except LookupError:  # of nothing
+    except LookupError:  # no bytes
         return True
 
 
 def _parts(ranges: Ranges | None, size: int | None) -> list[Span]:
     """
-    Choose the parts of a blob to send; none for the whole, as a range that covers it is.
+    Return the parts of a blob to send; none for the whole blob, also if a range covers all of it.
 
-    @raise LookupError: if no byte of it is in the ranges.
+    @raise LookupError: if no range overlaps the blob.
     """
     spans = ranges.of(size) if ranges is not None and size is not None else []
     return [] if spans == [(0, size)] else spans
@@ -830,9 +830,9 @@ def _uncertain() -> OtherSizeError:
 
 def _settle_size(blob: Blob, expected: int | None, parts: Sequence[Span]) -> None:
     """
-    Take the size from a manifest where a bucket tells none; the client gets a length then, and the cache the blob.
+    Use the manifest's size if the bucket sends none: the client then gets a length, and the cache can store the blob.
 
-    @raise OtherSizeError: if parts are wanted of what has another one.
+    @raise OtherSizeError: if parts are requested and the size differs.
     """
     if blob.size is None:
         blob.size = expected
@@ -842,9 +842,9 @@ def _settle_size(blob: Blob, expected: int | None, parts: Sequence[Span]) -> Non
 
 def _check_size(blob: Blob, expected: int | None, *, certain: bool = False) -> None:
     """
-    Refuse what has another size than the blob of which parts were asked for: parts are not verified here.
+    Check a blob's size before sending parts of it, because parts are not verified here.
 
-    @raise OtherSizeError: if it has.
+    @raise OtherSizeError: if the size differs.
     """
     if blob.size != expected:
         drop(blob.first)
@@ -856,7 +856,7 @@ def _check_size(blob: Blob, expected: int | None, *, certain: bool = False) -> N
 
 def _serves(download: Download, parts: Sequence[Span]) -> bool:
     """
-    Tell whether a shared transfer brings what is wanted as soon as it can be had.
+    Return True if a shared transfer delivers the requested parts as soon as possible.
     """
     if not all(download.nears(start) for start, _ in parts):
         return False
@@ -867,9 +867,9 @@ def _serves(download: Download, parts: Sequence[Span]) -> bool:
 
 def _first_span(left: Left | None, parts: Sequence[Span], part: int | None) -> tuple[int, int | None]:
     """
-    Choose what of a blob to ask for first: of what is missing, that which is wanted.
+    Choose the first span of a blob to request: the requested part of what is missing.
 
-    @param part: how many bytes to ask for at first; none for all.
+    @param part: how many bytes to request at first; None for all.
     """
     gaps = left.gaps if left is not None else [(0, None)]
     for wanted, end in parts:

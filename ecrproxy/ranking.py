@@ -1,10 +1,10 @@
 """
-Which repositories the cache saved the most bytes for. Pure.
+The repositories for which the cache saved the most bytes. Pure.
 
-There may be any number of repositories, and clients choose which they ask for. So a fixed number of rows is kept, by
-the space-saving algorithm (Metwally, Agrawal, El Abbadi 2005): a name that is not in a full table takes the place of
-the smallest, and its count. Who has more than the total divided by the number of rows is always in the table; a count
-may be too high by what it took over, and is never too low.
+Clients choose the names, so their number is unlimited. A fixed number of rows is kept by the space-saving algorithm
+(Metwally, Agrawal, El Abbadi 2005): in a full table, a new name replaces the smallest row and inherits its count. A
+name with more than the total divided by the number of rows is always in the table; a count may be too high by the
+inherited part, and is never too low.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Final
 
 LIMIT: Final = 64
 SAVING: Final = frozenset({"HIT", "JOINED", "REVALIDATED", "STALE"})
-"""Words of X-Cache-Status of an answer for which no content was fetched."""
+"""Values of X-Cache-Status for answers without a download of content."""
 
 Saved = tuple[str, int, int]
-"""A repository, the bytes that were saved, in how many answers."""
+"""A repository, the bytes saved, and the number of answers."""
 
 
 class Ranking:
     """
     The names with the most bytes.
 
-    @param limit: how many rows there are.
+    @param limit: maximum number of rows.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -45,7 +45,7 @@ class Ranking:
 
     def top(self, count: int) -> list[Saved]:
         """
-        Give the first of them, the one with the most bytes first.
+        Return the first C{count} rows, largest first.
         """
         return [(name, *row) for name, row in sorted(self._rows.items(), key=lambda item: item[1], reverse=True)][
             :count
@@ -53,7 +53,7 @@ class Ranking:
 
     def take(self) -> list[Saved]:
         """
-        Return all rows since the last call.
+        Return and remove all rows.
         """
         rows = self.top(self._limit)
         self._rows.clear()
@@ -61,7 +61,7 @@ class Ranking:
 
     def add(self, rows: Iterable[Saved]) -> None:
         """
-        Add what another process has counted.
+        Add the counts of another process.
         """
         for name, size, count in rows:
             self.note(name, size, count)

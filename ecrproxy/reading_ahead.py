@@ -1,17 +1,17 @@
 """
-Layers that are fetched before anybody asks for them: those behind the one that a client fetches.
+Reading ahead: fetch the layers after the one that a client fetches, before they are requested.
 
 Rules:
 
-- It begins when a client fetches a layer: one that a manifest of the repository lists, and that is not in the cache.
-  Who gets a manifest, or a config, may only be looking. Then the layers behind it follow, in the manifest's order.
-- Clients come first. A layer is asked for only while ECR is well, nobody queues, and half of all places, connections,
-  quotas and memory is left to clients; see C{has_plenty} of those who give them. It never waits for any of these.
-- A client that asks for a layer which is being asked for ahead waits for that for C{PATIENCE_SECONDS}, and then asks by
-  itself. What has begun, it joins.
-- What nobody has asked for is bounded in bytes, and evicts nothing that was used lately: see L{Cache.lacks}.
-- When nobody has asked for anything of an image for C{LEFT_SECONDS}, and no client fetches any, its transfers stop.
-- A question ahead that fails is no evidence of anything: reading ahead of that registry rests for C{REST_SECONDS}.
+- Reading ahead starts when a client fetches a layer that a manifest of the repository lists and the cache lacks. A
+  client that gets only a manifest or a config may just be inspecting. The layers after it follow in manifest order.
+- Clients have priority. A layer is requested only while ECR is healthy, no client queues, and half of all places,
+  connections, quotas and memory is left to clients; see their C{has_plenty}. Reading ahead never waits for any of them.
+- A client that requests a layer for which a request ahead is pending waits C{PATIENCE_SECONDS} for it, then sends its
+  own. It joins a transfer that has started.
+- Unrequested layers are limited in bytes, and evict nothing that was used recently: see L{Cache.lacks}.
+- If no client has requested anything of an image for C{LEFT_SECONDS}, and none fetches a part of it, transfers stop.
+- A failed request ahead proves nothing: reading ahead from that registry pauses for C{REST_SECONDS}.
 """
 
 from __future__ import annotations
@@ -42,36 +42,36 @@ if TYPE_CHECKING:
 log = Logger()
 
 AT_ONCE: Final = 32
-"""Transfers, those of clients among them, beside which none is begun that nobody has asked for."""
+"""Maximum transfers, including those of clients, with which reading ahead starts another."""
 BYTES: Final = 256 * 2**20
-"""Bytes that may be ahead: of layers that were begun, and that nobody has asked for yet."""
+"""Maximum bytes of layers that were read ahead, or are being read, and not requested yet."""
 PART_OF_CACHE: Final = 16
-"""They are no more than the cache's limit divided by this."""
+"""C{BYTES} is also limited to the cache's limit divided by this."""
 BEGIN_SECONDS: Final = 0.02
-"""How long the layers behind wait: clients ask for several at once, and their own questions come first."""
+"""Delay before reading ahead: clients request several layers at once, and their own requests have priority."""
 PATIENCE_SECONDS: Final = 1.0
 LEFT_SECONDS: Final = 15.0
 REST_SECONDS: Final = 10.0
 LOOK_SECONDS: Final = 0.2
-"""How often it is looked whether there is plenty again."""
+"""Interval of checks for free resources."""
 JUDGED_SECONDS: Final = 600.0
-"""When what nobody has asked for by then counts as fetched in vain."""
+"""Time after which unrequested layers count as fetched in vain."""
 IMAGES: Final = 64
-"""Images that are read ahead at the same time."""
+"""Maximum number of images that are read ahead at the same time."""
 NOTED: Final = 64
-"""Images of one repository that are noted."""
+"""Maximum number of images noted per repository."""
 NOTED_LAYERS: Final = 20_000
-"""Layers that are noted, of all images together; a layer takes some 400 bytes."""
+"""Maximum number of layers noted, of all images; a layer takes some 400 bytes."""
 UNASKED: Final = 10_000
-"""Layers that nobody has asked for and that are not judged yet."""
+"""Maximum number of unrequested layers that are not counted as in vain yet."""
 
 
 @dataclass(eq=False, slots=True)
 class Image:
     """
-    An image that a client got the manifest of.
+    An image whose manifest was sent to a client.
 
-    @ivar places: where each layer is among them.
+    @ivar places: the index of each layer.
     """
 
     repository: Repository
@@ -84,7 +84,7 @@ class Image:
 
 class Images:
     """
-    The images that clients got the manifests of lately, by repository; those that were got last are found first.
+    The images whose manifests were sent recently, by repository; the latest is found first.
     """
 
     def __init__(self, most_layers: int = NOTED_LAYERS) -> None:
@@ -93,7 +93,7 @@ class Images:
 
     def touch(self, repository: Repository, manifest: Digest) -> bool:
         """
-        Note that a client got a manifest; return False if its layers have to be noted.
+        Note that a manifest was sent; return False if its layers must be noted.
         """
         images = self._noted.get(repository)
         if images is None or manifest not in images:
@@ -125,7 +125,7 @@ class Images:
 
     def listing(self, repository: Repository, layer: Digest) -> Image | None:
         """
-        Find the image that a client means which asks for a layer.
+        Return the image that a client who requests a layer is probably pulling.
         """
         images = self._noted.get(repository)
         found = reversed(images.values()) if images is not None else ()
@@ -134,7 +134,7 @@ class Images:
 
 def image_of(repository: Repository, manifest: bytes, media_type: str) -> Image:
     """
-    Read the layers of a manifest; none of what is no image.
+    Return the image of a manifest; without layers if it is not an image.
     """
     try:
         return Image(repository, list(islice(layers(manifest, media_type), FACTS)))
@@ -144,9 +144,9 @@ def image_of(repository: Repository, manifest: bytes, media_type: str) -> Image:
 
 def most_bytes(limit: int, most: int = BYTES) -> int:
     """
-    Return how many bytes may be ahead.
+    Return the maximum bytes ahead.
 
-    @param limit: the cache's, in bytes.
+    @param limit: the cache's limit, in bytes.
     """
     return min(most, limit // PART_OF_CACHE)
 
@@ -154,13 +154,13 @@ def most_bytes(limit: int, most: int = BYTES) -> int:
 @dataclass(eq=False, slots=True)
 class Pull:
     """
-    An image that clients fetch.
+    An image that clients are pulling.
 
-    @ivar next: which of its layers comes next.
-    @ivar timer: fires when its clients seem to have left; or, before anything is begun, when that may be.
-    @ivar begun: whether layers may be begun.
-    @ivar unasked: layers that were begun, and that nobody has asked for: their bytes, and since when they come.
-    @ivar bytes: those of all of them.
+    @ivar next: index of the next layer.
+    @ivar timer: fires when the clients seem to have left; before the start, when reading ahead may start.
+    @ivar begun: whether reading ahead may start layers.
+    @ivar unasked: layers that were started but not requested: their bytes and start times.
+    @ivar bytes: the bytes of all of them.
     """
 
     image: Image
@@ -180,21 +180,21 @@ class Pull:
 
     def remove(self, layer: Digest) -> None:
         """
-        Note that a layer is not ahead, or no longer.
+        Note that a layer is not ahead.
         """
         size, _ = self.unasked.pop(layer, (0, 0.0))
         self.bytes -= size
 
     def passed(self, layer: Digest) -> None:
         """
-        Note that a client asks for a layer: those before it have been asked for, or are not wanted.
+        Note that a client requests a layer: earlier ones have been requested, or are not needed.
         """
         self.next = max(self.next, self.image.places.get(layer, -1) + 1)
 
     @property
     def coming(self) -> Descriptor | None:
         """
-        The layer that comes next, if there is another.
+        The next layer, or None.
         """
         return self.image.layers[self.next] if self.next < len(self.image.layers) else None
 
@@ -202,11 +202,11 @@ class Pull:
 @dataclass(slots=True)
 class Opening:
     """
-    A layer that is being asked for.
+    A layer that is being requested from upstream.
 
-    @ivar before: an earlier pull that had it ahead, and nobody asked for it: it may be there still.
-    @ivar asking: the question to upstream, while it is under way.
-    @ivar waiting: clients that wait for it to begin.
+    @ivar before: an earlier pull that read it ahead, unrequested: it may still be there.
+    @ivar asking: the request to upstream while it is in flight.
+    @ivar waiting: clients that wait for the transfer to start.
     @ivar refused: whether there was no place for it.
     """
 
@@ -218,13 +218,13 @@ class Opening:
 
 class Transfers:
     """
-    What reading ahead needs of who transfers blobs: see L{proxy.PullThrough}.
+    The functions of L{proxy.PullThrough} that reading ahead needs.
 
-    @ivar all: lists the transfers that are under way.
-    @ivar has: whether a blob is on its way, or being asked for by a client.
-    @ivar has_plenty: whether there is plenty of all that a layer of so many bytes needs, beside so many others.
-    @ivar ask: asks upstream for a layer.
-    @ivar begin: begins the transfer of what was asked for; none if it has come otherwise.
+    @ivar all: returns the transfers in flight.
+    @ivar has: whether a blob is in flight, or being requested by a client.
+    @ivar has_plenty: whether there are resources for a layer of a given size, besides other layers to come.
+    @ivar ask: requests a layer from upstream.
+    @ivar begin: starts the transfer of a requested layer; returns None if it has arrived otherwise.
     """
 
     def __init__(
@@ -240,14 +240,14 @@ class Transfers:
 
 class ReadingAhead:
     """
-    Fetches the layers behind those that clients fetch.
+    Fetches the layers after those that clients fetch.
 
     @param now: seconds since the epoch.
-    @param call_later: a reactor's.
-    @param may: whether anything may be begun, as it may not when the daemon ends.
-    @param processes: how many there are that do the same, each its part.
-    @ivar brought: bytes that have come before anybody had asked.
-    @ivar in_vain: those of them that nobody has asked for within C{JUDGED_SECONDS}.
+    @param call_later: the reactor's C{callLater}.
+    @param may: whether transfers may be started; False on shutdown.
+    @param processes: number of processes that share the limits.
+    @ivar brought: bytes that arrived before they were requested.
+    @ivar in_vain: those of them not requested within C{JUDGED_SECONDS}.
     """
 
     def __init__(
@@ -275,24 +275,24 @@ class ReadingAhead:
     @property
     def pulls(self) -> int:
         """
-        Tell how many images clients fetch.
+        Return the number of images that clients are pulling.
         """
         return len(self._pulls)
 
     @property
     def bytes_ahead(self) -> int:
         """
-        Tell how many bytes are ahead.
+        Return the bytes ahead.
         """
         return sum(each.bytes for each in self._pulls.values())
 
-    # Who asks for what.
+    # Requests of clients.
 
     def answered(self, route: Route, digest: Digest, body: bytes, media_type: str) -> None:
         """
-        Note that a client gets a manifest.
+        Note that a manifest is sent to a client.
 
-        @param digest: that of the manifest.
+        @param digest: the manifest's.
         """
         if not self._images.touch(route.repository, digest):
             if len(body) <= SMALL_BLOB:
@@ -306,7 +306,7 @@ class ReadingAhead:
 
     def again(self, route: Route, digest: Digest) -> None:
         """
-        Note that a client gets a manifest that was noted already, as the hot path does each time.
+        Note that an already noted manifest is sent to a client, as on the hot path.
         """
         if route is not self._last:
             self._last = route
@@ -314,7 +314,7 @@ class ReadingAhead:
 
     def asked_for(self, digest: Digest) -> None:
         """
-        Note that a client asks for a blob.
+        Note that a client requests a blob.
         """
         pull = self._unasked.pop(digest, None)
         if pull is not None:
@@ -323,7 +323,7 @@ class ReadingAhead:
 
     def missed(self, asked: Asked) -> None:
         """
-        Note that a client fetches a blob that is not in the cache: what is behind it may be read ahead.
+        Note that a client fetches a blob that is not in the cache: the layers after it may be read ahead.
         """
         image = self._images.listing(asked.route.repository, asked.digest)
         if image is not None:
@@ -336,7 +336,7 @@ class ReadingAhead:
 
     async def _learn(self, asked: Asked) -> None:
         """
-        Follow a client that got the manifest from another process, or before a restart.
+        Start reading ahead for a client that got the manifest from another process, or before a restart.
         """
         try:
             found = await self._cache.manifest_of(asked)
@@ -370,7 +370,7 @@ class ReadingAhead:
 
     def _seem_left(self, pull: Pull) -> None:
         """
-        Stop to read an image ahead, unless clients fetch some of it.
+        Stop reading an image ahead, unless clients are fetching a part of it.
         """
         coming = [each for each in self._transfers.all() if each.digest in pull.image.places]
         if any(each.followers for each in coming):
@@ -388,7 +388,7 @@ class ReadingAhead:
 
     async def _judge(self, pull: Pull) -> None:
         """
-        Count what nobody has asked for, in any process.
+        Count the layers that no client of any process has requested.
         """
         for digest, (size, since) in list(pull.unasked.items()):
             if self._unasked.get(digest) is pull:
@@ -396,11 +396,11 @@ class ReadingAhead:
                 if not await self._cache.was_used(digest, since):
                     self.in_vain += size
 
-    # What is begun.
+    # Transfers.
 
     def go_on(self) -> None:
         """
-        Begin what may be begun: of each image one layer, by turns.
+        Start as many layers as possible, one of each image in turn.
         """
         self._again = True
         if self._going_on:
@@ -419,14 +419,14 @@ class ReadingAhead:
 
     def _look_again(self) -> None:
         """
-        Go on if there is plenty by now: nobody tells that clients need less.
+        Continue if there are enough resources by now: there is no notification when clients need less.
         """
         self._look = None
         self.go_on()
 
     def _begin_next(self, pull: Pull) -> bool:
         """
-        Begin the next layer of an image; return whether there may be another.
+        Start the next layer of an image; return whether there may be another.
         """
         most = most_bytes(self._cache.limit, self._bytes)
         while (layer := pull.coming) is not None and self._is_left_out(layer, most):
@@ -447,7 +447,7 @@ class ReadingAhead:
 
     def _is_left_out(self, layer: Descriptor, most: int) -> bool:
         """
-        Return True if a layer is on its way already, or has a size with which none is fetched ahead.
+        Return True if a layer is already in flight, or its size rules out reading it ahead.
         """
         before = self._unasked.get(layer.digest)
         ahead = layer.digest in self._openings or (before is not None and self._pulls.get(before.image) is before)
@@ -463,7 +463,7 @@ class ReadingAhead:
                 and self._cache.is_well
                 and self._transfers.has_plenty(route, size, len(self._openings))
             )
-        except LookupError:  # after a reload, it is no registry of the configuration
+        except LookupError:  # after a reload, the registry is no longer configured
             return False
 
     async def _open(self, pull: Pull, opening: Opening, route: Route, layer: Descriptor) -> Download | None:
@@ -474,7 +474,7 @@ class ReadingAhead:
         opening.asking = Deferred.fromCoroutine(self._transfers.ask(route, layer))
         try:
             answer = await opening.asking
-        except NoPlentyError:  # others were quicker: it comes again
+        except NoPlentyError:  # others were faster: retried later
             pull.next = min(pull.next, pull.image.places[layer.digest])
             opening.refused = True
             return None
@@ -510,22 +510,22 @@ class ReadingAhead:
 
     def ended(self, download: Download) -> None:
         """
-        Note that a transfer has ended that was begun here.
+        Note the end of a transfer that was started here.
         """
         size = download.received
         self.brought += size
         pull = self._unasked.get(download.digest)
-        if pull is None and download.verified:  # who has asked for it may have come when it was being filed
+        if pull is None and download.verified:  # it may have been requested while it was being committed
             self._cache.used(download.digest)
         elif pull is not None and download.digest in pull.unasked:
             pull.add(download.digest, size, pull.unasked[download.digest][1])
         self.go_on()
 
-    # Clients that come to wait for it.
+    # Waiting clients.
 
     async def opened(self, digest: Digest) -> None:
         """
-        Wait until a layer has begun, or does not; not for long: whoever waits asks for it then.
+        Wait until a layer has started or failed, at most C{PATIENCE_SECONDS}; the client then sends its own request.
         """
         opening = self._openings.get(digest)
         if opening is None:
@@ -545,12 +545,12 @@ class ReadingAhead:
 
     @staticmethod
     def _let_go(opening: Opening) -> None:
-        while opening.waiting:  # one may leave because of what another does
+        while opening.waiting:  # a callback may cancel another waiter
             opening.waiting.pop(0).callback(None)
 
     def give_way(self, digest: Digest) -> None:
         """
-        Leave a layer to who asks for it, if it is still being asked for.
+        Leave a layer to the client, if it is still being requested from upstream.
         """
         opening = self._openings.get(digest)
         if opening is not None and opening.asking is not None:

@@ -1,7 +1,7 @@
 """
-Why an answer is what it is: the words of X-Cache-Reason. Pure.
+The values of X-Cache-Reason. Pure.
 
-Whoever decides names the reason, with the answer or with the error; docs/reference/http.rst says what each word means.
+The code that decides sets the reason, on the answer or the error; docs/reference/http.rst explains each value.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import enum
 
 class Reason(enum.StrEnum):
     """
-    Why the cache had it, or had not, or why a client gets no content.
+    Why an answer came from the cache or from ECR, or why there is an error.
     """
 
     # From the cache.
@@ -26,7 +26,7 @@ class Reason(enum.StrEnum):
     TAG_MOVED = "tag-moved"
     IN_FLIGHT = "in-flight"
 
-    # From ECR, and not kept.
+    # From ECR, and not stored.
     LIST = "list"
     TOO_LARGE = "too-large"
     SIZE_UNKNOWN = "size-unknown"
@@ -34,7 +34,7 @@ class Reason(enum.StrEnum):
     DISK = "disk"
     PASSED = "passed"
 
-    # ECR is of no help: stale if there is something old, an error if not.
+    # ECR is not available: a stale answer if there is one, otherwise an error.
     UNREACHABLE = "unreachable"
     FAILING = "failing"
     THROTTLED = "throttled"
@@ -55,6 +55,6 @@ class Reason(enum.StrEnum):
     ECR_DENIED = "ecr-denied"
     BAD_REQUEST = "bad-request"
 
-    # The proxy's own.
+    # The proxy itself.
     BUSY = "busy"
     FAILED = "failed"

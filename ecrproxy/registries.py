@@ -1,12 +1,12 @@
 """
-Which registry a request means. Pure.
+Choose the registry for a request. Pure.
 
 Rules:
 
-- What the client says by C{ns} counts, else the name by which it called this proxy, else the first component of the
-  repository's name, else it is the default.
-- The world is closed: a registry that no table names is not contacted, and its repositories are nobody else's.
-- A repository is one of the registry that is asked for it: what goes through ECR's pull-through cache is ECR's.
+- In order of precedence: the client's C{ns} parameter, the host name used for this proxy, the first component of the
+  repository's name, the default registry.
+- A registry without a table is never contacted, and no other registry answers for its repositories.
+- A repository belongs to the registry that is contacted for it: images from ECR's pull-through cache are ECR's.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Known:
     """
     A registry that may be contacted.
 
-    @ivar table: what the operator said of it; of a wildcard, with the endpoint of the one that is meant.
-    @ivar identity: of what is asked.
-    @ivar label: its name in the configuration: of what a wildcard stands for, the wildcard.
+    @ivar table: its configuration; for a wildcard, with the endpoint of the actual registry.
+    @ivar identity: the identity of the contacted registry.
+    @ivar label: its name in the configuration; for a match of a wildcard, the wildcard.
     """
 
     table: RegistryTable
@@ -43,13 +43,13 @@ class Known:
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """
-    What a request means.
+    The registry and repository of a request.
 
-    @ivar registry: the one that the client means.
-    @ivar name: of the repository, as the registry's clients call it: what its namespaces are about.
-    @ivar asked: the registry that is asked: another one where a table leads to it under another name.
-    @ivar route: what is asked for, of the registry that is asked.
-    @ivar called: its repository as people call it, see L{Registries.called}.
+    @ivar registry: the registry that the client names.
+    @ivar name: the repository's name for the registry's clients, which access rules apply to.
+    @ivar asked: the registry that is contacted; differs if a table maps to it under another name.
+    @ivar route: the route at the contacted registry.
+    @ivar called: the repository's display name, see L{Registries.called}.
     """
 
     registry: Known
@@ -61,9 +61,9 @@ class Chosen:
 
 class UnknownRegistryError(RegistryError):
     """
-    A registry that no table names.
+    A registry that is not configured.
 
-    @param status: 404, after which clients ask elsewhere without a word, or 403, which they may tell.
+    @param status: 404, after which clients silently try elsewhere, or 403, which they may report.
     """
 
     def __init__(self, name: str, status: int) -> None:
@@ -82,13 +82,13 @@ def _is_ecr(host: str) -> bool:
 
 class Registries:
     """
-    The registries that the operator named.
+    The configured registries.
 
     @param tables: the default first.
     @param aliases: other names of the default.
-    @param unknown_status: what a request for any other registry is answered: 404 or 403.
+    @param unknown_status: the status for requests for any other registry: 404 or 403.
     @ivar several: whether there is more than one.
-    @ivar named: those that have a table of their own, by what is asked: the default first.
+    @ivar named: the contacted registries with their own tables, the default first.
     """
 
     def __init__(
@@ -117,9 +117,9 @@ class Registries:
 
     def of(self, identity: RegistryId) -> Known:
         """
-        Return the registry that was chosen.
+        Return the registry with C{identity}.
 
-        @raise LookupError: if it is none that is named.
+        @raise LookupError: if it is not configured.
         """
         known = self._by_identity.get(identity) or self._by_wildcard(identity)
         if known is None:
@@ -128,32 +128,32 @@ class Registries:
 
     def is_by_wildcard(self, identity: RegistryId) -> bool:
         """
-        Return True if no table names a registry itself.
+        Return True if a registry has no table of its own.
         """
         return identity not in self._by_identity
 
     def checks(self, identity: RegistryId) -> bool:
         """
-        Return True if a registry takes a manifest only if it has what that lists. ECR does; of others it is not known.
+        Return True if a registry accepts a manifest only with the content that it lists. ECR does; others may not.
         """
         return self.of(identity).table.protocol is not Protocol.OCI
 
     def is_own(self, host: str) -> bool:
         """
-        Return True if a host, without a port, is a name of this proxy that means one of the registries.
+        Return True if a host, without a port, is a name of this proxy that selects a registry.
         """
         return host.lower() in self._by_host
 
     def name_of(self, identity: RegistryId) -> str:
         """
-        Return what a registry is called, also if no table, or only that of another name for some of it, is about it.
+        Return a registry's name, even if it has no table, or only one of another name for a part of it.
         """
         known = self._plain.get(identity) or self._by_wildcard(identity)
         return known.table.name if known is not None else identity.host
 
     def called(self, repository: Repository) -> str:
         """
-        Return what people call a repository: with its registry, unless that is what the name alone means.
+        Return a repository's display name: with its registry, unless the name alone means that registry.
         """
         registry, name = repository.registry, repository.name
         if registry == self.default.identity:
@@ -169,12 +169,12 @@ class Registries:
 
     def choose(self, route: Route, ns: str | None, host: str) -> Chosen:
         """
-        Find which registry and which repository of it a request means.
+        Return the registry and repository of a request.
 
-        @param route: as its path has it.
-        @param ns: the value of its parameter of that name, decoded; None without one.
-        @param host: the host that it was sent to, without a port; empty if it names none.
-        @raise UnknownRegistryError: if it is none that is named.
+        @param route: the parsed path.
+        @param ns: the decoded value of the C{ns} parameter; None without one.
+        @param host: the request's host, without a port; empty if it names none.
+        @raise UnknownRegistryError: if the registry is not configured.
         """
         name = route.repository.name
         known = self.named_by(ns, host)
@@ -184,11 +184,11 @@ class Registries:
 
     def named_by(self, ns: str | None, host: str) -> Known | None:
         """
-        Find the registry that a request names beside its path; None if it names none. See C{choose}.
+        Return the registry that a request names outside its path; None if it names none. See C{choose}.
 
-        A host that is certainly a registry's name, and not this proxy's, counts as one.
+        A host that is certainly the name of a registry and not of this proxy is used as such.
 
-        @raise UnknownRegistryError: if it names one that may not be contacted.
+        @raise UnknownRegistryError: if the registry may not be contacted.
         """
         if ns is not None:
             known = self._called(ns)
@@ -201,19 +201,19 @@ class Registries:
 
     def listed(self, names: Sequence[str]) -> list[str]:
         """
-        Return the default's repositories as clients call them, in order.
+        Return the clients' names of the default registry's repositories, in order.
 
-        Those whose names mean another registry, and so can't be pulled by them, are left out.
+        Names that select another registry, and so can't be pulled, are dropped.
         """
         own = (_within(self.default.table, each) for each in names)
         return sorted(each for each in own if each is not None and self.split(each) == (self.default, each))
 
     def split(self, name: str) -> tuple[Known, str]:
         """
-        Tell which registry the first component of a name means, and the rest; without one, it is the default's.
+        Split a name into the registry named by its first component, and the rest; without one, return the default.
         """
         first, _, rest = name.partition("/")
-        # A component without a dot or a colon is a part of a name, as in image references.
+        # As in image references, a component without a dot or a colon is part of the name.
         known = self._by_prefix.get(first) or (self._called(first) if "." in first or ":" in first else None)
         return (known, rest) if known is not None and rest else (self.default, name)
 
@@ -227,7 +227,7 @@ class Registries:
 
     def _called(self, name: str) -> Known | None:
         """
-        Find a registry by its own name, or one of its others.
+        Return a registry by any of its names.
         """
         try:
             identity = RegistryId.of_host(name)
@@ -246,7 +246,7 @@ class Registries:
 
 def _within(table: RegistryTable, name: str) -> str | None:
     """
-    Return what clients of a table's registry call a repository of what is asked; None if it is none of theirs.
+    Return a repository's name for clients of a table's registry, given its full name; None if it is outside that table.
     """
     prefix = f"{table.repository_prefix}/" if table.repository_prefix else ""
     return name.removeprefix(prefix) if name.startswith(prefix) else None
@@ -254,7 +254,7 @@ def _within(table: RegistryTable, name: str) -> str | None:
 
 def own_name(table: RegistryTable, name: str) -> tuple[str, str]:
     """
-    Return a repository's whole name as the registry's clients have it, and as what is asked has it.
+    Return a repository's full name for the registry's clients, and at the contacted registry.
     """
     if "/" not in name and RegistryId.of_host(table.name) == HUB:
         name = f"{_LIBRARY}/{name}"

@@ -1,8 +1,8 @@
 """
-One id for each request: in its answer, in its access line, and in what is logged while it is answered.
+Request ids: in the response, in the access log, and in log lines written while the request is processed.
 
-A client, or a load balancer, may have one already: X-Request-Id. Then it is kept, so that one id tells one story;
-unless it is none that can stand in logs and headers.
+If a client or a load balancer sends X-Request-Id, that id is used, so that the request can be traced across systems,
+unless it is not safe in logs and headers.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _SANE = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,%d}" % (LONGEST - 1))
 
 current: ContextVar[str] = ContextVar("request id", default="")
 """
-The id of the request that is being answered.
+The id of the current request.
 
-Each coroutine has its own; what several requests share, as a transfer, has that of the one that began it.
+Each coroutine has its own; shared work, such as a transfer, has that of the request that started it.
 """
 
 
 def numbered(prefix: str) -> Callable[[], str]:
     """
-    Make ids that differ: a prefix, random as it should be, and a number. Randomness for each would cost more than they.
+    Return a generator of unique ids: a prefix, which should be random, and a number. A random id each would cost more.
     """
     numbers = itertools.count(1)
     return lambda: f"{prefix}-{next(numbers):x}"
@@ -36,10 +36,10 @@ def numbered(prefix: str) -> Callable[[], str]:
 
 def choose_id(shown: Sequence[bytes], new: Callable[[], str]) -> str:
     """
-    Take the id that a client has shown, or another.
+    Return the client's id if it is valid, otherwise a new one.
 
-    @param shown: the values of its header.
-    @param new: makes one.
+    @param shown: the values of the client's header.
+    @param new: returns a new id.
     """
     if len(shown) == 1 and _SANE.fullmatch(shown[0]):
         return shown[0].decode("ascii")

@@ -1,8 +1,8 @@
 """
-One process's part of what all processes of the daemon may have together. Pure.
+A single process's share of a limit for all processes of the daemon. Pure.
 
-The kernel deals connections out by who accepts first: under load within an eighth of evenly, among idle processes one
-to three. A part is therefore a quarter larger than an even one, and never larger than the whole.
+The kernel gives a connection to the process that accepts first: under load within an eighth of an even distribution,
+among idle processes up to one to three. So a share is a quarter larger than an even one, and at most the whole limit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ SLACK: Final = 1.25
 
 def share(limit: int, processes: int) -> int:
     """
-    Return the part of one of C{processes} in C{limit}; 0, which is no limit, stays 0.
+    Return the share of one of C{processes} in C{limit}; 0 (no limit) stays 0.
     """
     return min(limit, math.ceil(limit * SLACK / processes))

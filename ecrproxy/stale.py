@@ -1,5 +1,5 @@
 """
-What is served while ECR can't be asked: the last answer.
+Stale answers: the last answer is served while ECR is not available.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def why_stale(route: Route, registry: str, problem: DeadlineExceededError | Unav
     """
     Log and return why the last answer is served.
 
-    @param registry: what the log calls it.
+    @param registry: its name in the log.
     """
     if isinstance(problem, DeadlineExceededError):
         why, reason = f"{registry} has not answered for {STALE_SECONDS:g} s", Reason.UNREACHABLE

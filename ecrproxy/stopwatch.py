@@ -1,5 +1,5 @@
 """
-How long something was waited for, in several turns.
+Total waiting time over several intervals.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 class Stopwatch:
     """
-    Counts the seconds between its starts and its stops.
+    Adds up the seconds between starts and stops.
 
-    @param now: tells the time.
-    @ivar seconds: those that were counted.
+    @param now: returns the time in seconds.
+    @ivar seconds: the total.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -22,16 +22,16 @@ class Stopwatch:
 
     def start(self, since: float | None = None) -> None:
         """
-        Count from now on, or from C{since} on, unless it counts already.
+        Start counting now, or as of C{since}, unless already started.
         """
         if self._since is None:
             self._since = self._now() if since is None else since
 
     def stop(self, *, counted: bool = True) -> None:
         """
-        Count no more.
+        Stop counting.
 
-        @param counted: whether the time since the start was what is to be counted.
+        @param counted: whether to add the time since the start to the total.
         """
         if self._since is not None and counted:
             self.seconds += self._now() - self._since

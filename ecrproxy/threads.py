@@ -1,5 +1,5 @@
 """
-Call what blocks somewhere else than in the reactor's thread.
+Run blocking calls outside the reactor thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SILENT: Final = "the disk does not answer"
 _SUSPICIOUS_SECONDS: Final = 1.0
 _STOP_SECONDS: Final = 2.0
 RESTORE_SECONDS: Final = 600.0
-"""How long pools do with fewer threads after some were given back."""
+"""How long pools stay smaller after threads were given back."""
 T = TypeVar("T")
 
 
@@ -49,14 +49,14 @@ class InThread(Protocol):
 @dataclass(frozen=True, slots=True)
 class Disk:
     """
-    Threads for the cache's disk. Each kind of work has its own, so that none waits for a slower one.
+    Threads for the cache's disk. Each kind of work has its own, so that it never waits for a slower one.
 
-    @ivar reading: looks up and reads: what a cache hit needs.
-    @ivar writing: writes what arrives.
-    @ivar committing: flushes files to the disk, which may take seconds each.
+    @ivar reading: lookups and reads for cache hits.
+    @ivar writing: writes of incoming data.
+    @ivar committing: flushes files to disk, which may take seconds each.
     @ivar hashing: hashes files of any size.
-    @ivar digesting: hashes what is in memory, whatever the disk does.
-    @ivar closing: closes and unlinks what a transfer leaves, however long that takes.
+    @ivar digesting: hashes data in memory, independently of the disk.
+    @ivar closing: closes and unlinks the files of transfers, which may take long.
     """
 
     reading: InThread
@@ -69,14 +69,14 @@ class Disk:
     @classmethod
     def of(cls, in_thread: InThread) -> Disk:
         """
-        Do everything in the same threads.
+        Use the same threads for everything.
         """
         return cls(*[in_thread] * 6)
 
 
 class _Call:
     """
-    A call in a pool of threads, or waiting for one.
+    A call that runs in a thread or waits for one.
     """
 
     def __init__(self, blocking: Callable[[], Any], *, patient: bool) -> None:
@@ -86,14 +86,14 @@ class _Call:
 
     def cancel_limit(self) -> None:
         """
-        Let it wait, or take, as long as it likes.
+        Remove the time limit.
         """
         if self.limit is not None and self.limit.active():
             self.limit.cancel()
 
     def end(self, outcome: object) -> None:
         """
-        Pass the outcome on, unless whoever asked has left.
+        Deliver the outcome, unless the caller has cancelled.
         """
         self.cancel_limit()
         if not self.result.called:
@@ -104,14 +104,14 @@ class Bounded:
     """
     Calls in threads that fail with C{TimeoutError}, an C{OSError}, if they take too long: the disk may hang.
 
-    A thread can't be interrupted. It counts as hanging once its call has taken C{seconds}, however long
-    anybody waited for that. While all of them hang, further calls fail at once; one that returns is used again.
-    What a call returns after its time is dropped. A disk that is slow may keep hundreds waiting for a thread: each of
-    them waits no longer than a call may take, and then never begins. See L{patiently} for the others.
+    A thread can't be interrupted. It counts as hanging once its call has run for C{seconds}, however long the caller
+    has waited. While all threads hang, further calls fail at once; a thread that returns is used again. Late results
+    are dropped. With a slow disk, hundreds of calls may wait for a thread: each waits at most C{seconds}, and is then
+    never started. See L{patiently} for calls without that limit.
 
     @param in_thread: calls in one of C{size} threads.
-    @param seconds: how long a call may wait for a thread; and how long it may take, once a thread is at it.
-    @param disk: what the log says is to be checked where one does not return.
+    @param seconds: how long a call may wait for a thread; also, how long it may then run.
+    @param disk: what to check if a call does not return, for the log.
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class Bounded:
         """
         Do the same, but wait for a thread until all of them hang: for work that can't be done without the disk.
 
-        The other calls are short, and go first; each time that they have had as many turns as there are threads, one of
-        these has its turn. It has all its time then, though others hang: of a slow disk one call in many may be late.
+        Other calls are short and have priority; after as many of them as there are threads, one of these is started. It
+        has the full time, even if others hang: on a slow disk, one call in many may be late.
         """
         return self._call(_Call(partial(blocking, *args), patient=True)).result
 
@@ -156,7 +156,7 @@ class Bounded:
     @property
     def _patience(self) -> float:
         """
-        Once a call hangs, others get less time: a request may need the disk several times.
+        Return the time limit; it is shorter while a call hangs, because a request may need the disk several times.
         """
         return min(self._seconds, _SUSPICIOUS_SECONDS) if self._hanging else self._seconds
 
@@ -167,7 +167,7 @@ class Bounded:
 
     def _next(self) -> _Call | None:
         """
-        Take the call whose turn it is; none if none waits. Those that were given up have no turns.
+        Remove and return the next call, skipping those that were cancelled; None if none waits.
         """
         for each in (self._patient, self._others):
             while each and each[0].result.called:
@@ -193,9 +193,9 @@ class Bounded:
 
     def _expire(self, call: _Call, left: float) -> None:
         """
-        Have nobody wait for a call any longer.
+        Time out a call.
 
-        @param left: seconds until it counts as hanging.
+        @param left: seconds until its thread counts as hanging.
         """
         call.end(_timed_out())
         if left:
@@ -236,9 +236,10 @@ async def undone_if_late(
     unbegun: Callable[[], object] | None = None,
 ) -> T:
     """
-    Call C{blocking()} in a thread, and C{undo(result)} if whoever waits for the result leaves, or gives the disk up.
+    Call C{blocking()} in a thread, and C{undo(result)} if the caller cancels or times out.
 
-    @param unbegun: called instead if that had not begun by then: it never does. Without, it is done late, and undone.
+    @param unbegun: called instead if C{blocking} had not started by then, and it is never started. Without it,
+        C{blocking} runs late and is undone.
     """
     lock, results, begun, left = threading.Lock(), list[T](), False, False
 
@@ -277,7 +278,7 @@ def patient(in_thread: InThread) -> InThread:
 
 class Threads:
     """
-    A pool of threads of its own, whose waiting never holds up the pool that resolves names. See L{Pools.threads}.
+    A separate pool of threads, which never delays the pool that resolves names. See L{Pools.threads}.
     """
 
     def __init__(self, pool: ThreadPool, size: int, reactor: Any) -> None:  # noqa: ANN401
@@ -285,13 +286,13 @@ class Threads:
 
     def call(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
         """
-        Call C{blocking(*args)} in one of them.
+        Call C{blocking(*args)} in a thread of the pool.
         """
         return deferToThreadPool(self._reactor, self._pool, blocking, *args)
 
     def post(self, blocking: Callable[[], None]) -> None:
         """
-        Call C{blocking()}, which does not fail, in one of them. May itself be called in any thread.
+        Call C{blocking()}, which must not fail, in a thread of the pool. May be called from any thread.
 
         @raise RuntimeError: if no thread can be started.
         """
@@ -299,25 +300,25 @@ class Threads:
 
     def bounded(self, seconds: float) -> InThread:
         """
-        Give these threads to calls that may take C{seconds} each. There must be no others.
+        Limit calls in these threads to C{seconds} each. Use the threads for nothing else.
         """
         return Bounded(self.call, self._size, seconds, self._reactor)
 
 
 def content_with_few(pool: ThreadPool) -> ThreadPool:
     """
-    Have a pool do with the threads that it has, where the machine gives no other for a while.
+    Let a pool continue with its present threads while the system can't start more.
 
-    Others are started when they are needed, and Twisted lets a call fail for which none can be. One there is from the
-    start. Calls wait in the pool itself, which alone knows when a thread is free: that is later than its outcome.
+    Twisted starts threads on demand, and fails a call if it can't. The first thread exists from the start. Calls wait
+    in the pool itself, because only the pool knows when a thread is free, which is later than its outcome.
     """
     call = pool.callInThreadWithCallback
 
     def call_or_wait(*args: Any, **more: Any) -> None:  # noqa: ANN401
         try:
             call(*args, **more)
-        except RuntimeError:  # as threading has it
-            pool.threads.pop()  # it never began, and can't be joined
+        except RuntimeError:  # raised by threading
+            pool.threads.pop()  # never started, so can't be joined
             most, pool.max = pool.max, 0
             try:
                 call(*args, **more)
@@ -331,9 +332,9 @@ def content_with_few(pool: ThreadPool) -> ThreadPool:
 
 class Pools(Service):
     """
-    All pools of threads of a process: the first to start, and the last to stop.
+    All thread pools of a process: first to start, last to stop.
 
-    The end does not wait long for calls that do not return: C{_STOP_SECONDS} for all pools together.
+    Shutdown waits at most C{_STOP_SECONDS} for calls that do not return, all pools together.
     """
 
     def __init__(self, reactor: Any) -> None:  # noqa: ANN401
@@ -344,12 +345,12 @@ class Pools(Service):
 
     def threads(self, size: int, *, yielding: bool = True) -> Threads:
         """
-        Make a pool, before any is started.
+        Create a pool. Call this before any pool is started.
 
-        @param size: the most threads.
-        @param yielding: whether they leave the processor to the event loop. Not those that are busy with Python itself:
-            the event loop waits for the interpreter's lock, and on a busy machine with it for a thread that has the
-            lock and no processor.
+        @param size: maximum number of threads.
+        @param yielding: whether the threads yield the CPU to the event loop. Must be False for threads that mostly run
+            Python: on a busy machine the event loop would wait for a thread that holds the interpreter lock but gets
+            no CPU time.
         """
         pool = content_with_few(ThreadPool(1, size, "ecrproxy"))
         pool.threadFactory = _Yielding if yielding else _Abandoned
@@ -358,10 +359,10 @@ class Pools(Service):
 
     def give_back(self) -> None:
         """
-        Stop half of the threads that are idle, but the last one of each pool, and start no others for some minutes.
+        Stop half of the idle threads, but not the last of a pool, and start no others for C{RESTORE_SECONDS}.
 
-        A pool otherwise keeps each thread that it has ever needed: together they may use up a limit of threads, and
-        leave none for a token, a worker process or another program within the same limit.
+        Otherwise a pool keeps every thread it has ever started: together they may exhaust a limit on threads, and leave
+        none for a token, a worker process or another program under the same limit.
         """
         pools = [*self._pools, self._reactor.getThreadPool()]
         if self._restoring is None:
@@ -373,7 +374,7 @@ class Pools(Service):
                 minutes=RESTORE_SECONDS / 60,
             )
         for pool in pools:
-            # Busy threads can't be counted on: what they do may hang.
+            # Don't rely on busy threads: their calls may hang.
             pool.adjustPoolsize(1, max(1, pool.workers - (len(pool.waiters) + 1) // 2))
 
     def _restore(self) -> None:
@@ -394,7 +395,7 @@ class Pools(Service):
         stopping = [threading.Thread(target=pool.stop, name="ecrproxy-stop", daemon=True) for pool in self._pools]
         begun = []
         for each in stopping:
-            with contextlib.suppress(RuntimeError):  # the machine gives no more threads: that pool is left as it is
+            with contextlib.suppress(RuntimeError):  # no more threads: leave that pool as it is
                 each.start()
                 begun.append(each)
         deadline = time.monotonic() + _STOP_SECONDS
@@ -404,7 +405,7 @@ class Pools(Service):
 
 class _Abandoned(threading.Thread):
     """
-    A thread that the process does not wait for when it ends: a hung disk never lets it return.
+    A thread that does not block the exit of the process: a hung disk may never let it return.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -413,7 +414,7 @@ class _Abandoned(threading.Thread):
 
 class _Yielding(_Abandoned):
     """
-    A thread that leaves the processor to the event loop: hashing must not stall it.
+    A thread that yields the CPU to the event loop, which hashing must not stall.
     """
 
     def run(self) -> None:
@@ -424,22 +425,22 @@ class _Yielding(_Abandoned):
 
 def in_time(blocking: Callable[[], T], seconds: float) -> T:
     """
-    Call C{blocking()} before the reactor runs, in a thread that is left alone if it takes longer than C{seconds}.
+    Call C{blocking()} before the reactor runs, in a thread that is abandoned after C{seconds}.
 
-    @raise TimeoutError: if it does, or if there is no thread.
+    @raise TimeoutError: if the call takes longer, or no thread can be started.
     """
     outcomes: list[T | Failure] = []
 
     def call() -> None:
         try:
             outcomes.append(blocking())
-        except Exception:  # noqa: BLE001 (raised to who waits)
+        except Exception:  # noqa: BLE001 (raised in the caller)
             outcomes.append(Failure())
 
     calling = threading.Thread(target=call, name="ecrproxy-start", daemon=True)
     try:
         calling.start()
-    except RuntimeError as problem:  # it would never return
+    except RuntimeError as problem:  # no thread, so no result
         raise TimeoutError(errno.EAGAIN, str(problem)) from problem
     calling.join(seconds)
     if not outcomes:
@@ -451,7 +452,7 @@ def in_time(blocking: Callable[[], T], seconds: float) -> T:
 
 def call_unowned(reactor: Any, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
     """
-    Call C{blocking(*args)} in a thread that the end of the daemon does not wait for: AWS may keep it for long.
+    Call C{blocking(*args)} in a thread that does not delay shutdown: a call to AWS may take long.
 
     @return: fires with the result; fails with C{RuntimeError} if no thread can be started.
     """
@@ -460,7 +461,7 @@ def call_unowned(reactor: Any, blocking: Callable[..., T], *args: Any) -> Deferr
     def call() -> None:
         try:
             outcome: T | Failure = blocking(*args)
-        except Exception:  # noqa: BLE001 (told to who waits)
+        except Exception:  # noqa: BLE001 (passed to the caller)
             outcome = Failure()
         reactor.callFromThread(result.callback, outcome)
 
@@ -473,6 +474,6 @@ def call_unowned(reactor: Any, blocking: Callable[..., T], *args: Any) -> Deferr
 
 def on_its_own(work: Coroutine[Any, Any, None]) -> None:
     """
-    Let work go on by itself, whose failure is nobody's answer: it is logged.
+    Run work in the background, and log its failure.
     """
     Deferred.fromCoroutine(work).addErrback(lambda failure: log.failure("On its own", failure))

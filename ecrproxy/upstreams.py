@@ -1,8 +1,8 @@
 """
-The registries as they are asked: each with its own connections, circuit and quotas. Tokens are shared.
+The registries' upstreams, each with its own connections, circuit breaker and quotas. Tokens are shared.
 
-A registry is wired when it is asked for first. Those that a wildcard stands for are forgotten, the least recently asked
-first, when there are more than C{MOST}. A reload makes others of them, which keep what has not changed.
+An upstream is created on first use. Beyond C{MOST}, the least recently used of those that match a wildcard is
+dropped. A reload creates a new set, which reuses the upstreams whose settings have not changed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ecrproxy.registries import Known, Registries
 from ecrproxy.registry.upstream import Upstream
 
 MOST: Final = 1000
-"""Registries that are wired at the same time."""
+"""Maximum number of upstreams."""
 
 
 class Upstreams:
     """
-    Gives the upstream of a route.
+    Returns the upstream of a route.
 
-    @param registries: those that may be asked.
-    @param make: wires one.
-    @param before: those of before a reload. Registries whose tables are the same stay wired as they are.
+    @param registries: the registries that may be contacted.
+    @param make: creates an upstream.
+    @param before: those before a reload. Upstreams of registries with unchanged tables are reused.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Upstreams:
 
     def __call__(self, route: Route) -> Upstream:
         """
-        Return the upstream of the registry that C{route} is about.
+        Return the upstream of C{route}'s registry.
         """
         return self._of(route.repository.registry)[0]
 
     def unchanged(self, registries: Registries) -> dict[RegistryId, tuple[Upstream, Asking]]:
         """
-        Return what is wired of which other tables say the same.
+        Return the upstreams whose tables are the same in C{registries}.
         """
         return {
             each: made for each, made in self._made.items() if _known(registries, each) == self._registries.of(each)
@@ -61,7 +61,7 @@ class Upstreams:
 
     def leave(self, staying: Mapping[RegistryId, tuple[Upstream, Asking]]) -> None:
         """
-        Stop the probes of all registries but those that stay: one that fails is probed until it answers.
+        Stop the probes of all upstreams except those in C{staying}; a failing registry is probed until it answers.
         """
         for each, made in self._made.items():
             if staying.get(each) != made:
@@ -69,7 +69,7 @@ class Upstreams:
 
     def askings(self) -> Sequence[Asking]:
         """
-        List what asks, the default first.
+        Return the clients of the registries, the default first.
         """
         return [asking for _, asking in self._made.values()]
 

@@ -1,7 +1,7 @@
 """
-The registries that there are, as one value that a reload swaps.
+The configured registries, as one value that a reload replaces.
 
-A request stays with the registries that it began with: so does what it begins, such as a transfer, whoever shares it.
+A request keeps the registries it started with. So does work that it starts, such as a transfer, even if shared.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ecrproxy.upstreams import Upstreams
 @dataclass(frozen=True, slots=True)
 class World:
     """
-    One set of registries. It is closed: no other is contacted.
+    One set of registries; no others are contacted.
 
-    @ivar namespaces: gives which repositories of a registry are let in.
-    @ivar catalog: lists the default registry's.
+    @ivar namespaces: returns the allowed repositories of a registry.
+    @ivar catalog: lists the default registry's repositories.
     """
 
     registries: Registries
@@ -36,14 +36,14 @@ class World:
 
 
 _entered: ContextVar[World | None] = ContextVar("world", default=None)
-"""That of the request that is being answered. Each coroutine has its own, and begins with that of whoever began it."""
+"""The world of the current request. Each coroutine has its own, and inherits that of its creator."""
 
 
 class Worlds:
     """
-    The registries for new requests, and for each that is in progress those that it began with.
+    The registries for new requests, and those that each current request started with.
 
-    @ivar latest: for new ones.
+    @ivar latest: for new requests.
     """
 
     def __init__(self, latest: World) -> None:
@@ -51,9 +51,9 @@ class Worlds:
 
     def enter(self, begun: World | None = None) -> World:
         """
-        Begin a request: from here on, its coroutine and all that it begins have the latest registries.
+        Start a request: from here on, its coroutine and all work that it starts use the latest registries.
 
-        @param begun: those that it began with, if it has begun already.
+        @param begun: the registries of a request that has already started.
         """
         world = self.latest if begun is None else begun
         _entered.set(world)
@@ -61,24 +61,24 @@ class Worlds:
 
     def upstream(self, route: Route) -> Upstream:
         """
-        Return the upstream of the registry that C{route} is about.
+        Return the upstream of C{route}'s registry.
         """
         return (_entered.get() or self.latest).upstreams(route)
 
     def checks(self, registry: RegistryId) -> bool:
         """
-        Return True if a registry takes a manifest only if it has what that lists: see L{Registries.checks}.
+        Return True if a registry accepts a manifest only if it has the content listed in it: see L{Registries.checks}.
         """
         return (_entered.get() or self.latest).registries.checks(registry)
 
     def askings(self) -> Sequence[Asking]:
         """
-        List what asks the latest registries, the default first.
+        Return the clients of the latest registries, the default first.
         """
         return self.latest.upstreams.askings()
 
     def called(self, repository: Repository) -> str:
         """
-        Return what clients call a repository of the latest registries.
+        Return a repository's display name among the latest registries.
         """
         return self.latest.registries.called(repository)

@@ -33,20 +33,20 @@ from tests.test_htpasswd import line
 from tests.test_passwords import basic
 
 TTL: Final = 30
-"""Seconds for which a tag is trusted."""
+"""Seconds for which a tag is served without asking ECR."""
 USER, PASSWORD, OTHER = "ann", "client canary", "another canary"
 CONNECTIONS: Final = 4
 _IN_STORIES: Final = (0, 1, CONNECTIONS - 1)
-"""Connections of stories: a byte has no room for more."""
+"""Connections used by stories: one byte encodes no more."""
 FILE_BYTES: Final = 100_000
-"""Of a blob that is sent from its file."""
+"""Size of a blob that is sent from its file."""
 LIMIT: Final = 200_000
-"""Bytes of disk for the cache: there is room for one such blob, and all that is small."""
+"""The cache's limit in bytes: room for one such blob, and all small content."""
 ELSEWHERE: Final = "198.51.100.7"
-"""Where nobody may ask from."""
+"""An address that is denied access."""
 _DATE = re.compile(rb"Date: [^\r]*")
 _LAST = re.compile(rb"(HTTP/1\.1 [^\r]*\r\n)((?:[^\r]+\r\n)*?)(Connection: close\r\n)")
-"""A response that is the last of its connection: its header comes first if the end had begun before the request."""
+"""The last response of its connection: its header comes first if shutdown had begun before the request."""
 
 
 class Scene:

@@ -33,13 +33,13 @@ PIECE: Final = 2**16
 MIB: Final = 2**20
 SIZES: Final = (10_000, 300_000, MIB, 2 * MIB, 2 * MIB + 1, 6 * MIB)
 LONGEST: Final = 8
-"""Seconds that a pull may take: less than those after which a live writer is left alone."""
+"""Maximum seconds for a pull: fewer than those after which followers give up on a live writer."""
 EVICTS: Final = 4
-"""One operation in so many is an eviction."""
+"""One in this many operations is an eviction."""
 SWEEPS: Final = 20
-"""One pull in so many comes after a sweep, which a daemon does each minute."""
+"""One in this many pulls follows a sweep, which a daemon does every minute."""
 LEAVES: Final = 300
-"""One piece in so many does not come: upstream fails."""
+"""One in this many pieces fails to arrive: upstream fails."""
 
 
 class Client:

@@ -102,19 +102,19 @@ __all__ = ["Daemon", "DaemonTestCase", "Hands", "Network", "Reply", "at_once", "
 T = TypeVar("T")
 Address = IPv4Address | UNIXAddress
 START: Final = 4_000_000_000.0
-"""A moment of 2096: what the daemon notes as used by this clock is more recent than files made by the machine's."""
+"""A time in 2096, so that use times by this clock are later than those of files by the system clock."""
 MIB: Final = 2**20
 KEPT: Final = 4
-"""Files that may be kept open."""
+"""Maximum number of open files kept."""
 BUFFER: Final = 2**16
-"""Bytes that a writer may leave waiting before it is told to wait, and the most that arrive at once: Twisted's own."""
+"""Bytes buffered before a producer is paused, and maximum bytes of one read: Twisted's own."""
 CLIENT: Final = "192.0.2.7"
 PASSWORD: Final = "canary-of-a-client"
 SHOWN: Final = f"Basic {base64.b64encode(f'client:{PASSWORD}'.encode()).decode()}"
-"""What each client shows: nobody is to see it again."""
+"""The credentials that each client sends; they must not appear anywhere."""
 ERRORS: Final = 400
 NAMED: Final = 'registry="123456789012.dkr.ecr.eu-west-1.amazonaws.com"'
-"""The label of figures by which the stand-in is told from other registries."""
+"""The metric label that identifies the stand-in among registries."""
 
 
 def at_once(blocking: Callable[..., T], *args: Any) -> Deferred[T]:
@@ -133,7 +133,7 @@ class Hands:
         self.waiting: deque[tuple[Deferred[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
         self.untold: deque[tuple[Deferred[Any], Deferred[Any]]] = deque()
         self.idle = True
-        """Whether calls are done at once."""
+        """Whether calls run at once."""
 
     def __call__(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
         if self.idle:
@@ -345,13 +345,13 @@ class Network:
         self.ends: list[tuple[End, End]] = []
         """Client and server of each wire."""
         self.down: Exception | None = None
-        """Why no connection can be made, if so."""
+        """The error with which connections fail, if they do."""
         self.client = CLIENT
-        """Where clients come from."""
+        """The clients' address."""
         self.socket = ""
-        """The path of the socket that they come over, if they do."""
+        """The path of the Unix socket that clients use, if any."""
         self.certificate: object = None
-        """What they show to TLS."""
+        """The clients' TLS certificate."""
 
     def agent(self, *, persistent: bool) -> Agent:
         """
@@ -755,9 +755,9 @@ class Daemon(Administered):
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)
         self.replies: list[Reply | Raw] = []
-        """What clients have got."""
+        """The responses to clients."""
         self.shown = SHOWN
-        """The Authorization header of clients, unless a test says otherwise."""
+        """The clients' Authorization header, unless a test changes it."""
         self.janitor.startService()
         self.scrub.startService()
         self.purges.startService()
@@ -885,9 +885,9 @@ class DaemonTestCase(SynchronousTestCase):
 
     kind: Callable[..., Any] = Daemon
     hot_path = True
-    """Whether the hot path answers requests whose head is known."""
+    """Whether the hot path is enabled."""
     index_in_memory = True
-    """Whether no other process needs the index."""
+    """Whether the index is in memory, as no other process needs it."""
 
     def setUp(self) -> None:
         self.clock = Clock()

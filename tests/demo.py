@@ -36,10 +36,10 @@ LAYERS: Final = 4
 MIB: Final = 2**20
 LAYER_BYTES: Final = 8 * MIB
 RATE: Final = 7 * MIB
-"""Bytes a second on each connection to the stand-in's bucket, so that a pull takes as long as over a network."""
+"""Bytes per second and connection to the stand-in's bucket, so that a pull takes as long as over a network."""
 LATENCY: Final = 0.03
 AT_ONCE: Final = 3
-"""Blobs that a client fetches at once, as Docker does."""
+"""Concurrent downloads of blobs per client, as in Docker."""
 START_SECONDS: Final = 90.0
 PULL_SECONDS: Final = 90.0
 SILENT_SECONDS: Final = 60.0

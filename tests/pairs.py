@@ -20,7 +20,7 @@ from tests.daemon import Daemon, DaemonTestCase, Reply
 from tests.registry import StandIn
 
 LOOKS: Final = 4
-"""How often followers look at another process's transfer before everything counts as idle."""
+"""Number of followers' checks of another process's transfer before everything counts as idle."""
 C = TypeVar("C", bound=type[SynchronousTestCase])
 
 

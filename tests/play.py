@@ -36,7 +36,7 @@ from tests.e2e.processes import free_port
 PORT: Final = 5000
 ADMIN_PORT: Final = 5001
 PAUSE_SECONDS: Final = 3.0
-"""From one pull to the next."""
+"""Pause between pulls."""
 IMAGES: Final = (IMAGE, ("demo/multi", "latest"), ("demo/app", "no-such-tag"))
 SAID: Final = """\
 The daemon          http://{place}

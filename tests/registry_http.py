@@ -66,27 +66,27 @@ class Quirks:
     """
 
     blob_head: int = 200
-    """What HEAD of a blob gives: 200, 307 (to a URL signed for GET), or 401 as public.ecr.aws does."""
+    """Status for HEAD of a blob: 200, 307 (to a URL signed for GET), or 401, as public.ecr.aws."""
     sends_blobs: bool = False
-    """The registry sends blobs itself, or parts of them, as distribution's does from its own disk."""
+    """Send blobs, or parts of them, from the registry itself, as distribution does from its own disk."""
     ignore_range: bool = False
-    """The bucket sends everything, whatever range was asked for."""
+    """The bucket ignores Range headers."""
     longest_part: int = 2**62
-    """Bytes that the bucket gives of a range at most: RFC 9110, 15.3.7 lets it give fewer than were asked for."""
+    """Maximum bytes that the bucket sends of a range: RFC 9110, 15.3.7 permits fewer than requested."""
     etag: str = ""
-    """What the bucket calls every blob's state; empty for a name of each one's own."""
+    """The bucket's ETag of all blobs; empty for one of each blob's own."""
     page_size: int = 100
-    """Names on a page of tags when the client does not say."""
+    """Default number of names on a page of tags."""
     token_lifetime: float = 12 * 60 * 60
-    """Seconds a registry token is good for."""
+    """Lifetime of a registry token in seconds."""
     token_padding: int = 1600
-    """About how long a password is; those of assumed roles pass 4096."""
+    """Approximate length of a password; those of assumed roles exceed 4096."""
     url_lifetime: int = 60 * 60
-    """Seconds a URL into the bucket is good for."""
+    """Lifetime of a bucket URL in seconds."""
     latency: float = 0
-    """Seconds before any answer begins."""
+    """Seconds before each response."""
     rate: float | None = None
-    """Bytes a second on each of the bucket's connections; None for as fast as it goes."""
+    """Bytes per second and bucket connection; None for no limit."""
 
 
 def account_of(registry: str) -> str:

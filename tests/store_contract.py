@@ -24,7 +24,7 @@ from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest
 from tests.routes import route_to
 
 START = 1_767_225_600.0
-"""A moment in January 2026: dates before 1970 or at 1970 hide mistakes."""
+"""A time in January 2026: dates in or before 1970 hide mistakes."""
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 ANY: frozenset[str] = frozenset()

@@ -22,14 +22,14 @@ from tests.daemon import Daemon, DaemonTestCase, Hands, Reply, noise
 from tests.test_following import opened
 
 BLOBS = [noise(f"any order {size}", size) for size in (3000, 200_000, 1_300_000, 3_000_000)]
-"""One that is held in memory, one of several batches, and two that are worth resuming."""
+"""One held in memory, one of several batches, and two worth resuming."""
 CLIENTS = 7
 STEPS = 20_000
-"""Far more than any example takes."""
+"""Far more steps than any example takes."""
 PAUSES = 500
-"""How often time goes by with nothing else to happen before somebody is said to hang."""
+"""Advances of the clock, with nothing else to do, after which something counts as hanging."""
 COMES, LEAVES, MOVES, WAITS = 0.02, 0.003, 0.002, 0.02
-"""How likely it is, at each step, that a client comes or leaves, that the tag is moved, and that time goes by."""
+"""Probability per step that a client arrives or leaves, that the tag moves, and that time passes."""
 
 
 @dataclass

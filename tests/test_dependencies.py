@@ -17,9 +17,9 @@ from tests.registry_http import Service
 from tests.registry_replies import registry_error
 
 MINUTELY = 1 / 60
-"""Bytes a second."""
+"""Bytes per second."""
 PATIENCE = 150
-"""Seconds within which a client is answered, or cut off, whatever upstream does: three attempts with waits."""
+"""Seconds until a client is answered or cut off, whatever upstream does: three attempts with waits."""
 
 Adversities = Mapping[str, Callable[[], Fault]]
 

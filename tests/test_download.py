@@ -50,7 +50,7 @@ class Tap:
         self.paused, self.aborted, self.over = False, False, False
         self.pauses = 0
         self.early: list[bytes] = []
-        """What comes at once when the bytes are asked for, with the end."""
+        """The bytes that arrive, with the end, as soon as they are requested."""
         self._sink: Inflow | None = None
 
     def deliver(self, sink: Inflow) -> Tap:

@@ -43,10 +43,10 @@ from ecrproxy.registry.ecr import (
 from tests.store_contract import scratch
 
 START = 1_767_225_600.0
-"""A moment in January 2026: dates before 1970 or at 1970 hide mistakes."""
+"""A time in January 2026: dates in or before 1970 hide mistakes."""
 LIFE = 43_200.0
 MOTOS_EXPIRY = 1_420_070_400.0
-"""2015: what moto says of every token."""
+"""2015: the expiry of all of moto's tokens."""
 GRANTED = {"authorizationData": [{"authorizationToken": "QVdTOnRva2Vu", "expiresAt": START + LIFE}]}
 SECRET = "canary-of-an-aws-secret"
 SESSION = "canary-of-a-session"

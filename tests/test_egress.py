@@ -34,7 +34,7 @@ from tests.test_tls import Files
 
 PASSWORD = "p@ss:word"
 SECONDS = 27
-"""In which a pull ends whatever the proxy does: 15 for the tunnel, or 25 until headers come of what is behind it."""
+"""Seconds until a pull ends whatever the proxy does: 15 for the tunnel, or 25 for headers from the server behind it."""
 
 
 class VariablesTests(SynchronousTestCase):

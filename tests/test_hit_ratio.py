@@ -26,14 +26,14 @@ from tests.store_contract import START, scratch
 BLOBS: Final = 1500
 REQUESTS: Final = 9000
 WARM: Final = 1500
-"""The first requests meet an empty cache, and are not counted."""
+"""The first requests, with an empty cache, are not counted."""
 EACH_SECOND: Final = 150
-"""Requests between two times that a process writes what it has noted: of some 1,300 that the cache holds a tenth."""
+"""Requests between two writes of noted uses by a process: a tenth of some 1,300 items in the cache."""
 SKEW: Final = 0.9
 PART: Final = 4
-"""The working set is so many times the limit."""
+"""The ratio of working set to limit."""
 LESS: Final = 0.01
-"""So much less than the ratio of exact LRU may be hit."""
+"""How far the hit ratio may be below that of exact LRU."""
 
 
 def trace(chance: random.Random, blobs: int = BLOBS, requests: int = REQUESTS) -> list[int]:

@@ -25,7 +25,7 @@ NAMES = {
     "cn-north-1": ("dkr.ecr.{}.amazonaws.com.cn", "dkr-ecr.{}.on.amazonwebservices.com.cn"),
     "eusc-de-east-1": ("dkr.ecr.{}.amazonaws.eu", "dkr-ecr.{}.on.amazonwebservices.eu"),
 }
-"""What comes after the account, by region."""
+"""The host names' parts after the account, by region."""
 accounts = st.sampled_from([ACCOUNT, "210987654321", "000000000000"]) | st.from_regex(r"[0-9]{12}", fullmatch=True)
 
 

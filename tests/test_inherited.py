@@ -21,7 +21,7 @@ from ecrproxy.daemon import inherited
 from ecrproxy.daemon.inherited import VARIABLE, Inherited, inherited_sockets
 
 HANDED = 700
-"""Where the sockets that were inherited begin in these tests: nothing else has such numbers here."""
+"""The first descriptor of inherited sockets in these tests: nothing else uses such numbers."""
 
 
 class VariableTests(SynchronousTestCase):

@@ -28,14 +28,14 @@ from tests.daemon import noise
 from tests.test_download import PWRITE, DownloadTestCase, Reader, Source, Tap, is_data
 
 SIZES = (1, TAIL, TAIL + 1, 3 * TAIL, SMALLEST_PART + TAIL, 3 * SMALLEST_PART + 17)
-"""Bytes of the blob: of one batch, of a tail and little more, and of several parts."""
+"""Sizes of the blob: one batch, a tail and little more, and several parts."""
 assert settings.default is not None
 FEWER = settings(max_examples=settings.default.max_examples // 2)
 CHUNKS = (1, TAIL // 2, TAIL, SMALLEST_PART)
 SECONDS = 10.0
-"""How long a call in a thread may take where the disk may hang."""
+"""Time limit for a call in a thread when the disk may hang."""
 BREAKS, HANGS, STAYS = 0.05, 0.05, 0.7
-"""How likely it is that a connection breaks, that the disk hangs, and that a reader stays to the end."""
+"""Probability that a connection breaks, that the disk hangs, and that a reader stays to the end."""
 
 
 class InterleavingTests(DownloadTestCase):

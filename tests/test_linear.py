@@ -21,7 +21,7 @@ from ecrproxy.registry.retries import asked_wait
 from tests.routes import route_to
 
 LENGTH = 2 * 16 * 2**10
-"""Twice what headers may have; what is read in a time that grows with the square of this takes seconds."""
+"""Twice the limit for headers; parsing in quadratic time takes seconds at this length."""
 PIECES = (
     *("a", "a-", "a_", "__", "-", "/", "a/", "..", "%", "%3A", ":", "=", "&", "&=", "a=b&", ",", ", ", ";", "; ", " "),
     *("q=0.", '"', "\\", '\\"', '"\\', "<", "<>", "<a>;", 'rel="', "<Code>", "<Message>", "{", "[", '{"errors":['),

@@ -39,7 +39,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 SCHEMA = json.loads((DOCS / "log.schema.json").read_text("utf-8"))
 VALIDATOR = Draft202012Validator(SCHEMA)
 CONTROL = [*map(chr, (*range(9), *range(11, 32), *range(127, 160), 0x2028, 0x2029, 0xD800, 0xDFFF))]
-"""All but tab and line break, and what UTF-8 has no bytes for."""
+"""Control characters except tab and line break, and characters that UTF-8 can't encode."""
 DEBUG = PRIORITIES[LogLevel.debug]
 
 

@@ -25,7 +25,7 @@ SLOW = r"(?:a|aa)+b|a+c[0-9]*"
 SLOW_NAME = "a" * 26 + "c"
 LONG = "a" * 200
 SHORT = 0.05
-"""Seconds that are too few for that, and plenty for a name that is judged at once."""
+"""Seconds: too few for that pattern, and plenty for a name that is matched at once."""
 
 
 class Counted:

@@ -48,7 +48,7 @@ ecr-repository-prefix = "google"
 endpoint = "{ANY.replace("*", "222200001111")}"
 ecr-repository-prefix = "quay"
 """
-"""Registries that are reached through one without a table, and through one that a wildcard stands for."""
+"""Registries reached through one without a table, and through one that matches a wildcard."""
 
 
 def company() -> Naming:

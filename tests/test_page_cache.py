@@ -16,7 +16,7 @@ from tests.store_contract import scratch
 
 SIZE = 4 * PAGESIZE
 HOURS = itertools.count(3600, 3600)
-"""Each test has an hour of its own: inodes come again."""
+"""Each test has its own hour: inodes are reused."""
 
 
 class InMemoryTests(SynchronousTestCase):

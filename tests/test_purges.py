@@ -14,7 +14,7 @@ from tests.registry_content import OCI_LAYER, OCI_MANIFEST
 
 TEAMS = ("a", "b")
 TTL = 1000
-"""Seconds for which a tag is trusted."""
+"""Seconds for which a tag is served without asking ECR."""
 
 
 class KeyedTests(DaemonTestCase):

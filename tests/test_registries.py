@@ -291,7 +291,7 @@ class ChooseTests(SynchronousTestCase):
 
 
 KNOWN = {ONE: "", TWO: "us", CENTRAL: "", "public.ecr.aws": "", "docker.io": "", "quay.io": ""}
-"""Registries of the company, each with its path prefix, if it has one."""
+"""The company's registries, each with its path prefix, if any."""
 OTHERS = {
     TWO: [TWO.replace("dkr.ecr", "dkr-ecr").replace("amazonaws.com", "on.aws"), TWO.replace("ecr.", "ecr-fips.")],
     "docker.io": ["registry-1.docker.io", "index.docker.io"],
@@ -317,7 +317,7 @@ STRANGERS = (
     "*.dkr.ecr.eu-central-1.amazonaws.com",
     "",
 )
-"""What is none of them, in ns."""
+"""Values of C{ns} that are none of them."""
 
 
 class NeverConfusedTests(SynchronousTestCase):

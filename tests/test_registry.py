@@ -35,7 +35,7 @@ from tests.registry_content import (
 )
 
 START = 1_767_225_600.0
-"""A moment in January 2026: dates before 1970 or at 1970 hide mistakes."""
+"""A time in January 2026: dates in or before 1970 hide mistakes."""
 TRAVERSAL: Any = RequestTraversalAgent  # treq.testing is not annotated
 BLOB = bytes(range(256)) * 400
 

@@ -21,7 +21,7 @@ from tests.test_ranges import RangesTestCase, span
 SIZE = 20 * MIB
 DATA = noise("resuming", SIZE)
 EACH = MIB
-"""What each lane brings before the interruption."""
+"""Bytes that each lane fetches before the interruption."""
 
 
 class ResumingTestCase(RangesTestCase):

@@ -78,9 +78,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.transfers: list[Transfer] = []
         self.open: list[tuple[Content, bytes]] = []
         self.spoiled: set[str] = set()
-        """Files that were changed behind the store's back since it was counted."""
+        """Files changed behind the store's back since the last count."""
         self.wrong: set[str] = set()
-        """Files that wrong bytes arrived in."""
+        """Files that received wrong bytes."""
         self.index = Index(self.root, lambda: self.now, memory=True)
         self.entries: dict[EntryKey, Entry] = {}
         self.start()

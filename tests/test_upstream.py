@@ -28,7 +28,7 @@ from tests.routes import route_to
 
 T = TypeVar("T")
 NO_LENGTHS = b"-5", b"+5", b"5_0", b"0x5", b"5.0", b"1e3", b"5, 6", b"\xb2", b"9" * 19, b"9" * 5000
-"""What is no number of bytes."""
+"""Invalid numbers of bytes."""
 DENIED = b'{"errors": [{"code": "DENIED", "message": "%s"}]}'
 
 

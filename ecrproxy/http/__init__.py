@@ -1,3 +1,3 @@
 """
-The clients' side: connections, resources, and how an answer becomes a response.
+The client side: connections, resources and responses.
 """

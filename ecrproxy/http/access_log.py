@@ -1,12 +1,12 @@
 """
-One line a request, at little cost.
+The access log: one line per request, at little cost.
 
-A line by itself is logged at once. In a rush the lines of C{GATHER_SECONDS} go to the log together, for it is the
-log's work on each event, not the line, that costs: a sixth of all work on cached manifests, if done for each.
-Who reads the log finds the single lines in the event's C{lines}.
+A single line is logged immediately. Under load, the lines of C{GATHER_SECONDS} are logged as one event, because the
+cost is per event, not per line: one event per line would be a sixth of all work on cached manifests. The single lines
+are in the event's C{lines}.
 
-Refused requests cost a client nothing, so they don't fill the log: beyond C{REFUSED} in that time, those of a client
-are counted in one line.
+Refused requests cost a client nothing, so they must not fill the log: beyond C{REFUSED} per C{GATHER_SECONDS}, those
+of a client's network are counted in one line.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ log_of_others = Logger()
 
 GATHER_SECONDS: Final = 0.1
 REFUSED: Final = 10
-"""Lines of refused requests that a client's network has in C{GATHER_SECONDS}."""
+"""Maximum lines for refused requests, per client network and C{GATHER_SECONDS}."""
 _REFUSALS: Final = range(400, 600)
 
 
 class AccessLine(NamedTuple):
     """
-    What is told of a request.
+    One request, as logged.
 
-    @ivar ended: when the answer had ended, on the reactor's clock.
-    @ivar path: without the query, which may hold secrets.
-    @ivar status: 0 if no answer was begun.
-    @ivar cache: the word of X-Cache-Status, or C{-}.
-    @ivar reason: the word of X-Cache-Reason, or C{-}.
-    @ivar upstream: seconds for which upstream was waited for.
-    @ivar aborted: whether the answer did not come to its end.
-    @ivar registry: the name in the configuration of the registry that was meant, or C{-}.
-    @ivar several: whether that may be one of several.
+    @ivar ended: end of the response, on the reactor's clock.
+    @ivar path: without the query, which may contain secrets.
+    @ivar status: 0 if no response was started.
+    @ivar cache: the value of X-Cache-Status, or C{-}.
+    @ivar reason: the value of X-Cache-Reason, or C{-}.
+    @ivar upstream: seconds spent waiting for upstream.
+    @ivar aborted: whether the response is incomplete.
+    @ivar registry: the registry's name in the configuration, or C{-}.
+    @ivar several: whether more than one registry is configured.
     """
 
     ended: float
@@ -64,7 +64,7 @@ class AccessLine(NamedTuple):
 
     def __str__(self) -> str:
         """
-        Write it for people.
+        Return the line as text.
         """
         _, client, method, path, status, size, seconds, cache, reason, upstream, request, aborted, registry, several = (
             self
@@ -78,9 +78,9 @@ class AccessLine(NamedTuple):
 
 class AccessLines:
     """
-    Lines that are logged together.
+    Lines that are logged as one event.
 
-    @ivar now: when they are, on the clock that C{AccessLine.ended} is of.
+    @ivar now: the time of logging, on the same clock as C{AccessLine.ended}.
     """
 
     def __init__(self, lines: Sequence[AccessLine], now: float) -> None:
@@ -94,7 +94,7 @@ class AccessLines:
 
 class AccessLog(Service):
     """
-    Where the lines of requests go. The last ones are logged when it stops, and each at once from then on.
+    Gather and log lines. Stopping the service logs those that wait; later ones are logged immediately.
     """
 
     def __init__(self, clock: IReactorTime) -> None:

@@ -1,5 +1,5 @@
 """
-Resources that answer with a coroutine, and what all answers have in common.
+Resources that answer with a coroutine, and the code that all responses share.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ log = Logger()
 T = TypeVar("T")
 
 HSTS: Final = "max-age=31536000"
-# Clients show the status line as it came, and programs match its words; Twisted does not know 429.
+# Clients show the status line as received, and programs match its words; Twisted does not know 429.
 _PHRASES: Final = {each.value: each.phrase.encode("ascii") for each in HTTPStatus}
-# The nginx proxy adds its headers where nginx's add_header does without C{always}.
+# The nginx proxy sets its headers on these statuses only: those of nginx's add_header without C{always}.
 _DECORATED: Final = frozenset({200, 201, 204, 206, 301, 302, 303, 304, 307, 308})
 
 
-# What a disk says of a file that it can't give, and no socket says.
+# Errors that a disk returns for an unreadable file, and a socket never.
 _UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.ESTALE, errno.EUCLEAN})
 
-# What ends an answer and was logged where it happened, or is no news: a client leaves.
+# Errors that are not logged here: already logged where they happened, or just a client that disconnected.
 KNOWN: Final = (
     RegistryError,
     CancelledError,
@@ -61,9 +61,9 @@ KNOWN: Final = (
 
 class Answering(Resource):
     """
-    A leaf that answers each request with the coroutine C{respond}, cancelled when the client leaves.
+    A leaf that answers each request with the coroutine C{respond}, cancelled when the client disconnects.
 
-    @cvar methods: what it may be asked with.
+    @cvar methods: the allowed methods.
     """
 
     isLeaf = True
@@ -71,7 +71,7 @@ class Answering(Resource):
 
     def render(self, request: Request) -> int:
         """
-        Begin the answer.
+        Start answering.
         """
         asked = cast(RegistryRequest, request)
         answer = Deferred.fromCoroutine(self._respond(asked))
@@ -91,21 +91,21 @@ class Answering(Resource):
 
     async def respond(self, request: RegistryRequest) -> None:
         """
-        Answer a request, and finish it.
+        Answer a request and finish it.
 
-        @raise RegistryError: for another answer than it asked for.
+        @raise RegistryError: to answer with an error.
         """
         raise NotImplementedError
 
     def _failed(self, failure: Failure, request: RegistryRequest) -> None:
-        if request.channel is None:  # the client has gone: nobody is left to answer
+        if request.channel is None:  # the client has disconnected
             return
         if not failure.check(*KNOWN):
             log.failure("Answering {path}", failure, path=path(request), request=request.id)
         if not request.startedWriting:
             _refuse(request, _answer_to(failure))
         elif failure.check(DigestMismatchError):
-            cast(Any, request.channel).abort()  # nobody should resume wrong bytes
+            cast(Any, request.channel).abort()  # no client should resume after wrong bytes
         else:
             cast(Any, request.channel).break_off()
 
@@ -120,7 +120,7 @@ def _refuse(request: Request, problem: RegistryError) -> None:
 
 def _answer_to(failure: Failure) -> RegistryError:
     """
-    Tell a client what an answer that came to nothing failed of.
+    Return the error response for a failure.
     """
     if isinstance(failure.value, RegistryError):
         return failure.value
@@ -137,19 +137,19 @@ def _only_by(methods: Sequence[bytes], request: Request) -> None:
 
 class Missing(Answering):
     """
-    A path that is not there.
+    An unknown path.
     """
 
     async def respond(self, request: RegistryRequest) -> None:  # noqa: ARG002
         """
-        Say so.
+        Answer 404.
         """
         raise RegistryError(404, "UNSUPPORTED", "no such path: a registry is at /v2/")
 
 
 class Health(Answering):
     """
-    Says that the daemon serves.
+    The liveness check.
     """
 
     async def respond(self, request: RegistryRequest) -> None:
@@ -161,7 +161,7 @@ class Health(Answering):
 
 class Ready(Answering):
     """
-    Says what the daemon can do, and what is wrong.
+    The readiness check: what the daemon can do, and what is wrong.
     """
 
     def __init__(self, readiness: Callable[[], Awaitable[Readiness]]) -> None:
@@ -170,7 +170,7 @@ class Ready(Answering):
 
     async def respond(self, request: RegistryRequest) -> None:
         """
-        Answer 200 if it can serve, else 503.
+        Answer 200 if the daemon can serve, else 503.
         """
         found = await self._readiness()
         said = {
@@ -186,11 +186,11 @@ class Ready(Answering):
 
 def begin(request: Request, status: int) -> None:
     """
-    Set the status, and the headers that go with it on every answer.
+    Set the status, and the headers that every response has.
     """
     request.setResponseCode(status, _PHRASES.get(status))
     if not request.responseHeaders.hasHeader("Cache-Control"):
-        # Without it, caches choose how long to keep an answer, a 404 as well: RFC 9111, 4.2.2.
+        # Without it, caches choose how long to keep a response, even a 404: RFC 9111, 4.2.2.
         request.setHeader("Cache-Control", "no-cache")
     if status in _DECORATED:
         if request.isSecure():
@@ -204,7 +204,7 @@ def transferring(request: Request) -> Iterator[None]:
     """
     Count a response as a transfer.
 
-    @raise RegistryError: if it is one too many.
+    @raise RegistryError: if the limit on transfers is reached.
     """
     crowd: Crowd = cast(Any, request.channel).crowd
     if not crowd.begin_transfer():
@@ -218,9 +218,9 @@ def transferring(request: Request) -> Iterator[None]:
 @contextmanager
 def holding(request: Request, body: bytes) -> Iterator[None]:
     """
-    Count a response whose C{body} stays in memory until it is sent, as that and as a transfer.
+    Count a response whose C{body} stays in memory until it is sent, both as such and as a transfer.
 
-    @raise RegistryError: if it is one too many.
+    @raise RegistryError: if either limit is reached.
     """
     channel: Any = request.channel
     bodies, now = channel.crowd.bodies, channel.factory.reactor.seconds()
@@ -241,22 +241,22 @@ def _busy(said: str) -> RegistryError:
 
 def _here(blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401 (InThread)
     """
-    Call what would block in a thread: nothing of what is in memory does.
+    Call C{blocking} directly, in place of a thread: reading from memory does not block.
     """
     return execute(blocking, *args)
 
 
 async def send_source(
-    request: Any,  # noqa: ANN401 (a Request, or what channels and senders take for one)
+    request: Any,  # noqa: ANN401 (a Request, or what channels and senders treat as one)
     source: Source,
     body: object,
     in_thread: InThread,
     held: Callable[[], int],
 ) -> None:
     """
-    Send the rest of a response, and drop a cached file that can't be read: who asks again gets it anew.
+    Send the rest of a response. Drop a cached file that can't be read, so that the next request downloads it again.
 
-    @param body: where it comes from.
+    @param body: where C{source} reads from.
     """
     try:
         await send(request, source, in_thread, held)
@@ -270,9 +270,9 @@ async def send_source(
 
 async def send_body(request: Request, status: int, content_type: str, body: bytes) -> None:
     """
-    Send a whole answer of any size, at the client's pace.
+    Send a complete response of any size, at the client's pace.
 
-    @raise RegistryError: if too many large ones are being sent.
+    @raise RegistryError: if too many large responses are being sent.
     """
     if len(body) <= LEAST_PIECE or request.method == b"HEAD":
         send_small(request, status, content_type, body)
@@ -288,7 +288,7 @@ async def send_body(request: Request, status: int, content_type: str, body: byte
 
 def send_small(request: Request, status: int, content_type: str, body: bytes) -> None:
     """
-    Send a whole answer of at most C{LEAST_PIECE} bytes.
+    Send a complete response of at most C{LEAST_PIECE} bytes.
     """
     begin(request, status)
     request.setHeader("Content-Type", content_type)

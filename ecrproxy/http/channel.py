@@ -1,23 +1,23 @@
 """
-The server's side of a connection: HTTP/1.1 without what smugglers and slow clients live on.
+The server side of a connection: HTTP/1.1, hardened against request smuggling and slow clients.
 
-Twisted's own channel refuses most of it. What it lets pass and a proxy must not is refused here, before a request
-is made of it: RFC 9112, 3.2 (one Host), 5.2 (folded lines), 6.1 and 6.3 (one length, or one chunked coding), and
-bodies, for which no request of a client has a use; those of the operator's are small. A GET or HEAD may have a chunked
-body that turns out to be empty. A refusal closes the connection: what follows can't be trusted.
+Twisted's channel refuses most malformed requests. What it accepts and a proxy must not is refused here, before there
+is a request object: RFC 9112, 3.2 (one Host), 5.2 (folded lines), 6.1 and 6.3 (one length, or one chunked coding), and
+bodies, which no client request needs; those of operators are small. A GET or HEAD may have a chunked body that
+turns out to be empty. A refusal closes the connection: what follows can't be trusted.
 
-A client that speaks the wrong protocol is told so in plain HTTP, whichever way it is wrong: containerd, Docker and
-BuildKit try TLS first with an insecure registry, and fall back only if the reply begins with C{HTTP/}.
+A client that speaks TLS to a plain port, or plain HTTP to a TLS port, gets an error in plain HTTP: containerd, Docker
+and BuildKit try TLS first with an insecure registry, and fall back only if the reply begins with C{HTTP/}.
 
-And it keeps the client within its L{Limits}: there is a time for a request's head, one between requests, and one for
-which a client may take nothing of its answer. Who runs out of one, or is a connection too many, is closed.
+The channel enforces the L{Limits}: timeouts for a request's head, between requests, and for a client that reads
+nothing of its response, and the number of connections. Connections that exceed one are closed.
 
-Buffers have a bound whatever a client does. No request is started while the client has yet to read earlier responses,
-and reading stops while L{READ_AHEAD} bytes of input wait. Input that comes after the last response is dropped.
+Buffers are bounded whatever a client does. No request is started until the client has read earlier responses, and
+reading stops while L{READ_AHEAD} bytes of input wait. Input after the last response is dropped.
 
-A client that closes its side of a plain connection after a request gets its answer, and then the connection is closed.
+A client that half-closes a plain connection after a request gets its response; then the connection is closed.
 
-When the daemon ends, the response that a client waits for is the last of its connection.
+On shutdown, the response in flight is the last of its connection.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ if TYPE_CHECKING:
 log = Logger()
 
 READ_AHEAD: Final = 2**14
-"""Bytes of input that may wait, for a response to end or for the client to read it, before reading stops."""
+"""Bytes of input that may wait for a response to be sent and read; with more, reading stops."""
 LINGER_SECONDS: Final = 5
-"""How long input is read and dropped after a refusal: nginx's lingering_timeout."""
+"""How long to read and drop input after a refusal: nginx's lingering_timeout."""
 LENGTH_DIGITS: Final = 18
-"""More digits in a Content-Length are no length, but an attempt on C{int}."""
+"""Maximum digits of a Content-Length; longer ones are an attack on C{int}."""
 FRESH_SECONDS: Final = 1
-"""How long a client that has just connected has for its one request when the daemon ends."""
+"""How long a new connection has for its single request on shutdown."""
 SETTLED_SECONDS: Final = 1
-"""How long a connection is idle before it is closed for another: a client's next request is not about to come."""
+"""How long a connection must be idle before it may be closed for another: its next request is not imminent."""
 YIELD_SECONDS: Final = 0.1
-"""How long the kernel has to take what an idle connection has yet to send, before that is closed for another."""
+"""How long an idle connection that is closed for another may still send its output to the kernel."""
 
 _TLS_HANDSHAKE = b"\x16"
 _HEAD_END = b"\r\n\r\n"
@@ -85,12 +85,12 @@ class StrictChannel(HTTPChannel):
     """
     One client connection.
 
-    @ivar crowd: all clients that are connected; the site sets it.
-    @ivar connections: all connections, which end with the daemon; the site sets it.
-    @ivar body_limit: the bytes that a request's body may have, if it may have one; the site sets it.
-    @ivar hot_path: answers what it knows by the bytes of its head; the site sets it. None for nothing.
-    @ivar spare: whether it is a connection too many, which is answered about the daemon's health alone.
-    @ivar patience: waits for the client to take what it is sent. Whoever sends past this channel begins and ends it.
+    @ivar crowd: all connected clients; the site sets it.
+    @ivar connections: all connections, to be closed on shutdown; the site sets it.
+    @ivar body_limit: maximum bytes of a request body; 0 for no bodies. The site sets it.
+    @ivar hot_path: answers requests whose head it knows; the site sets it. None to disable it.
+    @ivar spare: True if the connection exceeds a limit; it serves health checks only.
+    @ivar patience: times out a client that does not read. Code that bypasses the channel to send must begin and end it.
     """
 
     crowd: Crowd
@@ -154,14 +154,14 @@ class StrictChannel(HTTPChannel):
         if self._idle_check is not None:
             self._idle_check.cancel()
             self._idle_check = None
-        self.patience.end()  # what is told of the end may have begun it again
+        self.patience.end()  # the notifications above may have started it again
         self.connections.closed(self)
 
     def readConnectionLost(self) -> None:
         """
-        Answer what was asked, then close: the client sends nothing more, but may still read.
+        Answer pending requests, then close: the client sends nothing more, but may still read.
 
-        On a socket with a path this is the end: programs of this machine cancel by closing.
+        On a Unix socket, close at once: local programs cancel by closing.
         """
         if isinstance(self.transport.getPeer(), UNIXAddress):
             self.transport.abortConnection()
@@ -170,26 +170,26 @@ class StrictChannel(HTTPChannel):
             self._close()
             return
         if has_sent_all(self.transport) and not (self.requests or self._buffer or self._handlingRequest):
-            self.transport.connectionLost(Failure(ConnectionDone()))  # at once, without another turn for the last byte
+            self.transport.connectionLost(Failure(ConnectionDone()))  # at once, without another reactor turn
             return
         self._half_closed = True
         self._go_on()
 
     def writeConnectionLost(self) -> None:
         """
-        Do nothing: after a refusal, the client's input is still read.
+        Keep the connection open: after a refusal, the client's input is still read.
         """
 
     def end(self) -> None:
         """
-        Close once the client has the response that it waits for, at once if it waits for none.
+        Close after the response in flight, or at once if there is none.
         """
         if self._fresh:
             self.callLater(FRESH_SECONDS, self._end_unused)
         elif self._question is not None:
-            pass  # it takes the long way, which says that this answer is the last
+            pass  # takes the long way, which marks this response as the last
         elif not self.requests:
-            if not self._buffer:  # else a request has begun to come
+            if not self._buffer:  # otherwise a request has begun to arrive
                 self.loseConnection()
         else:
             self.persistent = False
@@ -200,7 +200,7 @@ class StrictChannel(HTTPChannel):
     @property
     def settled(self) -> bool:
         """
-        Tell whether nothing was asked on it for C{SETTLED_SECONDS}.
+        Return True if the connection has been idle for C{SETTLED_SECONDS}.
         """
         return bool(self.factory.reactor.seconds() - self._idle_since >= SETTLED_SECONDS)
 
@@ -210,10 +210,10 @@ class StrictChannel(HTTPChannel):
 
     def setTimeout(self, period: float | None) -> float | None:
         """
-        Change for how many seconds the connection may be idle; none for ever.
+        Set the idle timeout in seconds; None for no timeout.
 
-        One timer does for all of a connection's requests: when it is due it sees how long that was. To put it off, or
-        to make another, for each request would cost more than some answers.
+        All requests of a connection share one timer, which computes the idle time when it fires. Resetting or replacing
+        it for each request would cost more than some responses.
         """
         before, self.timeOut = self.timeOut, period  # type: ignore[assignment]
         self.resetTimeout()
@@ -223,14 +223,14 @@ class StrictChannel(HTTPChannel):
 
     def resetTimeout(self) -> None:
         """
-        Count from now on.
+        Restart the idle time.
         """
         self._idle_since = self.factory.reactor.seconds()
 
     def _look_whether_idle(self) -> None:
         self._idle_check = None
         if self.timeOut is None:
-            return  # it is busy: a new timer comes when it no longer is
+            return  # busy: the end of the request starts a new timer
         left = self._idle_since + self.timeOut - self.factory.reactor.seconds()
         if self._head.waiting:  # it is not idle: a request has begun, and has a time limit of its own
             left = max(left, self.timeOut)
@@ -251,10 +251,10 @@ class StrictChannel(HTTPChannel):
 
     def break_off(self) -> None:
         """
-        Close in the middle of a response. The client must see that its end is missing.
+        Close in the middle of a response. The client must notice that the response is incomplete.
 
-        containerd, and so Docker, resumes a blob where the connection has ended, and fails where it was reset. It is
-        reset if the end would pass for that of the body, or if the client does not take what was written before.
+        containerd, and so Docker, resumes a blob after a closed connection, and fails after a reset. The connection is
+        reset only if a close would look like the end of the body, or if the client does not read what was written.
         """
         requests, self.requests = self.requests, []
         shows = all(map(_shows_its_end, requests))
@@ -268,7 +268,7 @@ class StrictChannel(HTTPChannel):
 
     def checkPersistence(self, request: Request, version: bytes) -> bool:
         """
-        Tell whether the connection goes on after this request.
+        Return True if the connection stays open after this request.
         """
         if not self.connections.draining and not self.spare:
             return bool(super().checkPersistence(request, version))
@@ -277,7 +277,7 @@ class StrictChannel(HTTPChannel):
 
     def dataReceived(self, data: bytes) -> None:
         """
-        Take bytes.
+        Parse input, or pass it to the hot path.
         """
         fresh, self._fresh = self._fresh, False
         if (self._address is None and not self.spare) or self._ending:
@@ -296,7 +296,7 @@ class StrictChannel(HTTPChannel):
 
     def _is_one_head(self, data: bytes) -> bool:
         """
-        Tell whether the next request may be in C{data}, from its first byte to the last of its head.
+        Return True if C{data} may be exactly one request head.
         """
         waits = not (self.requests or self._buffer or self.paused or self._after_empty_line)
         return waits and 0 <= data.find(_HEAD_END) == len(data) - len(_HEAD_END)
@@ -304,13 +304,13 @@ class StrictChannel(HTTPChannel):
     @property
     def may_answer_at_once(self) -> bool:
         """
-        Return True if the next answer need not be the connection's last, or one about the daemon's health.
+        Return True unless the next response must be the connection's last, or only health checks are served.
         """
         return not (self.spare or self.connections.draining)
 
     def await_next(self, now: float) -> None:
         """
-        Wait for the next request: the last was answered by the hot path.
+        Wait for the next request after the hot path answered one.
         """
         self._head.end()
         self._idle_since = now
@@ -319,7 +319,7 @@ class StrictChannel(HTTPChannel):
 
     def begin_reply(self, reply: FileReply) -> None:
         """
-        Have all input wait until the hot path has sent a reply: L{requestDone} goes on.
+        Hold all input until the hot path has sent a reply; L{requestDone} continues.
         """
         self.requests.append(reply)
         self._handlingRequest = True
@@ -328,7 +328,7 @@ class StrictChannel(HTTPChannel):
 
     def wait_for(self, question: Question) -> None:
         """
-        Have all input wait until a question is answered.
+        Hold all input until a question is answered.
         """
         self._question, self._handlingRequest = question, True
         self._head.end()
@@ -340,7 +340,7 @@ class StrictChannel(HTTPChannel):
 
     def go_on(self, now: float) -> None:
         """
-        Go on with the next request: the one that has waited is answered.
+        Continue with the next request after a question was answered.
         """
         self._wait_no_longer()
         if not self._buffer:
@@ -349,7 +349,7 @@ class StrictChannel(HTTPChannel):
 
     def take_long_way(self, head: bytes, told: Told) -> None:
         """
-        Have a request that has waited answered by what it was told.
+        Process a request that has waited on the hot path, with its result C{told}.
         """
         self._wait_no_longer()
         self._buffer = head + self._buffer
@@ -358,7 +358,7 @@ class StrictChannel(HTTPChannel):
 
     def getHost(self) -> IAddress:
         """
-        Name the address that the client has connected to. The system is asked once, not for each request.
+        Return the local address. The system call is made once, not for each request.
         """
         if self._host is None:
             self._host = self.transport.getHost()
@@ -367,7 +367,7 @@ class StrictChannel(HTTPChannel):
     @property
     def secure(self) -> bool:
         """
-        Tell whether the client speaks TLS.
+        Return True if the connection uses TLS.
         """
         if self._secure is None:
             self._secure = ISSLTransport.providedBy(self.transport)
@@ -376,7 +376,7 @@ class StrictChannel(HTTPChannel):
     @property
     def client(self) -> str:
         """
-        Name the client.
+        Return the client's address.
         """
         if self._client is None:
             self._client = address_of(self.transport.getPeer())
@@ -384,9 +384,9 @@ class StrictChannel(HTTPChannel):
 
     def refuse_plain(self, transport: Any) -> None:  # noqa: ANN401
         """
-        Refuse a client that speaks plain HTTP where TLS is spoken.
+        Refuse a client that speaks plain HTTP to a TLS port.
 
-        @param transport: the connection beneath TLS.
+        @param transport: the connection below TLS.
         """
         self._networkProducer.unregisterProducer()
         self.transport = self._networkProducer = transport
@@ -397,24 +397,24 @@ class StrictChannel(HTTPChannel):
     @property
     def paused(self) -> bool:  # type: ignore[override]
         """
-        Tell L{LineReceiver} whether input has to wait: a response is under way, or has yet to be read.
+        Make L{LineReceiver} hold input while a response is in flight or unread.
         """
         return self._handlingRequest or self._waitingForTransport
 
     def _go_on(self) -> None:
         """
-        Parse what waits, if it may go on.
+        Parse buffered input, unless that must still wait.
         """
         if self._buffer and not self.paused and not self._ending:
             self._await_head()
             LineReceiver.dataReceived(self, b"")
-        if self._half_closed and not self.paused and not self._busyReceiving:  # else there may be more to answer
+        if self._half_closed and not self.paused and not self._busyReceiving:  # otherwise requests may be pending
             self.loseConnection()
         self._regulate()
 
     def _regulate(self) -> None:
         """
-        Read, or don't. A partial head is bounded by its own limit, and must be read on.
+        Pause or resume reading. A partial head must be read to its end; its own limit bounds it.
         """
         if self.paused and len(self._buffer) >= READ_AHEAD:
             self._networkProducer.pauseProducing()
@@ -433,15 +433,15 @@ class StrictChannel(HTTPChannel):
 
     def abort(self) -> None:
         """
-        Close at once, whatever was written.
+        Reset the connection, even with output pending.
         """
         self.transport.abortConnection()
 
     def yield_place(self) -> None:
         """
-        Close an idle connection for another.
+        Close an idle connection to make room for another.
 
-        The kernel may hold megabytes of the last answer, and still sends them: a reset would cut a blob that was sent.
+        The kernel may still be sending megabytes of the last response; a reset would cut off that blob.
         """
         self._stop_input()
         self._breaking = Patience(self.callLater, YIELD_SECONDS, self.abort)
@@ -458,14 +458,14 @@ class StrictChannel(HTTPChannel):
 
     def timeoutConnection(self) -> None:
         """
-        Close a connection that nothing was asked on.
+        Close an idle connection.
         """
         self.crowd.idle += 1
         super().timeoutConnection()
 
     def pauseProducing(self) -> None:
         """
-        Write no more: the client does not take what was written.
+        Stop writing: the client does not read.
         """
         self.patience.begin()
         super().pauseProducing()
@@ -473,7 +473,7 @@ class StrictChannel(HTTPChannel):
 
     def resumeProducing(self) -> None:
         """
-        Go on writing.
+        Resume writing.
         """
         self.patience.end()
         super().resumeProducing()
@@ -481,7 +481,7 @@ class StrictChannel(HTTPChannel):
 
     def requestDone(self, request: Request) -> None:
         """
-        Go on with the next request.
+        Continue with the next request.
         """
         super().requestDone(request)
         if self._address is not None and not (self.requests or self._buffer or self._ending):
@@ -490,25 +490,25 @@ class StrictChannel(HTTPChannel):
 
     def loseConnection(self) -> None:
         """
-        Close, when the client has taken what was written.
+        Close after sending what was written.
         """
         self.patience.begin()
         self._stop_input()
-        self._regulate()  # over TLS, the client's goodbye is read
+        self._regulate()  # over TLS, the client's close_notify must be read
         super().loseConnection()
         if self.connections.draining and self._tls is not None:
-            # Not every client answers TLS's goodbye while it has nothing to ask: that is not waited for.
+            # Don't wait for the client's close_notify: some idle clients send none.
             self._close()
 
     def _linger(self) -> None:
         """
-        Close, and until then drop what the client sends.
+        Close, dropping input until the client closes too.
 
-        A socket that is closed over unread input resets the connection, which destroys what the client has yet to read.
+        Closing a socket with unread input resets the connection, which discards output that the client has not read.
         """
         self._lingering.begin()
         if self._tls is not None:
-            self.loseConnection()  # TLS reads on until the client's goodbye
+            self.loseConnection()  # TLS reads until the client's close_notify
             return
         self.patience.begin()
         self._stop_input()
@@ -522,7 +522,7 @@ class StrictChannel(HTTPChannel):
     @property
     def _tls(self) -> Any:  # noqa: ANN401
         """
-        Give what speaks TLS below this channel, if anything does; a balancer's header may have come between.
+        Return the TLS transport below this channel, or None; the PROXY protocol's wrapper may be in between.
         """
         below = self.transport
         while isinstance(below, ProtocolWrapper) and not isinstance(below, TLSMemoryBIOProtocol):
@@ -531,14 +531,14 @@ class StrictChannel(HTTPChannel):
 
     def _finishRequestBody(self, data: bytes) -> None:
         """
-        Have what follows a body wait with all other input.
+        Buffer what follows a body with all other input.
         """
         self._buffer = data
         self.allContentReceived()
 
     def lineReceived(self, line: bytes) -> None:
         """
-        Take a line of a request's head.
+        Parse a line of a request's head.
         """
         self._after_empty_line = not (line or self._line)
         if line and not self._line:
@@ -551,13 +551,13 @@ class StrictChannel(HTTPChannel):
 
     def lineLengthExceeded(self, line: bytes) -> None:  # noqa: ARG002
         """
-        Refuse a line longer than all headers may be.
+        Refuse a line longer than the limit for all headers.
         """
         self.refuse(_LONG)
 
     def headerReceived(self, line: bytes) -> bool:
         """
-        Take a header, folded lines joined.
+        Parse a header, with folded lines joined.
         """
         name, _, value = line.partition(b":")
         value = value.strip(b" \t")
@@ -570,7 +570,7 @@ class StrictChannel(HTTPChannel):
 
     def allHeadersReceived(self) -> None:
         """
-        Look at the head as a whole.
+        Check the complete head.
         """
         self._head.end()
         line, self._line = self._line, b""
@@ -584,16 +584,16 @@ class StrictChannel(HTTPChannel):
         elif not self._aim():
             self.refuse(_TARGET)
         elif reads and self.length is None:
-            self._head.begin()  # an empty body has the time of a head
+            self._head.begin()  # an empty body has the same timeout as a head
             self._transferDecoder: Any = EmptyBody(self._finishRequestBody, self.refuse)
-            self.length = 0  # to the request: else Twisted opens a file for the body
+            self.length = 0  # for the request: otherwise Twisted opens a file for the body
             super().allHeadersReceived()
             self.length = None
         elif self.length != 0 and self.body_limit and line.startswith(b"POST "):
             if self.length is None or self.length > self.body_limit:
                 self._answer(b"413 Content Too Large")
             else:
-                self._head.begin()  # the body is small: it has the time of a head
+                self._head.begin()  # a small body has the same timeout as a head
                 super().allHeadersReceived()
         elif self.length != 0:
             kind = b"Content-Type: application/json\r\n"
@@ -603,7 +603,7 @@ class StrictChannel(HTTPChannel):
 
     def _aim(self) -> bool:
         """
-        Parse the target, for everything behind this channel; tell whether it has a form that is served.
+        Parse the target. Return False if its form is not supported.
         """
         request: Any = self.requests[-1]
         try:
@@ -615,23 +615,23 @@ class StrictChannel(HTTPChannel):
 
     def allContentReceived(self) -> None:
         """
-        Answer a request that is there with its body.
+        Answer a request that is complete.
         """
         self._head.end()
         super().allContentReceived()
 
     def _send100Continue(self) -> None:
         """
-        Ask for a body only if one is announced: HAProxy 2.6 takes a 100 without one for the end of the exchange.
+        Send 100 Continue only if a body is announced: without one, HAProxy 2.6 treats it as the final response.
         """
         if self.length != 0 or isinstance(self._transferDecoder, EmptyBody):
             super()._send100Continue()
 
     def refuse(self, said: bytes = _FRAMING) -> bool:
         """
-        Answer 400, and close. Whether it was a HEAD may not be known: it is not told why.
+        Answer 400 and close. A HEAD request gets no body, so no reason.
 
-        @param said: what is wrong.
+        @param said: the reason.
         """
         self.crowd.bad_requests += 1
         client, why = address_of(self.transport.getPeer()), said.decode("ascii")
@@ -642,7 +642,7 @@ class StrictChannel(HTTPChannel):
 
     def _respondToBadRequestAndDisconnect(self) -> None:
         """
-        Refuse what Twisted refuses in our own words.
+        Use this class's response for what Twisted refuses.
         """
         self.refuse()
 
@@ -659,7 +659,7 @@ class StrictChannel(HTTPChannel):
         version: bytes = b"HTTP/1.1",
     ) -> None:
         self._head.end()
-        self.length = None  # to Twisted: a body of unknown length follows, so that no request is made of this
+        self.length = None  # makes Twisted expect a body of unknown length, and so create no request
         request_id, site = self.factory.new_id(), self.factory
         site.refused(address_of(self.transport.getPeer()), int(status[:3]), len(body), request_id)
         head = b"%b %b\r\nDocker-Distribution-Api-Version: registry/2.0\r\n" % (version, status)
@@ -672,7 +672,7 @@ class StrictChannel(HTTPChannel):
 
 def _shows_its_end(request: Request) -> bool:
     """
-    Tell whether the response says where its body ends: by its length, or by the last chunk.
+    Return True if the response marks the end of its body, by Content-Length or the last chunk.
     """
     has_length = request.responseHeaders.hasHeader("Content-Length")
     return not request.startedWriting or has_length or request.clientproto == b"HTTP/1.1"

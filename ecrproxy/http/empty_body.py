@@ -1,8 +1,8 @@
 """
-Chunked bodies without a byte of content.
+Chunked bodies without content.
 
-Envoy, linkerd and Vert.x frame a GET so when they pass on an HTTP/2 request whose end has yet to come. The framing is
-legal (RFC 9112, 6), and nginx and Go accept it. A body with content is refused: nothing here would read it.
+Envoy, linkerd and Vert.x send a GET this way when they forward an HTTP/2 request whose end they have not seen yet. The
+framing is legal (RFC 9112, 6), and nginx and Go accept it. A body with content is refused: nothing here would read it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")
 
 def end_of_empty(data: bytes) -> int | None:
     """
-    Return where an empty chunked body at the start of C{data} ends; None if more has to come.
+    Return where an empty chunked body at the start of C{data} ends; None if it is incomplete.
 
     @raise ValueError: if the body has content, is malformed, or exceeds L{EMPTY_BODY_LIMIT}.
     """
@@ -41,7 +41,7 @@ class EmptyBody:
     """
     Decode an empty chunked body, in place of Twisted's decoder.
 
-    @param finished: called with the bytes behind the body.
+    @param finished: called with the bytes after the body.
     @param refuse: called at the first byte that can't be part of an empty body.
     """
 
@@ -51,7 +51,7 @@ class EmptyBody:
 
     def dataReceived(self, data: bytes) -> None:
         """
-        Take bytes.
+        Parse the next bytes.
         """
         self._data += data
         try:

@@ -1,20 +1,20 @@
 """
-The hot path: answers a request whose head, byte for byte, was answered from memory before.
+The hot path: answer a request whose head, byte for byte, was answered from memory before.
 
 Rules:
 
-- The long way is the truth: the channel's parser, L{site.Front}, L{web.Registry}. It notes what it has answered with
-  a hit; the bytes of that request's head lead to the same answer, and to nothing that isn't known of them.
-- All that an answer depends on besides the head is asked again, of those whom the long way asks: the registries, who
-  may ask, the limits, and what memory holds. If one of them has another answer than it had, or has to wait for one, the
-  long way answers. So nobody has to tell this module what was purged, moved or changed.
-- It is turned off where C{PROXY_CACHE_KEY} asks about clients.
-- Heads hold passwords: a hash of them is kept, by a key that this process alone has.
-- What a tag leads to is asked of ECR once for all who send the same head meanwhile. If ECR does not say what it said
-  before, each of them takes the long way, with that outcome and the registries of when it came: it was let in then.
-- What is answered here is counted and logged by the same function, in the same words.
-- A blob that is larger is sent here if its file is open, by the same senders, counted as a transfer: to the channel its
-  reply is a request.
+- The long way is authoritative: the channel's parser, L{site.Front}, L{web.Registry}. It notes the requests that it
+  answers with a hit; the bytes of such a request's head then lead to the same answer, and to nothing else.
+- Everything else that an answer depends on is checked again, with the same objects as on the long way: registries,
+  admission, limits, and the contents of memory. If a result differs, or is not available at once, the long way
+  answers. So purges, moves and changes need no notification here.
+- The hot path is disabled if C{PROXY_CACHE_KEY} depends on clients.
+- Heads contain passwords: only a hash is kept, keyed with a secret of this process.
+- Concurrent requests with the same head share one request to ECR for a tag. If ECR's answer has changed, each takes
+  the long way, with that outcome and the registries of when it arrived, because it was admitted then.
+- Requests answered here are counted and logged by the same function, with the same words.
+- A larger blob is sent here if its file is open, by the same senders, and counted as a transfer: the channel treats
+  its reply as a request.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ from ecrproxy.world import World, Worlds
 log = Logger()
 
 LONGEST_HEAD: Final = 4096
-"""Bytes of heads that are noted. Docker's have 300, with the password of a cloud's own login 3,000."""
+"""Maximum bytes of heads that are noted. Docker's have 300, with the password of a cloud's own login 3,000."""
 LARGEST_BODY: Final = 2**16
-"""Bytes of bodies that are sent at once: a transport buffers as many."""
+"""Maximum bytes of bodies that are sent in one write: as many as a transport buffers."""
 NOTED_BYTES: Final = 8 * 2**20
-"""Bytes of memory for heads and what they lead to."""
+"""Bytes of memory for hashes of heads and their responses."""
 _ENTRY_BYTES = 3000
 _UNFIT: Final = (REQUEST_ID, b"Transfer-Encoding")
-"""Headers of requests that are not noted: the answer has the id, and a body is to come."""
+"""Requests with these headers are not noted: the response repeats the id, and a body follows."""
 
 
 class Words(NamedTuple):
     """
-    What is counted and logged of a request, but for what differs from one to the next.
+    The counted and logged values of a request, without those that differ between requests for the same head.
 
-    @ivar kind: the labels of the figure; the last is the registry's.
-    @ivar size: bytes of the body that was sent.
-    @ivar several: whether there are several registries.
+    @ivar kind: the metric's labels; the last is the registry's.
+    @ivar size: bytes of the body sent.
+    @ivar several: whether more than one registry is configured.
     """
 
     kind: tuple[str, ...]
@@ -80,7 +80,7 @@ class Words(NamedTuple):
 
     def of_none(self) -> Words:
         """
-        Tell of a request that was not answered.
+        Return the words for a request that was not answered.
         """
         route, method, _, _, registry = self.kind
         kind = (route, method, "-", "-", registry)
@@ -90,12 +90,12 @@ class Words(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class _Noted:
     """
-    Where a head leads.
+    The response to a head.
 
-    @ivar hit: what it was answered with, without the file.
-    @ivar authorization: where in the head the value of its Authorization header is, if it has one.
-    @ivar asks: whether ECR is asked each time.
-    @ivar transfers: whether it counts as a transfer.
+    @ivar hit: the answer, without the file.
+    @ivar authorization: the position of the Authorization header's value in the head, if there is one.
+    @ivar asks: whether ECR must confirm the answer each time.
+    @ivar transfers: whether the response counts as a transfer.
     @ivar has_file: whether the body is a file.
     """
 
@@ -111,12 +111,12 @@ class _Noted:
 @dataclass(slots=True)
 class Waiting:
     """
-    A request that waits for what ECR says of a tag.
+    A request that waits for ECR to resolve a tag.
 
-    @ivar started: when it had come.
+    @ivar started: when the request arrived.
     """
 
-    head: bytes = field(repr=False)  # it may hold a password
+    head: bytes = field(repr=False)  # may contain a password
     request_id: str
     started: float
 
@@ -124,10 +124,10 @@ class Waiting:
 @dataclass(eq=False, slots=True)
 class Question:
     """
-    A tag that ECR is asked for, and who waits for that.
+    A request to ECR for a tag, and the client requests that wait for its result.
 
-    @ivar first: who began it.
-    @ivar waiting: by channel.
+    @ivar first: the client request that started it.
+    @ivar waiting: client requests by channel.
     """
 
     noted: _Noted
@@ -137,14 +137,14 @@ class Question:
 
 class HotPath:
     """
-    Notes what heads lead to, and answers those that come again.
+    Notes responses by request head, and answers requests with a known head.
 
     @param pull_through: answers from memory, and asks ECR for tags.
-    @param admission: lets in clients; none for all.
+    @param admission: admits clients; None to admit all.
     @param now: seconds since the epoch.
-    @param in_thread: reads what the kernel does not have in memory.
-    @param key: random bytes that are nobody else's.
-    @ivar answered: how many requests were answered here.
+    @param in_thread: reads what is not in the page cache.
+    @param key: secret random bytes, for hashes of heads.
+    @ivar answered: number of requests answered here.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class HotPath:
 
     def note(self, request: RegistryRequest, words: Words) -> None:
         """
-        Note where the head of C{request} has led, if it may lead there again.
+        Note the response to the head of C{request}, if it can be repeated.
         """
         head, hit = request.head, request.hit
         if head is None or hit is None or len(head) > LONGEST_HEAD:
@@ -179,7 +179,7 @@ class HotPath:
             return
         if any(map(request.requestHeaders.hasHeader, _UNFIT)):
             return
-        if has_file:  # it is asked for each time whether it is open
+        if has_file:  # whether the file is open is checked each time
             hit = hit._replace(answer=hit.answer._replace(body=None))
         elif self._at_hand(hit.asked) != (None if asks else hit.answer):
             return
@@ -202,9 +202,9 @@ class HotPath:
 
     def answer(self, channel: Any, head: bytes) -> bool:  # noqa: ANN401 (a StrictChannel, which knows this)
         """
-        Answer what C{channel}, which waits for a request, has received, if it is a head that is known.
+        Answer C{head}, received on an idle C{channel}, if it is known.
 
-        @return: False if the long way has to.
+        @return: False if the long way must answer.
         """
         if len(head) > LONGEST_HEAD or not channel.may_answer_at_once:
             return False
@@ -238,7 +238,7 @@ class HotPath:
 
     def _entered(self) -> World:
         """
-        Return the latest registries. What was noted for those of before a reload is forgotten, and they with it.
+        Return the latest registries. After a reload, drop what was noted for the previous ones, which frees them.
         """
         if self._world is not self._worlds.latest:
             self._world = self._worlds.latest
@@ -247,7 +247,7 @@ class HotPath:
 
     def _is_same(self, found: Answer | None, noted: _Noted) -> bool:
         """
-        Return True if memory has C{found} where that leads to what was noted.
+        Return True if the lookup in memory, with result C{found}, still leads to the noted answer.
         """
         if noted.asks:
             return found is None and self._pull_through.knows_tag(noted.hit.asked)
@@ -255,7 +255,7 @@ class HotPath:
 
     def _wait(self, channel: Any, waiting: Waiting, noted: _Noted, name: bytes) -> None:  # noqa: ANN401
         """
-        Have a request wait for what ECR says.
+        Let a request wait for ECR.
         """
         question, begins = self._questions.get(name), False
         if question is None or question.noted is not noted:
@@ -274,7 +274,7 @@ class HotPath:
 
     def _told(self, outcome: Answer | Failure, name: bytes, question: Question) -> None:
         """
-        Answer all who wait for a question.
+        Answer all requests that wait for a question.
         """
         if self._questions.get(name) is question:
             del self._questions[name]
@@ -296,7 +296,7 @@ class HotPath:
     @staticmethod
     def leave(channel: Any, question: Question) -> None:  # noqa: ANN401
         """
-        Have a client wait no longer: its connection ends. The question goes on.
+        Stop waiting: the client's connection ends. The request to ECR continues.
         """
         if (waiting := question.waiting.pop(channel, None)) is not None:
             site: Any = channel.factory
@@ -308,8 +308,8 @@ class HotPath:
         """
         Send a response.
 
-        @param now: on the reactor's clock; what is done from then on in this turn is not told as time.
-        @param waited: seconds for which ECR was waited for.
+        @param now: on the reactor's clock; work later in this reactor turn is not included in the logged time.
+        @param waited: seconds spent waiting for ECR.
         """
         write(channel.transport, noted.response.with_those(request_id, self._today()))
         self._pull_through.answered_at_hand(noted.hit.asked, noted.hit.answer)
@@ -318,7 +318,7 @@ class HotPath:
 
     def _send_file(self, channel: Any, noted: _Noted, request_id: str, started: float, file: Content) -> None:  # noqa: ANN401
         """
-        Send a response with a file: what can go at once, and the rest as the long way does.
+        Send a response with a file: at once as much as possible, the rest as on the long way.
         """
         site, crowd, client = channel.factory, channel.crowd, channel.client
         self.answered += 1
@@ -364,9 +364,9 @@ def _failed(failure: Failure) -> None:
 
 def _broken(failure: Failure, reply: FileReply) -> None:
     """
-    Break off a reply that came to nothing.
+    Break off a failed reply.
     """
-    if reply.channel is None:  # the client has gone
+    if reply.channel is None:  # the client has disconnected
         return
     if not failure.check(*KNOWN):
         log.failure("Sending a file", failure)
@@ -375,7 +375,7 @@ def _broken(failure: Failure, reply: FileReply) -> None:
 
 def _apart(found: Answer | None) -> tuple[Answer | None, Content | None]:
     """
-    Take the file out of an answer: what is compared has none.
+    Separate the file from an answer; noted answers have none.
     """
     if found is None or not isinstance(found.body, Content):
         return found, None
@@ -397,9 +397,9 @@ def _authorization(request: RegistryRequest, head: bytes) -> slice | None:
 
 def _response(request: RegistryRequest, body: object) -> Written | None:
     """
-    Write the response that was just sent, without its id and its date: what comes before, between and after them.
+    Return the response that was just sent, split at its id and its date.
 
-    @return: none if it has them in another order, or only once.
+    @return: None if id and date are not both present, in this order.
     """
     lines = [b"HTTP/1.1 %d %b\r\n" % (request.code, request.code_message)]
     parts = []

@@ -1,5 +1,5 @@
 """
-A response that was written before, sent anew: a head, and behind it bytes or an open file.
+A prepared response that is sent again: a head, followed by bytes or an open file.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ecrproxy.transfer.sending import warm_start
 
 class Written(NamedTuple):
     """
-    A response, but for its request's id and its date.
+    A response without its request id and date.
 
-    @ivar before: what comes before the id.
-    @ivar between: from there to the date.
-    @ivar after: the rest, with the body if that is no file.
+    @ivar before: the bytes before the id.
+    @ivar between: those between the id and the date.
+    @ivar after: the rest, including the body unless that is a file.
     """
 
     before: bytes
@@ -34,19 +34,19 @@ class Written(NamedTuple):
 
     def with_those(self, request_id: str, date: bytes) -> bytes:
         """
-        Return it for one request.
+        Return the response with C{request_id} and C{date} filled in.
         """
         return b"".join((self.before, request_id.encode(), self.between, date, self.after))
 
 
 class FileReply:
     """
-    A response whose body is a file, on its way: the channel and L{sending} take it for the request.
+    A response in flight whose body is a file. The channel and L{sending} treat it as the request.
 
-    @param tell: told how many bytes of the body were sent when it is over, and whether it was C{aborted}.
-    @ivar channel: the connection; none once that is lost.
-    @ivar sentLength: bytes of the body that were handed over.
-    @ivar sending: sends the body; cancelled when the connection is lost, or broken off.
+    @param tell: called at the end with the number of body bytes sent, and whether the response was C{aborted}.
+    @ivar channel: the connection; None once that is lost.
+    @ivar sentLength: body bytes passed to the connection.
+    @ivar sending: sends the body; cancelled when the connection is lost or broken off.
     """
 
     startedWriting: Final = True
@@ -67,19 +67,19 @@ class FileReply:
 
     def registerProducer(self, producer: object, streaming: bool) -> None:  # noqa: FBT001 (Twisted's signature)
         """
-        Have the connection say when it takes more.
+        Register the producer with the connection.
         """
         self.channel.registerProducer(producer, streaming)
 
     def unregisterProducer(self) -> None:
         """
-        Have it say so no more.
+        Unregister the producer.
         """
         self.channel.unregisterProducer()
 
     def finish(self) -> None:
         """
-        End: all was sent. The channel goes on with the next request.
+        Report the complete response; the channel continues with the next request.
         """
         self._tell(self.sentLength, aborted=False)
         channel, self.channel = self.channel, None
@@ -87,7 +87,7 @@ class FileReply:
 
     def connectionLost(self, reason: Failure) -> None:  # noqa: ARG002 (Twisted's signature)
         """
-        End before all was sent.
+        Report the incomplete response and stop sending.
         """
         self.channel = None
         self._tell(self.sentLength, aborted=True)
@@ -97,13 +97,13 @@ class FileReply:
 
 def write_with_file(transport: Any, head: bytes, content: Content) -> int:  # noqa: ANN401
     """
-    Send a head, and of the file behind it what the kernel has in memory and the client takes at once: a piece at most.
+    Send a head and the start of the file: what is in the page cache and the socket accepts at once, at most one piece.
 
-    @return: how many bytes of the file were sent.
+    @return: the number of bytes of the file sent.
     """
     there = warm_start(content.fileno(), content.size) if has_sent_all(transport) else 0
     if not write(transport, head, socket.MSG_MORE if there else 0) or not there:
         return 0
-    with contextlib.suppress(OSError):  # as before
+    with contextlib.suppress(OSError):  # the regular sender takes over
         return os.sendfile(transport.fileno(), content.fileno(), 0, there)
     return 0

@@ -1,5 +1,5 @@
 """
-A client's request, with what is told of it later.
+A client's request, with the values that are logged and counted later.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.world import World
 
 RawHeaders = Sequence[tuple[bytes, list[bytes]]]
-"""Headers as Twisted has them."""
+"""Headers in Twisted's form."""
 PATH_LENGTH: Final = 405
-"""Characters of a path that are logged: the longest that is served, a name of 255 with a sha512 digest."""
+"""Maximum characters of a path that are logged: the longest path served, a name of 255 with a sha512 digest."""
 METHOD_LENGTH: Final = 32
 _BROWSERS: Final = (b"Origin", b"Sec-Fetch-Site", b"Accept-Language")
-"""Headers that browsers send: at least the last is in each request of theirs."""
+"""Headers that browsers send; at least the last is in each of their requests."""
 _SECRET: Final = frozenset({b"authorization", b"proxy-authorization", b"cookie"})
 
 
 class Hit(NamedTuple):
     """
-    What a request was answered with from the cache, whether or not ECR had to confirm it.
+    An answer from the cache, whether or not ECR had to confirm it.
 
-    @ivar world: the registries that it was answered for.
+    @ivar world: the registries at the time.
     """
 
     asked: Asked
@@ -46,11 +46,11 @@ class Hit(NamedTuple):
 
 class Told(NamedTuple):
     """
-    What is known of a request that was let in, and has waited for ECR before it took the long way.
+    A request that the hot path admitted, and that waited for ECR before it took the long way.
 
-    @ivar outcome: the answer, or why there is none.
-    @ivar started: when the request had come.
-    @ivar world: the registries that there were then.
+    @ivar outcome: the answer, or the error.
+    @ivar started: when the request arrived.
+    @ivar world: the registries at that time.
     """
 
     outcome: Answer | BaseException | None
@@ -61,26 +61,26 @@ class Told(NamedTuple):
 
 def address_of(peer: object) -> str:
     """
-    Name the other side of a connection.
+    Return the address of a connection's peer.
     """
     return unmapped(str(getattr(peer, "host", "")))
 
 
 class RegistryRequest(Request):
     """
-    A request that has an id, and does not name the software that answers it.
+    A request with an id, whose response does not name Twisted.
 
     @ivar id: see C{request_id}.
-    @ivar target: what is asked for, parsed by the channel. Twisted's C{uri} and C{path} are set from it.
-    @ivar route: the target as a path of the registry, once the door has understood it.
-    @ivar registry: the name in the configuration of the registry that is meant; C{-} if none is, or it is none.
-    @ivar several: whether that may be one of several.
-    @ivar repository: what people call the repository; empty if there is none.
-    @ivar head: the bytes of its head, if they came in one piece, and nothing else did.
-    @ivar hit: what it was answered with, if the cache had it.
-    @ivar told: what it has waited for already.
-    @ivar started: when it had come.
-    @ivar upstream: how long upstream was waited for.
+    @ivar target: parsed by the channel. Twisted's C{uri} and C{path} are set from it.
+    @ivar route: the target as a registry path, once that is parsed.
+    @ivar registry: the registry's name in the configuration; C{-} if the request is for none.
+    @ivar several: whether more than one registry is configured.
+    @ivar repository: the repository's display name; empty if there is none.
+    @ivar head: the bytes of the request head, if they arrived in one piece with nothing else.
+    @ivar hit: the answer, if it came from the cache.
+    @ivar told: the result for which the request has already waited.
+    @ivar started: when the request arrived.
+    @ivar upstream: time spent waiting for upstream.
     """
 
     id = ""
@@ -112,7 +112,7 @@ class RegistryRequest(Request):
 
     def getRequestHostname(self) -> bytes:
         """
-        Give the host that was asked for, or the address where nothing was said of it. A socket's path is no address.
+        Return the requested host; without a Host header, the local address. A Unix socket has none.
         """
         if self.getHeader(b"host") is None and not hasattr(self.getHost(), "host"):
             return b""
@@ -126,24 +126,24 @@ class RegistryRequest(Request):
 
     def connectionLost(self, reason: Failure) -> None:
         """
-        Note the end of an answer that did not come to its own.
+        Log a response that was not completed.
         """
         site: Any = self.channel.factory
-        super().connectionLost(reason)  # whoever waits for upstream hears of it here, and stops the watch
-        if self.id:  # else it had not come as a whole
+        super().connectionLost(reason)  # cancels the wait for upstream, which stops the stopwatch
+        if self.id:  # otherwise the request is incomplete
             site.log(self, aborted=True)
 
 
 def fields(request: Request, name: bytes) -> list[str]:
     """
-    Give the values of a header, which may be any bytes: RFC 9110, 5.5. Asked for by text, Twisted takes them for UTF-8.
+    Return the values of a header, which may be any bytes: RFC 9110, 5.5. Twisted's own lookup by text decodes UTF-8.
     """
     return [value.decode("latin-1") for value in request.requestHeaders.getRawHeaders(name, [])]
 
 
 def field(request: Request, name: bytes) -> str | None:
     """
-    Give the last value of a header.
+    Return the last value of a header.
     """
     values = fields(request, name)
     return values[-1] if values else None
@@ -151,7 +151,7 @@ def field(request: Request, name: bytes) -> str | None:
 
 def is_browsers(request: Request) -> bool:
     """
-    Return True if a browser sent it: see L{ecrproxy.access.browsers}.
+    Return True if a browser sent the request: see L{ecrproxy.access.browsers}.
 
     Node's C{fetch} sends C{Accept-Language}, and C{Sec-Fetch-Mode} without the C{Sec-Fetch-Site} that browsers send
     with it (W3C Fetch Metadata, 2.5). Scripts in browsers can set neither.
@@ -164,17 +164,17 @@ def is_browsers(request: Request) -> bool:
 
 def host_of(request: Request) -> str:
     """
-    Return the host that was asked for, without the port.
+    Return the requested host, without the port.
     """
     return bytes(request.getRequestHostname()).decode("ascii", "replace")
 
 
 def caller_of(request: Request) -> Caller:
     """
-    Tell what is known of who asks.
+    Describe the client.
     """
     transport = request.channel.transport
-    # OpenSSL has refused a certificate that is not good, and so the connection, before there was a request.
+    # OpenSSL refuses a connection with an invalid certificate before there is a request.
     certified = ISSLTransport.providedBy(transport) and transport.getPeerCertificate() is not None
     shown = fields(request, b"Authorization")
     return Caller(address(request), certified, shown[0] if len(shown) == 1 else None)
@@ -182,7 +182,7 @@ def caller_of(request: Request) -> Caller:
 
 def asker_of(request: RegistryRequest) -> Asker:
     """
-    Tell what a request says beside its route, but for what is secret in it.
+    Return what a request contains besides its route, without secrets.
     """
     return Asker(
         method=request.method.decode("ascii"),
@@ -200,23 +200,23 @@ def asker_of(request: RegistryRequest) -> Asker:
 
 def address(request: http.Request) -> str:
     """
-    Name the client; one that came by IPv4 to a socket for both is named by its own address.
+    Return the client's address; as IPv4 if it came by IPv4 to a dual-stack socket.
     """
     return address_of(request.getClientAddress())
 
 
 def path(request: http.Request) -> str:
     """
-    Name what was asked for, without the query: it may hold secrets.
+    Return the path for the log, without the query, which may contain secrets.
     """
     return printable(request.uri.partition(b"?")[0], PATH_LENGTH)
 
 
 def printable(sent: bytes, length: int) -> str:
     """
-    Write what a client has sent so that it can't pass for anything else in a log.
+    Escape bytes from a client so that they can't forge anything in a log.
 
-    @param length: the most characters that it is worth, escapes included.
+    @param length: maximum characters, escapes included.
     """
     text = sent[:length].decode("latin-1")
     plain = text.isascii() and text.isprintable()

@@ -1,5 +1,5 @@
 """
-The client port: who is let in, where a request leads, and what serves it: HTTP/1.1, an access log of its own.
+The client port: admission, routing, and a site with HTTP/1.1 and its own access log.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from ecrproxy.request_id import numbered
 _METHODS: Final = frozenset({b"GET", b"HEAD"})
 _ROUTES: Final = {"blobs": "blob", "manifests": "manifest", "tags": "tags", "referrers": "referrers"}
 HEALTH: Final = frozenset({"/_health", "/healthz", "/readyz"})
-"""The paths that are answered to anybody, whatever the access rules say."""
+"""Paths that are served to every client, whatever the access rules say."""
 
 
 def route_of(path: str) -> str:
     """
-    Tell of what kind a request is, in a few fixed words.
+    Return the kind of a request, as one of a few fixed words.
     """
     if path in HEALTH:
         return "health"
@@ -59,15 +59,15 @@ def route_of(path: str) -> str:
 
 class Front(Answering):
     """
-    The client port: one gate in front of every path but those for health.
+    The client port: one access check in front of every path except health checks.
 
-    Paths are those of the parsed target. Twisted's own routing is not used: it drops the first character of a target
-    and decodes each segment, so that several spellings would lead to one resource.
+    Paths are those of the parsed target. Twisted's routing is not used: it drops the first character of a target and
+    decodes each segment, so that several spellings would lead to one resource.
 
     @param registry: answers /v2/ and below.
-    @param others: what else there is, by exact path. Those of L{HEALTH} are outside the gate.
-    @param admission: lets in clients; none for all.
-    @param pages: the web pages that may ask.
+    @param others: the other resources, by exact path. Those of L{HEALTH} skip the access check.
+    @param admission: admits clients; None to admit all.
+    @param pages: the web pages that may send requests.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class Front(Answering):
 
     async def respond(self, request: RegistryRequest) -> None:
         """
-        Let a client in, and answer its request.
+        Admit a client and answer its request.
 
-        @raise RegistryError: if it may not ask, or there is no such path.
+        @raise RegistryError: if access is denied or the path is unknown.
         """
         asked = request.target.path
         channel: Any = request.channel
@@ -133,17 +133,17 @@ def make_site(  # noqa: PLR0913 (what a port is made of)
     hot_path: HotPath | None = None,
 ) -> RegistrySite:
     """
-    Build the client port and what serves it.
+    Build the client port and its site.
 
     @param ready: answers /readyz.
-    @param admission: lets in clients; none for all.
-    @param crowd: counts those who are connected, and keeps them within limits.
-    @param access_log: where the lines of requests go, if there are to be any.
-    @param others: what else there is, by its path.
-    @param served: where it is counted what clients were given, if it is.
-    @param connections: is told of the connections.
-    @param pages: the web pages that may ask; none for those of no other site.
-    @param hot_path: answers what it knows; none to have all take the long way.
+    @param admission: admits clients; None to admit all.
+    @param crowd: counts the connected clients and enforces limits.
+    @param access_log: None for no access log.
+    @param others: the other resources, by path.
+    @param served: metrics of responses; None for no metrics.
+    @param connections: keeps track of connections.
+    @param pages: the web pages that may send requests; None to refuse those of other sites.
+    @param hot_path: answers requests that it knows; None to send all the long way.
     """
     health, pages = Health(), pages or Pages()
     paths = {"/_health": health, "/healthz": health, "/readyz": ready, **(others or {})}
@@ -161,20 +161,20 @@ def make_site(  # noqa: PLR0913 (what a port is made of)
 
 class RegistrySite(Site):
     """
-    HTTP/1.1 alone, with an access log of its own that has no query strings.
+    HTTP/1.1 only, with its own access log, which has no query strings.
 
-    @ivar new_id: makes an id for a request that has none.
-    @ivar headers: those of every answer.
-    @cvar NAME: what Twisted's lines about its sockets call it.
-    @cvar body_limit: the bytes that a request's body may have; 0 for requests that have none.
+    @ivar new_id: returns an id for a request without one.
+    @ivar headers: the headers of every response.
+    @cvar NAME: the name in Twisted's log lines.
+    @cvar body_limit: maximum bytes of a request body; 0 for no bodies.
     """
 
     NAME = "The port for clients"
     body_limit = 0
 
-    noisy = False  # of its sockets, not of itself, Twisted tells
+    noisy = False  # Twisted logs the sockets, not the factory
     requestFactory = RegistryRequest
-    protocol = StrictChannel  # type: ignore[assignment]  # HTTP/1.1 alone needs no choice of protocols
+    protocol = StrictChannel  # type: ignore[assignment]  # HTTP/1.1 only: no protocol negotiation
 
     def __init__(
         self,
@@ -198,13 +198,13 @@ class RegistrySite(Site):
 
     def logPrefix(self) -> str:
         """
-        Name it in Twisted's lines.
+        Return the name in Twisted's log lines.
         """
         return self.NAME
 
     def buildProtocol(self, addr: Any) -> Any:  # noqa: ANN401
         """
-        Make what serves a client's connection.
+        Create the channel for a client connection.
         """
         channel: Any = super().buildProtocol(addr)
         channel.crowd, channel.connections, channel.body_limit = self.crowd, self.connections, self.body_limit
@@ -213,15 +213,15 @@ class RegistrySite(Site):
 
     def acceptableProtocols(self) -> list[bytes]:
         """
-        Offer HTTP/1.1: over Twisted's HTTP/2, blobs leave at a fifth of its speed.
+        Offer only HTTP/1.1: Twisted's HTTP/2 sends blobs at a fifth of its speed.
         """
         return [b"http/1.1"]
 
     def log(self, request: http.Request, *, aborted: bool = False) -> None:
         """
-        Count a request, and write a line for it.
+        Count and log a request.
 
-        @param aborted: whether its answer did not come to its end.
+        @param aborted: whether the response is incomplete.
         """
         asked = cast(RegistryRequest, request)
         now = self.reactor.seconds()
@@ -242,11 +242,11 @@ class RegistrySite(Site):
         aborted: bool = False,
     ) -> None:
         """
-        Count a request, and write a line for it.
+        Count and log a request.
 
         @param now: on the reactor's clock.
-        @param seconds: how long the answer took.
-        @param upstream: how many of them upstream was waited for.
+        @param seconds: duration of the response.
+        @param upstream: the part of them spent waiting for upstream.
         """
         kind, method, path, status, size, cache, reason, repository, several = words
         if self._served is not None:
@@ -254,7 +254,7 @@ class RegistrySite(Site):
             if cache in SAVING and size and repository:
                 self._served.saved.note(repository, size)
             if status >= HTTPStatus.INTERNAL_SERVER_ERROR and kind[0] in ROUTES:
-                # Who has not been let in, and so may be anybody, writes nothing of his own there, nor row after row.
+                # A client that was not admitted must not put its own words there, nor fill the table.
                 self._served.failed.note(path if repository else NOBODYS, status, reason, client)
         if self._access_log is not None:
             answered = status, size, seconds, cache, reason, upstream
@@ -263,7 +263,7 @@ class RegistrySite(Site):
 
     def refused(self, client: str, status: int, size: int, request_id: str) -> None:
         """
-        Write a line for what was refused before it became a request.
+        Log what was refused before it became a request.
         """
         if self._access_log is not None:
             answered = (status, size, 0.0, "-", Reason.BAD_REQUEST, 0.0)
@@ -273,7 +273,7 @@ class RegistrySite(Site):
 
 def _words(request: RegistryRequest, status: int) -> Words:
     """
-    Tell what is counted and logged of a request.
+    Return the values of a request that are counted and logged.
     """
     known = request.method in _METHODS
     method = request.method.decode("ascii") if known else printable(request.method, METHOD_LENGTH)

@@ -1,7 +1,7 @@
 """
 Request targets: read once, when the head of a request is complete. Pure.
 
-Everything behind the channel uses the parsed value: routing, access rules, the access log and the cache key.
+All later code uses the parsed value: routing, access rules, the access log and the cache key.
 """
 
 from __future__ import annotations

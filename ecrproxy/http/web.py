@@ -1,7 +1,7 @@
 """
-The registry's resource: what clients see below /v2/, and how an answer becomes a response.
+The registry's resource, /v2/: routing, and responses from answers.
 
-The channel has parsed the request's target; its path is understood here, once, by L{oci.parse_route}.
+The channel has parsed the request's target; its path is parsed here, once, by L{oci.parse_route}.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ from ecrproxy.world import World, Worlds
 log = Logger()
 
 IMMUTABLE: Final = "max-age=31536000, immutable"
-"""The Cache-Control of what is named by its digest. Shared caches keep nothing by it that a password was asked for."""
+"""Cache-Control of content named by its digest. Without C{public}, shared caches don't store authorized responses."""
 
 _CATALOG: Final = "/v2/_catalog"
 _UNCOUNTED: Final = nullcontext()
 _REMEMBERED_LENGTH: Final = 512
-"""Characters of targets whose meaning is remembered."""
+"""Maximum characters of targets, with the host, whose meaning is cached."""
 
 
 class Registry(Answering):
     """
     /v2/, the pull side of the distribution protocol.
 
-    @param worlds: the registries, and which repositories of them are let in.
+    @param worlds: the registries, and their allowed repositories.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Registry(Answering):
     ) -> None:
         super().__init__()
         self._pull_through, self._worlds = pull_through, worlds
-        # 6 MiB at most: a query may have as many bytes as a request.
+        # 6 MiB at most, thanks to _REMEMBERED_LENGTH: a query may be as long as a request.
         self._recent = lru_cache(maxsize=2048)(self._choose)
         self._recent_of = worlds.latest.registries
         self._cache_key, self._in_thread = cache_key, patient(in_thread)
@@ -84,7 +84,7 @@ class Registry(Answering):
 
     async def respond(self, request: RegistryRequest) -> None:
         """
-        Let a request in, if it is understood and may.
+        Parse, admit and answer a request.
         """
         if request.target.path in ("/v2", "/v2/"):
             send_small(request, OK, "application/json", b"{}\n")
@@ -102,12 +102,12 @@ class Registry(Answering):
 
     async def _admitted(self, request: RegistryRequest, world: World) -> Route:
         """
-        Understand what is asked for, of which registry, and let it in.
+        Return the route of a request, if it is valid and allowed.
         """
         try:
             chosen, ns = self._understood(world.registries, request.target.origin, host_of(request))
         except UnknownRegistryError as problem:
-            # containerd asks the next host without a word, and by HEAD, whose answer has no body.
+            # containerd silently tries the next host, and sends HEAD, whose response has no body.
             log.warn(
                 "Refused a client that takes this proxy for a mirror of {registry!r}: add that name to"
                 " PROXY_REGISTRY_ALIASES if it is one, or give it a table in the configuration file, else take the"
@@ -125,7 +125,7 @@ class Registry(Answering):
 
     def _choose(self, registries: Registries, target: str, host: str) -> tuple[Chosen, str | None]:
         """
-        Find out what a target means to a client that calls this proxy C{host}; and which registry it names, if it does.
+        Find out what a target means with the host name C{host}. Return that and the target's C{ns} parameter, if any.
         """
         asked = parse_route(target, registries.default.identity)
         told = _ns(asked.query)
@@ -142,7 +142,7 @@ class Registry(Answering):
 
     async def _serve(self, request: RegistryRequest, route: Route, world: World) -> None:
         """
-        Answer from the cache, or through it.
+        Answer from the cache or upstream.
         """
         told = request.told
         request.upstream.start(None if told is None else told.started)
@@ -175,7 +175,7 @@ class Registry(Answering):
 
     async def _send_catalog(self, request: RegistryRequest) -> None:
         """
-        List the default registry's repositories, of which alone there is a list.
+        List the default registry's repositories; the others have no list.
         """
         query = request.target.origin.partition("?")[2]
         last, most = parse_catalog(query)
@@ -199,18 +199,18 @@ class Registry(Answering):
 
     def _asked(self, request: RegistryRequest, route: Route) -> Asked:
         """
-        Understand a request for content.
+        Return the cache's view of a request for content.
         """
         accept = accepted_types(fields(request, b"Accept"))
-        # To find out all about who asks costs as much as the look into the cache.
+        # Describing the client costs as much as the cache lookup.
         key = self._cache_key.expand(route, asker_of(request) if self._asks else NOBODY)
         return Asked(route, key, accept, head=request.method == b"HEAD")
 
     async def _send_answer(self, request: RegistryRequest, route: Route, answer: Answer) -> None:
         """
-        Make a response of an answer.
+        Send an answer.
 
-        @raise RegistryError: for a range that it doesn't have, and if too many large answers are being sent.
+        @raise RegistryError: for an unsatisfiable range, and if too many large responses are being sent.
         """
         with _counted(request, route, answer):
             await self._answer(request, route, answer)
@@ -221,7 +221,7 @@ class Registry(Answering):
         request.setHeader("ETag", etag)
         request.setHeader("X-Cache-Status", answer.status)
         request.setHeader("X-Cache-Reason", answer.reason)
-        if route.digest is None:  # ECR chooses by what the client accepts which manifest a tag leads to
+        if route.digest is None:  # ECR resolves a tag by the client's Accept header
             request.setHeader("Vary", "Accept")
         else:
             request.setHeader("Cache-Control", IMMUTABLE)
@@ -233,7 +233,7 @@ class Registry(Answering):
         request.setHeader("Content-Type", answer.media_type)
         spans = self._choose_spans(request, route, answer, etag)
         if request.code == PARTIAL_CONTENT and not _is_proved(answer):
-            request.setHeader("Cache-Control", "no-store")  # the client verifies it; a cache in between does not
+            request.setHeader("Cache-Control", "no-store")  # the client verifies it; a cache between does not
         if len(spans) > 1:
             await self._send_parts(request, answer, spans)
         else:
@@ -247,7 +247,7 @@ class Registry(Answering):
         if isinstance(answer.body, bytes) and len(answer.body) <= SMALL_BLOB:
             request.write(answer.body if stop is None else answer.body[start:stop])
         elif answer.body is not None:
-            if stop != start:  # of nothing, the headers would be the whole answer: they wait for the digest
+            if stop != start:  # an empty response would be complete with its headers: they wait for the digest
                 request.write(b"")
             await self._send(request, answer, _source(answer, start, stop, request.upstream))
 
@@ -268,7 +268,7 @@ class Registry(Answering):
     @staticmethod
     def _choose_spans(request: RegistryRequest, route: Route, answer: Answer, etag: str) -> list[Span]:
         """
-        Choose which parts of the answer to send, none for all, and set the headers that tell.
+        Return the parts of the answer to send, none for all of it, and set the headers for ranges.
         """
         if answer.size is None:
             return []
@@ -291,16 +291,16 @@ class Registry(Answering):
 
 def _lead_on(request: RegistryRequest, values: Mapping[str, str]) -> None:
     """
-    Name the next page. Relative: it leads to the address that the client used, whatever stands between.
+    Link to the next page. The link is relative, so it keeps the client's address, whatever proxies are between.
 
-    @param values: escaped already.
+    @param values: escaped.
     """
     request.setHeader("Link", f'<{request.target.path}?{to_query(values)}>; rel="next"')
 
 
 def _ns(query: str) -> dict[str, str]:
     """
-    Find the registry that a client names, as it came; empty if it names none.
+    Return the query's C{ns} parameter, the client's name of the registry, still escaped; empty if there is none.
     """
     told = query_values(query).get("ns") if query else None
     return {} if told is None else {"ns": told}
@@ -308,7 +308,7 @@ def _ns(query: str) -> dict[str, str]:
 
 def _counted(request: RegistryRequest, route: Route, answer: Answer) -> AbstractContextManager[None]:
     """
-    Count the response, if it is a large one. Those with blobs are transfers already.
+    Count a large response. Those with blobs are already counted as transfers.
     """
     body = answer.body
     if route.kind is Kind.BLOB or body is None or (isinstance(body, bytes) and len(body) <= SMALL_BLOB):
@@ -343,7 +343,7 @@ def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) ->
 
 def _sendable(body: object, spans: list[Span]) -> list[Span]:
     """
-    Return the spans, or none if only the whole can be sent: of several, a transfer must be able to fetch all.
+    Return the spans, or none to send the whole blob: a download serves several spans only if it can fetch them all.
     """
     whole = len(spans) > 1 and isinstance(body, Download) and not (body.kept and joined(spans))
     return [] if whole else spans
@@ -375,7 +375,7 @@ def _parts(answer: Answer, frame: Multipart, waiting: Stopwatch) -> Source:
 
 def _is_proved(answer: Answer) -> bool:
     """
-    Return True if all bytes are known to be those that the digest names.
+    Return True if all bytes have been verified.
     """
     return isinstance(answer.body, bytes) or (isinstance(answer.body, Content) and answer.verification is None)
 
@@ -389,7 +389,7 @@ def _let_go(answer: Answer) -> None:
 
 def _wanted(request: Request, etag: str) -> Ranges | None:
     """
-    Give the ranges that count: RFC 9110, 13.1.5 and 14.2.
+    Return the ranges that apply: RFC 9110, 13.1.5 and 14.2.
     """
     if request.method != b"GET" or field(request, b"If-Range") not in (None, etag):
         return None

@@ -46,7 +46,7 @@ class Transfer:
     digest: str
     size: int
     pause: float
-    """The longest time between two pieces of it, in seconds."""
+    """The longest time between two pieces of the body, in seconds."""
 
 
 def connect(url: str, ca: Path | None, timeout: float) -> http.client.HTTPConnection:

@@ -23,7 +23,7 @@ from .processes import Process, alive, children, environment, eventually, free_p
 PATTERN = "team/.*"
 LOOKS = 20
 DRAFTS = ("entry.", "probe.")
-"""How the names of small files begin that are being written: a kill may leave some."""
+"""Name prefixes of small files that are being written: a kill may leave some."""
 
 
 @dataclass(frozen=True)

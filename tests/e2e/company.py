@@ -42,7 +42,7 @@ TAGS: Final = ("1", "2")
 SHARED: Final = layer("shared", noise("shared", 8 * 2**20))
 """A layer that EU, US and PUBLIC have."""
 LOGIN: Final = ("pulls", "not-a-secret")
-"""Who gets tokens for HUB."""
+"""The account that gets tokens for HUB."""
 
 
 def fill(shelves: Shelves, registry: str) -> Mapping[str, Image]:

@@ -36,7 +36,7 @@ MakeChain = Callable[..., Chain]
 Figures = list[str]
 
 COUNTS = pytest.mark.parametrize("count", ["1", "2"], ids=["one process", "workers"])
-"""As the daemon is by default, and with PROXY_WORKER_PROCESSES."""
+"""The default, and PROXY_WORKER_PROCESSES."""
 
 FAILED = pytest.StashKey[bool]()
 FIGURES = pytest.StashKey[Figures]()

@@ -20,11 +20,11 @@ from typing import Final
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL = 4000
 PATIENCE: Final = 90.0
-"""Seconds for what takes a moment on a machine that has nothing else to do: this one may."""
+"""Timeout in seconds for steps that are immediate on an idle machine; this one may be busy."""
 PORTS: Final = range(15000, 30000)
-"""Below those that the kernel hands to outgoing connections, so that none of these takes one before a program does."""
+"""Below the ports for outgoing connections, which therefore can't take one before a program does."""
 SHARE: Final = 500
-"""How many of them a run has."""
+"""Ports per run."""
 
 
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -14,9 +14,9 @@ from .processes import PATIENCE, children
 
 LISTENS: Final = "0A"
 ACCEPTS: Final = 0x10000
-"""The flag of a UNIX socket that listens."""
+"""The flag of a listening UNIX socket."""
 TRIES: Final = 300
-"""Connections that are made at most until each of a few processes has accepted some."""
+"""Maximum connections until each of a few processes has accepted some."""
 
 
 class Tcp(NamedTuple):

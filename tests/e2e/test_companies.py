@@ -36,13 +36,13 @@ from .test_runtimes import DEPLOY, HOSTS, PLACE, running_containerd_1
 RECIPES = DEPLOY / "registries"
 NAMES = {EU: f"{EU}/team/app", US: f"{US}/team/app", PUBLIC: f"{PUBLIC}/team/app", HUB: f"{HUB}/library/tool"}
 OWN = 64 * 2**10
-"""More bytes than all contents have together that registries do not share."""
+"""More bytes than all content that the registries do not share."""
 ASKED = 30
-"""Questions that fail, which are more than a circuit takes."""
+"""Failing requests, more than needed to open a circuit breaker."""
 DOCKER, BUILDER = "docker 28", "its builder"
 CONTAINERD_2, CONTAINERD_1_7, CONTAINERD_1_6 = "containerd 2", "containerd 1.7", "containerd 1.6"
 MIRRORING = (DOCKER, BUILDER, CONTAINERD_2, CONTAINERD_1_7, CONTAINERD_1_6)
-"""Those that go on to a registry itself when its mirror does not have it, whatever the name."""
+"""Clients that fall back to the registry itself if its mirror lacks content, whatever the name."""
 CLIENTS = (*MIRRORING, "podman 5", "podman 4")
 Pull = Callable[[str], str]
 

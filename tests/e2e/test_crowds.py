@@ -24,7 +24,7 @@ from .test_together import blob_path
 CROWD = 1000
 GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 SLOW, IDLE, READERS = "127.0.0.2", "127.0.0.3", "127.0.0.4"
-"""Where the crowds come from: each has an address of its own, and its limit."""
+"""The crowds' addresses: each has its own, and so its own limit."""
 
 
 class Crowd:

@@ -28,7 +28,7 @@ from .test_workers import wait_for_workers
 SLOW = 24 * 2**20
 ENOUGH = 12 * 2**20
 HELD = 2**20
-"""Less than half of what a lane asks for at first."""
+"""Less than half of a lane's first request."""
 LONG = {"PROXY_DRAIN_SECONDS": "300"}
 HANGING = """
 import os, sys, time
@@ -39,7 +39,7 @@ def audit(event, arguments):
 
 sys.addaudithook(audit)
 """
-"""A file system that hangs while there is a certain file: Python imports this as sitecustomize."""
+"""A file system that hangs while a certain file exists: Python imports this as sitecustomize."""
 
 
 class Reading:

@@ -39,7 +39,7 @@ LAYERS = 24
 LAYER_BYTES = 256 * 1024
 CLIENTS = 6
 TRIES = 6
-"""How often a client begins a blob again from where it broke off: Docker's own number, and the first."""
+"""Attempts of a client to download a blob, resuming each time: Docker's retries, and the first attempt."""
 
 
 class Member(Daemon):

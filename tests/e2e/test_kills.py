@@ -29,13 +29,13 @@ from .processes import alive, children, eventually
 
 ONE, WORKERS, DAEMONS = "one process", "two workers", "two daemons"
 KILLS = {ONE: 100, WORKERS: 15, DAEMONS: 15}
-"""How often all are killed; of several, one is killed a moment before."""
+"""Number of times that all are killed; of several, one is killed a moment before."""
 LONGEST = {ONE: 0.6, WORKERS: 1.5, DAEMONS: 1.5}
-"""Seconds until a kill, at the most: two processes need longer than one until both can fetch."""
+"""Maximum seconds until a kill: two processes need longer than one until both can fetch."""
 CLIENTS = 12
 LIMIT = 48 * 2**20
 RATE = 24 * 2**20
-"""Bytes a second on each of the bucket's connections: so that many transfers are in flight at the kill."""
+"""Bytes per second and bucket connection, so that many transfers are in flight at the kill."""
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from .sid import Sid
 REPOSITORY = "team/lazy"
 SIZE = 12 * 2**20
 RATE = 200_000
-"""Bytes a second over each connection to the bucket: the layer takes much longer than what SOCI needs of it."""
+"""Bytes per second and bucket connection: the layer takes much longer than the parts that SOCI needs."""
 
 SOCI = """
 mkdir -p /data/containerd /data/soci /run/containerd /run/soci-snapshotter-grpc /etc/soci-snapshotter-grpc

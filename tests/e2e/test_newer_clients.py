@@ -27,7 +27,7 @@ from .test_runtimes import DEPLOY, HOSTS, PLACE, REGISTRY, Containerd, running, 
 CHART = "team/chart"
 NOTE = "team/note"
 CACHED, PREFIX = "cached.example", "team/"
-"""A registry of which ECR might have a pull-through cache, and the rule's prefix."""
+"""A registry with a possible pull-through cache in ECR, and the rule's prefix."""
 
 
 @pytest.fixture

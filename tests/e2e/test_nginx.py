@@ -28,7 +28,7 @@ RECIPE = CHECKOUT / "deploy/nginx/nginx.conf"
 REPOSITORY = "team/nginx"
 SIZE = 32 * 2**20
 PAUSES = 4
-"""How often the client that reads slowly stops, for a second each time."""
+"""Number of one-second pauses of the slow client."""
 
 
 class Balanced:

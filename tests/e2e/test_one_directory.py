@@ -23,7 +23,7 @@ from .processes import PATIENCE, eventually
 SIZE = int(os.environ.get("ECRPROXY_E2E_BLOB_MIB", "96")) * 2**20
 LANES = 4
 RATE = 20 * 10**6 // LANES
-"""Bytes a second on each of the bucket's connections."""
+"""Bytes per second and bucket connection."""
 LIMIT = 2**30
 
 

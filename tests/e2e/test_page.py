@@ -23,9 +23,9 @@ from .installing import CHECKOUT
 from .processes import Process, environment, eventually, free_port
 
 READABLE = 4.5
-"""The least contrast of text: WCAG 2.2, 1.4.3."""
+"""Minimum contrast of text: WCAG 2.2, 1.4.3."""
 PICTURES = "ECRPROXY_PICTURES"
-"""The variable that names a directory for new pictures for the documents."""
+"""The environment variable with a directory for new pictures for the docs."""
 LARGEST_PICTURE = 150_000
 
 Open = Callable[..., Browser]

@@ -19,7 +19,7 @@ from .processes import eventually
 # A config and two layers: one platform of the index.
 BLOBS_OF_A_PLATFORM = 3
 SILENCE = 10.0
-"""The clients try TLS before plain HTTP, and give a silent server so many seconds: no pull would be quicker."""
+"""Clients try TLS before plain HTTP, and wait this many seconds for a silent server: no pull would be faster."""
 
 
 @pytest.fixture(params=["http", "https"])

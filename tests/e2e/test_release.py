@@ -19,7 +19,7 @@ from .test_pull import reference
 
 PYTHONS = os.environ.get("ECRPROXY_E2E_PYTHONS", sys.executable).split()
 MADE = {"__pycache__", "dropin.cache"}
-"""What Python and Twisted write beside the files that were installed."""
+"""Files that Python and Twisted create next to the installed ones."""
 
 
 class Environment:

@@ -29,7 +29,7 @@ from .installing import CHECKOUT, LEFT_OUT
 from .processes import PATH, environment, free_port
 
 SECONDS = 420.0
-"""For a page: one of them builds an image."""
+"""Timeout for a page: one of them builds an image."""
 MARK = "--- "
 BASE = re.compile(r"^ARG BASE=(\S+)$", re.MULTILINE)
 
@@ -47,7 +47,7 @@ FILES = {
     "images.txt": "# as a reader has it\nteam/app:latest\n",
     "deploy.yaml": "spec: {containers: [{image: 123456789012.dkr.ecr.eu-west-1.amazonaws.com/team/app:latest}]}\n",
 }
-"""What a reader has at hand."""
+"""Files that a reader has."""
 
 SANDBOX = """
 set -eu

@@ -36,9 +36,9 @@ from .processes import PATIENCE, eventually
 STORM = int(os.environ.get("ECRPROXY_E2E_STORM_MB", "700")) * 10**6
 LIMIT = STORM * 15 // 100
 CLIENTS = 4
-"""Clients of each process."""
+"""Clients per process."""
 HELD = 6 * 2**20
-"""More than the kernel buffers: if a client stops reading, the rest is still to be sent during the storm."""
+"""More than the kernel buffers: if a client stops reading, the rest is sent during the storm."""
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ __all__ = ["htpasswd"]
 RECIPES = CHECKOUT / "deploy/systemd"
 SERVICE, SOCKET = "ecr-proxy.service", "ecr-proxy.socket"
 EXPOSURE = 12
-"""What systemd-analyze may find at the most, of 100."""
+"""Maximum exposure reported by systemd-analyze, of 100."""
 CLIENTS = 6
 RESTARTS = 3
 OCI = "application/vnd.oci.image.index.v1+json"
