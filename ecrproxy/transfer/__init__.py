@@ -1,3 +1,3 @@
 """
-Bytes on their way: in from a bucket over several connections, out to any number of clients.
+Transfer blobs: from a bucket over several connections, to any number of clients.
 """

@@ -1,35 +1,35 @@
 """
-One blob on its way into the cache, any number of readers following it.
+The transfer of one blob into the cache, with any number of readers following it.
 
 Rules:
 
-- A L{Download} runs on its own. No reader starts it, and none that leaves ends it.
-- With a file, the bytes come over several connections at once, each a lane that takes part after part of the
-  blob and writes it in place. A lane whose connection breaks goes on from its last good byte.
-- A file may have bytes from an earlier transfer. They are hashed while the lanes bring what is missing, and shown
-  at once if they were written since the machine started, else when they are hashed. A transfer that upstream ends
-  before its time leaves its file to the next.
-- The hash follows in order. Bytes become visible to a reader once they and all between its own start and
-  them are written. A reader of the whole blob gets its last byte once the digest is verified: no complete
-  response has wrong bytes. A reader of a part has all of it at once: clients that ask for parts verify by themselves.
-- What readers wait for is fetched first, small ranges before all: see C{_hasten} and L{Gaps.take_wished}. A reader of
-  many MiB has a turn for its next part, and then waits for the others, so none has all the lanes.
-- What completes a file, up to C{TAIL} bytes, is verified in the event loop and sent from memory. One call in a thread
-  then writes it and commits the file, so a small blob costs one call once its bytes are there.
-- On disk, the file is the buffer: any reader may be at any place of it, and a slow one slows nobody.
-- Off disk (the blob is larger than the cache, the disk is full or fails midway), a window of
-  C{WINDOW} bytes is the buffer: the bytes come in order, wait for the slowest reader, and end with the last.
-  Once all transfers hold C{BUFFERED} bytes, a window takes one read, and the next when its readers have taken that.
-  What had reached the file before the disk failed is still read from there. Readers that stop for C{STUCK_SECONDS}
-  while others wait for them get a transfer of their own, which goes on from the window and the hash of this one. Where
-  the bucket gives no ranges, or the size is unknown, or they are still in the file, their responses are aborted.
-- A blob that another process on the directory brings in is read from that one's file, as far as its record tells. If
-  the other process dies, the transfer is taken over and goes on into the same file. If it fails, or gets no further,
-  the rest is fetched off disk. Its readers notice none of this: see L{record.next_step}.
-- Memory: the bytes on their way into the file (C{HIGH_WATER} a lane, and C{BUFFERED} for all transfers) or the
-  window, whatever the blob's size and however many follow it. What has ended holds none, whoever still refers to it:
-  one that fails is often part of a cycle, through its exception's frames, and the garbage collector counts objects,
-  not bytes.
+- A L{Download} runs on its own. Readers neither start it nor end it by leaving.
+- With a file, the bytes come over several connections at once, each a lane that takes part after part of the blob and
+  writes it in place. A lane whose connection breaks continues from its last good byte.
+- A file may have bytes from an earlier transfer. They are hashed while the lanes bring what is missing. Readers get
+  them at once if they were written since the machine started, else when they are hashed. A transfer that upstream cuts
+  short leaves its file to the next.
+- Hashing follows in order. A reader sees a byte once all bytes from the reader's start up to it are written. A reader
+  of the whole blob gets its last byte once the digest is verified: no complete response has wrong bytes. A reader of a
+  part gets all of it at once: clients that request parts verify by themselves.
+- What readers wait for is fetched first, small ranges before all: see C{_hasten} and L{Gaps.take_wished}. Readers of
+  many MiB take turns for their next part, so none has all the lanes.
+- The bytes that complete a file, up to C{TAIL}, are verified in the event loop and sent from memory. One thread call
+  then writes them and commits the file, so a small blob costs one call once its bytes have arrived.
+- On disk, the file is the buffer: readers may be at any offset, and a slow one delays no other.
+- Off disk (the blob is larger than the cache, or the disk is full or fails midway), a window of C{WINDOW} bytes is the
+  buffer: bytes come in order, wait for the slowest reader, and stop when the last one leaves. Once all transfers hold
+  C{BUFFERED} bytes, a window takes one read, and the next when its readers have taken that. What had reached the file
+  before the disk failed is still read from there. Readers that stop for C{STUCK_SECONDS} while others wait for them get
+  a transfer of their own, which continues from this one's window and hash. If the bucket serves no ranges, or the size
+  is unknown, or the readers are still in the file, their responses are aborted.
+- A blob that another process on the directory fetches is read from that process's file, as far as its record says. If
+  the other process dies, this one takes the transfer over and continues in the same file. If it fails or stalls, the
+  rest is fetched off disk. Readers notice none of this: see L{record.next_step}.
+- Memory: the bytes on their way into the file (C{HIGH_WATER} a lane, and C{BUFFERED} for all transfers) or the window,
+  whatever the blob's size and the number of readers. A transfer that has ended holds none, even if it is still
+  referenced: a failed one is often part of a cycle, through its exception's frames, and the garbage collector counts
+  objects, not bytes.
 """
 
 from __future__ import annotations
@@ -78,20 +78,22 @@ log = Logger()
 T = TypeVar("T")
 
 WINDOW: Final = 2**20
-"""Bytes held for readers of a transfer that has no file; one read while all transfers hold C{BUFFERED} bytes."""
+"""Bytes held for the readers of a transfer without a file; one read while all transfers hold C{BUFFERED} bytes."""
 STANDING_SECONDS: Final = 1.0
-"""How long what was begun ahead may bring nothing once somebody waits for it, before it is asked for anew."""
+"""Seconds without a byte after which a transfer that was begun ahead is requested again, once a client waits for it."""
 STUCK_SECONDS: Final = 5
-"""How long one reader of a window may keep all others waiting."""
+"""Seconds that one reader of a window may keep all others waiting."""
 TAIL: Final = 64 * 2**10
-"""Most bytes that are hashed in the event loop and sent from memory, when they complete the file."""
+"""Maximum number of final bytes that are hashed in the event loop and sent from memory."""
 SOON: Final = 256 * 2**10
-"""Bytes that a lane may be short of what a client waits for, so that a new connection would not be faster."""
+"""
+Distance in bytes from a lane to the byte that a client waits for below which a new connection would not be faster.
+"""
 
 
 class UnattendedError(Exception):
     """
-    Nobody reads a transfer, and it is slow, or too many others are in the same case.
+    A transfer without a reader is slow, or too many others have none either.
     """
 
 
@@ -105,20 +107,20 @@ class Download:
     """
     One transfer of the blob C{digest}.
 
-    @param size: its length in bytes as announced, if it was.
-    @param writer: where it is kept; none to keep a window alone. Another process's transfer, to follow it.
-    @param lanes: over how many connections it comes.
-    @param unkept: why it isn't kept, if it isn't; a file that is given up was the disk's fault.
-    @param buffered: counts what waits in memory, of all transfers together.
-    @param urgency: who waits for what was asked for first.
-    @param call_later: a reactor's, for the time of readers that stop; none to wait for them without end.
-    @ivar ahead: whether it was begun before anybody asked, and nobody has asked yet.
-    @ivar attendance: called when a first reader comes or the last has left.
-    @ivar split_off: called with a transfer that goes on apart for readers that have stopped, and has to be run.
-    @ivar others: registries whose clients have joined it, and as what they have the blob: see L{bucket.Blob}.
-    @ivar received: how many bytes are readable, from the first on.
-    @ivar verified: whether all of them are there and are what the digest names.
-    @ivar failure: why there will be no more of them.
+    @param size: the announced length in bytes, if any.
+    @param writer: the file to write; none to keep only a window; or another process's transfer, to follow it.
+    @param lanes: number of connections.
+    @param unkept: why the blob isn't kept, if it isn't; the disk is to blame for a file that is given up.
+    @param buffered: counts the bytes that all transfers hold in memory.
+    @param urgency: what waits for the range that was requested first.
+    @param call_later: a reactor's, to time out stuck readers; none to wait for them forever.
+    @ivar ahead: whether the transfer was begun before any client request, and none has come yet.
+    @ivar attendance: called when the first reader comes or the last has left.
+    @ivar split_off: called with a separate transfer for readers that got stuck; the callee has to run it.
+    @ivar others: registries whose clients have joined, and their sources of the blob: see L{bucket.Blob}.
+    @ivar received: number of readable bytes, counted from the first.
+    @ivar verified: whether all bytes have arrived and match the digest.
+    @ivar failure: why the transfer failed, if it did.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class Download:
         self._wake: Deferred[None] | None = None
         self._call_later, self._asked_later = call_later or _never, call_later
         self._patience = Patience(self._call_later, STUCK_SECONDS, self._leave_behind)
-        self._followers: dict[Follower, None] = {}  # in the order in which parts were last taken for them
+        self._followers: dict[Follower, None] = {}  # ordered by when a part was last taken for each
         self._abandoned, self._leaves, self._attended = False, False, False
         self._running, self.stopped, self._failed_filing = True, False, False
         self._parts_sent = 0
@@ -173,30 +175,30 @@ class Download:
     @property
     def _backing(self) -> Writer | PeerTransfer | None:
         """
-        Give the file that grows, whoever writes it.
+        Return the growing file, this process's or another's.
         """
         return self._writer or self._peer
 
     @property
     def elsewhere(self) -> bool:
         """
-        Tell whether another process brings it in.
+        Return True if another process fetches the blob.
         """
         return self._peer is not None
 
     @property
     def followers(self) -> int:
         """
-        Tell how many read it.
+        Return the number of readers.
         """
         return len(self._followers)
 
     @property
     def unattended(self) -> bool:
         """
-        Tell whether it brings bytes for the cache alone, and has a file that the next transfer could go on with.
+        Return True if the transfer serves only the cache, and has a file that the next transfer could continue.
 
-        One that is verified brings no more: stopped, it would have all who ask for it wait until the disk has it.
+        Not so once it is verified: it fetches nothing more, and if it stopped, new readers would wait for the disk.
         """
         resumable = self._writer is not None and (self.size or 0) >= WORTH_RESUMING
         return self._running and resumable and not (self.verified or self._followers or self.stopped)
@@ -204,13 +206,13 @@ class Download:
     @property
     def missing(self) -> int:
         """
-        Return how many bytes are not in the file yet; 0 without one.
+        Return how many bytes the file still lacks; 0 without a file.
         """
         return self._writer.missing if self._writer is not None else 0
 
     def offers(self, start: int) -> bool:
         """
-        Tell whether a reader can still begin at C{start}.
+        Return True if a reader can still begin at C{start}.
         """
         if self.stopped:
             return False
@@ -226,13 +228,13 @@ class Download:
 
     def passes(self, start: int) -> bool:
         """
-        Tell whether a reader that begins at C{start} has its first bytes as soon as they come from upstream.
+        Return True if a reader that begins at C{start} gets its first bytes as soon as they come from upstream.
         """
         return self.offers(start) and (self.kept or start <= self.received)
 
     def nears(self, start: int) -> bool:
         """
-        Tell whether the byte at C{start} is there, or about to be: what another process fetches can't be hastened.
+        Return True if the byte at C{start} has arrived or is about to: another process's transfer can't be hastened.
         """
         peer = self._peer
         return peer is None or start < peer.reach(start) or start <= peer.reach(0) + SMALLEST_PART
@@ -243,9 +245,9 @@ class Download:
         """
         Read from C{start} up to, not including, C{stop}, as the bytes come.
 
-        @param stop: none for all, where the size is not known.
-        @param waiting: counts how long they are waited for.
-        @param until: where the last part ends that is fetched with this one, for a reader of several.
+        @param stop: none for the whole blob, if the size is unknown.
+        @param waiting: measures how long the reader waits for bytes.
+        @param until: the end of the last part that is fetched along with this one, for a reader of several.
         """
         follower = Follower(self, start, stop, waiting or Stopwatch(lambda: 0.0), until)
         self._followers[follower] = None
@@ -260,7 +262,7 @@ class Download:
 
     def _come_to_be_awaited(self) -> None:
         """
-        Note that somebody asks for what was begun ahead; bytes that stand still are soon asked for anew.
+        Record that a client requests a blob that was begun ahead. Connections that bring nothing are soon replaced.
         """
         self.ahead = False
         if self._writer is not None:
@@ -277,7 +279,7 @@ class Download:
 
     def add_source(self, registry: object, source: object) -> None:
         """
-        Have a registry asked for what the others do not bring, or are slow to: see C{others}.
+        Add a registry to ask for what the others do not bring, or are slow to: see C{others}.
         """
         if registry not in self.others:
             self.others[registry] = source
@@ -286,7 +288,7 @@ class Download:
 
     def let_go(self) -> None:
         """
-        Note that who asked for it does not read it after all.
+        Record that the client that requested the blob does not read it after all.
         """
         if not self._followers:
             self._attended, self.ahead = True, False
@@ -296,7 +298,7 @@ class Download:
 
     def stop(self) -> None:
         """
-        End a transfer that nobody reads; its file is left to the next of this digest.
+        Stop a transfer without a reader; the next transfer of this digest continues its file.
         """
         if self._at_work and self.unattended:
             self.stopped = True
@@ -304,17 +306,17 @@ class Download:
 
     async def run(self, blob: Blob) -> None:
         """
-        Take the transfer to its end, good or bad. Never raises: those who follow are told.
+        Run the transfer to its end. Never raises: followers are told of failures.
         """
         await self.to_the_end(self._run(blob))
 
     async def to_the_end(self, work: Coroutine[Any, Any, None]) -> None:
         """
-        Let C{work} take the transfer to its end, good or bad. Never raises: those who follow are told.
+        Let C{work} run the transfer to its end. Never raises: followers are told of failures.
         """
         try:
             await work
-        except Exception as problem:  # noqa: BLE001 (whatever it is, those who follow must be told)
+        except Exception as problem:  # noqa: BLE001 (whatever it is, followers must be told)
             self._fail(Failure(problem))
         finally:
             self._running = False
@@ -328,11 +330,11 @@ class Download:
             await self._stream(blob, None)
         await self._finish()
 
-    # From another process's file.
+    # Following another process's file.
 
     async def watch(self, look_at: Callable[[PeerTransfer], Deferred[Look]]) -> Step | None:
         """
-        Show what another process brings, until there is something else to do than to wait; none if nobody reads it.
+        Show what another process brings, until there is something to do other than wait; none if there are no readers.
 
         @param look_at: takes the next look: see L{looks}.
         """
@@ -356,7 +358,7 @@ class Download:
 
     def end_beside(self, step: Step | None) -> None:
         """
-        End with another process's transfer, which is verified, or has failed for good.
+        End along with another process's transfer, which is verified or has failed for good.
         """
         if step is Step.FAIL:
             raise DigestMismatchError(f"what arrived is not {self.digest}")
@@ -366,25 +368,25 @@ class Download:
 
     def continue_in(self, writer: Writer) -> None:
         """
-        Go on into the file of another process, which has exited. What was shown of it stays shown.
+        Continue in the file of another process that has exited. Bytes that readers could see stay visible.
         """
         self._file = self._writer = writer
         self._peer, self._gaps = None, Gaps(writer.gaps)
 
     async def fetch(self, blob: Blob, lanes: int) -> None:
         """
-        Bring what is missing of a file that was taken over.
+        Fetch what is missing of a file that was taken over.
 
-        @param lanes: over how many connections it comes.
+        @param lanes: number of connections.
         """
         self._lanes = lanes
         await self._run(blob)
 
     async def go_alone(self) -> int:
         """
-        Go on without the file of another process. What it shows from the first byte on is still read from there.
+        Continue without the file of another process. Its contiguous bytes from the start are still read from there.
 
-        @return: from where on the rest has to be fetched.
+        @return: the offset from which the rest has to be fetched.
         """
         peer, offset = self._peer, 0
         if peer is not None:
@@ -392,7 +394,7 @@ class Download:
             try:
                 while offset < end:
                     offset += await self._disk.hashing(peer.hash, state, offset, min(_STEP, end - offset))
-            except OSError:  # the disk is of no help: all of it is fetched, to be verified
+            except OSError:  # the disk can't be read: fetch and verify everything
                 state, offset = self.digest.hasher(), 0
             self._hash = state
         self._peer, self.unkept = None, Reason.PASSED
@@ -401,7 +403,7 @@ class Download:
 
     async def run_alone(self, blob: Blob | None) -> None:
         """
-        Bring what is missing, in order, through the window.
+        Fetch what is missing, in order, through the window.
 
         @param blob: none if nothing is missing.
         """
@@ -412,24 +414,24 @@ class Download:
             await self._stream(blob, first if first.start == self.received else None)
         await self._finish()
 
-    # Into the file.
+    # Filling the file.
 
     async def _fills(self, blob: Blob) -> bool:
         """
-        Tell whether the file took all of it; if not, the window is where to go on.
+        Return True if the file took everything; if not, continue in the window.
         """
         try:
             await self._fill(blob)
         except _DiskError as problem:
             log.info("{digest} goes on without the cache: {problem}", digest=self.digest, problem=str(problem))
-            problem.with_traceback(None)  # its frames, and all that called them, lead back to it
+            problem.with_traceback(None)  # its frames, and all that called them, refer back to it
             self._spill()
             return False
         return True
 
     async def _fill(self, blob: Blob) -> None:
         """
-        Bring what is missing of the blob into the file, over all lanes at once, while what was there is hashed.
+        Fetch what is missing into the file over all lanes at once, while the bytes already there are hashed.
 
         @raise _DiskError: if the file can't be written.
         """
@@ -441,10 +443,10 @@ class Download:
 
         firsts = [blob.first, *[None] * (self._lanes - 1)]
         works = [self._catch_up(), *(self._lane(blob, first) for first in firsts)]
-        # A write that a thread is at is waited for.
+        # Writes that are running in threads are waited for.
         await DeferredList([Deferred.fromCoroutine(work).addErrback(broke) for work in works])
         if problems:
-            raise cast(Exception, problems.pop(0).value)  # nobody here keeps it, nor the frames that it keeps
+            raise cast(Exception, problems.pop(0).value)  # so that no local keeps it, nor its frames
         await self._catch_up()
 
     def _end_lanes(self, problem: Failure) -> None:
@@ -455,9 +457,9 @@ class Download:
 
     async def _lane(self, blob: Blob, first: Stretch | None) -> None:
         """
-        Bring part after part, until there is none left: what readers wait for, then the rest in order.
+        Fetch part after part until none is left: first what readers wait for, then the rest in order.
 
-        @param first: what has been asked for already. What of it is there is not taken: it may be hashed by now.
+        @param first: the range requested already. Bytes of it that are on disk are skipped: they may have been hashed.
         """
         if first is not None:
             span = self._gaps.take_from(first.start, self.size or 0 if first.stop is None else first.stop)
@@ -479,7 +481,7 @@ class Download:
 
     def _next_part(self, blob: Blob) -> tuple[int, int, Urgency] | None:
         """
-        Take the next part. Readers of the whole take turns with those of parts, once there are any.
+        Take the next part. Once there are readers of parts, readers of the whole take turns with them.
         """
         wishes = {each: wish for each in self._followers if (wish := self._wish(each)) is not None}
         missing = {each: self._gaps.first_missing(*wish) for each, wish in wishes.items()}
@@ -498,7 +500,7 @@ class Download:
 
     def _hasten(self, follower: Follower) -> None:
         """
-        Have a lane bring what C{follower} waits for, unless one is about to: it leaves its part and takes the wish.
+        Have a lane give up its part and fetch what C{follower} waits for, unless one is about to fetch it.
         """
         writer, blob = self._writer, self._blob
         if writer is None or blob is None or not blob.ranged or self._lanes_end:
@@ -516,7 +518,7 @@ class Download:
 
     async def _catch_up(self) -> None:
         """
-        Hash what is there and could not be hashed as it came, and show it.
+        Hash the bytes on disk that could not be hashed as they came, and show them.
         """
         more = True
         while more and not self._lanes_end and (writer := self._writer) is not None:
@@ -530,14 +532,14 @@ class Download:
 
     async def _part(self, lane: Lane) -> None:
         """
-        Write what a lane brings.
+        Write the bytes of a lane.
         """
         self._at_work.add(lane)
         offset = lane.reached
         try:
             while batch := await lane.batch():
                 offset = await self._write(offset, batch)
-                del batch  # it is on the disk, and the next may be long in coming
+                del batch  # written; the next may be long in coming
         except Exception:
             lane.abort()
             raise
@@ -546,12 +548,12 @@ class Download:
 
     async def _write(self, offset: int, batch: Sequence[bytes]) -> int:
         """
-        Write what came, and show it.
+        Write C{batch} and show it.
 
-        @return: the offset behind it.
+        @return: the offset after it.
         """
         writer = self._writer
-        if writer is None:  # another lane has met a disk that fails
+        if writer is None:  # the disk has failed for another lane
             raise CancelledError
         end = offset + sum(map(len, batch))
         if end - offset <= TAIL and writer.size <= PIECE and writer.lacks_only(offset, end):
@@ -566,7 +568,7 @@ class Download:
 
     def _show_hashed(self, writer: Writer) -> None:
         """
-        Show what the file has of the blob. The tail, once it is there, is ahead of that, and stays shown.
+        Show the hashed bytes of the file. A verified tail is ahead of them, and stays visible.
         """
         if not self.verified:
             self.received = self._filed = writer.hashed
@@ -574,7 +576,7 @@ class Download:
 
     async def _complete(self, writer: Writer, offset: int, tail: bytes) -> None:
         """
-        Verify what completes the file, and show it from memory; then write it and commit the file, in one call.
+        Verify the bytes that complete the file, show them from memory, then write and commit the file in one call.
         """
         state, _ = writer.reached
         state.update(tail)
@@ -584,7 +586,7 @@ class Download:
         self.received, self.verified = offset + len(tail), True
         self._news()
         unread = not offset and not self._followers
-        if unread:  # who comes meanwhile is sent all of it from memory
+        if unread:  # readers that come in the meantime get everything from memory
             self._file = None
         await self._commit(writer, partial(writer.finish, offset, tail, closes=unread))
         if self._file is not None and self._writer is not None:
@@ -592,7 +594,7 @@ class Download:
 
     def _spill(self) -> None:
         """
-        Go on in the window from what the file took and the hash saw.
+        Continue in the window from the last byte that was written and hashed.
         """
         if self._writer is not None:
             self._hash, self.received = self._writer.reached
@@ -602,7 +604,7 @@ class Download:
 
     def _let_claim_go(self, let_go: Callable[..., None], *why: Why) -> None:
         """
-        Let other processes know at once: the file is read here for as long as it is.
+        Tell other processes at once; this one keeps the file open as long as it is read.
         """
         self._disk.closing(let_go, *why).addErrback(lambda problem: log.failure("Letting a claim go", problem))
 
@@ -620,13 +622,13 @@ class Download:
 
     async def _stream(self, blob: Blob, first: Stretch | None) -> None:
         """
-        Bring the bytes in order, at the pace of those who follow.
+        Fetch the bytes in order, at the followers' pace.
         """
         inflow = partial(Inflow, self._buffered, WINDOW, self._asked_later)
         lane = Lane(self.digest, blob, self.received, self.size, first, inflow)
         self._at_work.add(lane)
         try:
-            await self._room()  # what was split off has a full window already
+            await self._room()  # a transfer that was split off begins with a full window
             while batch := await lane.batch():
                 await self._disk.digesting(_hash_all, self._hash, batch)
                 self._window.extend(batch)
@@ -645,11 +647,13 @@ class Download:
         """
         Wait for the slowest reader.
 
-        @raise CancelledError: when there is none any more.
+        @raise CancelledError: if no reader is left.
         """
         start = -1
         while self._is_ahead and self._followers and not self._abandoned:
-            if start != self._window_start:  # else a reader has come or left: the others wait for the same ones still
+            if (
+                start != self._window_start
+            ):  # else a reader has come or left, and the others still wait for the same ones
                 start = self._window_start
                 self._patience.begin()
             self._wake = Deferred()
@@ -670,7 +674,7 @@ class Download:
 
     def _leave_behind(self) -> None:
         """
-        Go on without the readers that keep the window from moving, if others wait for them.
+        Continue without the readers that block the window, if others wait for them.
         """
         start, first = self._window_start, self._window_start + len(self._window[0])
         stuck = [each for each in self._followers if each.needs(start) and each.position < first]
@@ -691,7 +695,7 @@ class Download:
 
     def _split(self, readers: Sequence[Follower]) -> Download:
         """
-        Make another transfer for C{readers}, which goes on from the window and the hash of this one.
+        Create a transfer for C{readers} that continues from this one's window and hash.
         """
         split = Download(
             self.digest,
@@ -711,7 +715,7 @@ class Download:
 
     def take_over(self, window: Iterable[bytes], start: int, state: _Hash, readers: Iterable[Follower]) -> None:
         """
-        Go on for C{readers} of another transfer.
+        Continue for C{readers} of another transfer.
 
         @param start: the offset of the first byte of C{window}.
         @param state: the hash of all bytes up to the end of C{window}.
@@ -730,7 +734,7 @@ class Download:
 
     def _trim(self) -> None:
         """
-        Drop of the window what every reader has passed.
+        Drop what every reader has passed from the window.
         """
         if self._backing is not None:
             return
@@ -745,7 +749,7 @@ class Download:
         if trimmed:
             self._stir()
 
-    # To the end.
+    # Ending.
 
     async def _finish(self) -> None:
         if self.size is not None and self.received != self.size:
@@ -757,7 +761,7 @@ class Download:
         elif self._hash.hexdigest() != self.digest.hex:
             raise DigestMismatchError(f"what arrived is not {self.digest}")
         self.verified = True
-        self._news()  # before the disk has it for good: readers need not wait for that
+        self._news()  # before the commit: readers need not wait for the disk
         if self._writer is not None:
             await self._commit(self._writer, self._writer.commit)
 
@@ -773,7 +777,7 @@ class Download:
                 self._let_claim_go(writer.discard)
 
     def _fail(self, failure: Failure) -> None:
-        # What came is worth something still, unless the disk or the bytes are to blame, or nobody knows what.
+        # The bytes are worth keeping, unless the disk or the bytes are to blame, or the cause is unknown.
         worth = failure.check(RegistryError, ShortBodyError, UnattendedError)
         self._leaves = self._writer is not None and worth is not None
         if self._writer is not None:
@@ -791,10 +795,10 @@ class Download:
         if failure.check(DigestMismatchError) and self._parts_sent:
             said = "{count} partial responses had bytes of {digest} that may be wrong: clients that verify ask again"
             log.warn(said, count=self._parts_sent, digest=self.digest)
-        failure.cleanFailure()  # it is kept, and its frames, and all that called them, would be with it
+        failure.cleanFailure()  # the failure is kept; without this, so would its frames and all callers' be
         self._news()
 
-    # To those who follow.
+    # Serving followers.
 
     def _news(self) -> None:
         for follower in list(self._followers):
@@ -803,14 +807,14 @@ class Download:
 
     def reach(self, offset: int) -> int:
         """
-        Tell up to where the bytes from C{offset} on are there.
+        Return the end of the contiguous bytes that begin at C{offset}.
         """
         backing = self._backing
         return max(self.received, backing.reach(offset)) if backing is not None else self.received
 
     def piece(self, offset: int, count: int) -> FilePiece | bytes:
         """
-        Point at up to C{count} bytes from C{offset} on, which are there.
+        Return up to C{count} of the available bytes at C{offset}.
         """
         if self._tail and offset >= self._filed:
             return self._tail[offset - self._filed : offset - self._filed + count]
@@ -826,14 +830,14 @@ class Download:
 
     def progressed(self) -> None:
         """
-        Note that a reader has moved on.
+        Record that a reader has advanced.
         """
         if self._backing is None:
             self._trim()
 
     def left(self, follower: Follower) -> None:
         """
-        Note that a reader is done or gone.
+        Record that a reader is done or gone.
         """
         self._followers.pop(follower, None)
         self._parts_sent += follower.partial and follower.done
@@ -848,7 +852,7 @@ class Download:
 
     def _abandon(self) -> None:
         """
-        End a transfer that has no file to go on for, and nobody to go on for.
+        End a transfer that has neither a file nor readers.
         """
         self._abandoned = True
         problem = Failure(CancelledError("nobody follows, and there is no file to go on for"))
@@ -857,7 +861,7 @@ class Download:
 
     def _close_if_idle(self) -> None:
         """
-        Let go of file and window when nothing comes in any more and nobody reads.
+        Release file and window once the transfer has ended and has no readers.
         """
         if self._running or self._followers:
             return
@@ -872,12 +876,12 @@ class Download:
 
 
 _STEP: Final = 4 * 2**20
-"""Bytes of another process's file that are hashed at a time."""
+"""Bytes of another process's file to hash per thread call."""
 
 
 def _never(*_: object) -> None:
     """
-    Call nothing, however late.
+    Do nothing: stands in for a reactor's C{callLater}.
     """
 
 

@@ -1,5 +1,5 @@
 """
-One reader of a transfer that is under way.
+A reader of a running transfer.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ecrproxy.transfer.sources import FilePiece
 
 class Followed(Protocol):
     """
-    A transfer under way, as those who read it see it: a C{Download}.
+    A running transfer, as its readers see it: a C{Download}.
 
-    @ivar size: of the blob, in bytes, if it is known.
-    @ivar received: how many bytes have come, from the first one on without a gap.
-    @ivar verified: whether all bytes are there, and are what the digest names.
-    @ivar failure: why it has ended, if it has failed.
+    @ivar size: of the blob, in bytes, if known.
+    @ivar received: number of contiguous bytes that have come, from the first one on.
+    @ivar verified: whether all bytes have arrived and match the digest.
+    @ivar failure: why the transfer failed, if it did.
     """
 
     @property
@@ -37,22 +37,22 @@ class Followed(Protocol):
 
     def reach(self, position: int) -> int:
         """
-        Tell up to where there are bytes from C{position} on.
+        Return the end of the contiguous bytes that begin at C{position}.
         """
 
     def piece(self, position: int, count: int) -> FilePiece | bytes:
         """
-        Point at C{count} bytes from C{position} on.
+        Return up to C{count} bytes at C{position}.
         """
 
     def progressed(self) -> None:
         """
-        Note that one who reads got further.
+        Record that a reader has advanced.
         """
 
     def left(self, follower: Follower) -> None:
         """
-        Note that one reads no more.
+        Record that a reader has left.
         """
 
 
@@ -60,8 +60,8 @@ class Follower:
     """
     One reader of a transfer: a source of bytes for C{sending}.
 
-    @ivar position: the offset of the next byte that it will read.
-    @ivar until: up to where bytes are fetched for it; see C{Download.follow}.
+    @ivar position: the offset of the next byte to read.
+    @ivar until: the end of the bytes to fetch for this reader; see C{Download.follow}.
     @ivar partial: whether it reads a part of the blob: then it gets its last byte before the whole is verified.
     """
 
@@ -77,7 +77,7 @@ class Follower:
     @property
     def done(self) -> bool:
         """
-        Tell whether all was read, and is right if it is the whole blob.
+        Return True if all bytes were read and, for the whole blob, verified.
         """
         download = self._download
         read = self.position >= (download.received if self.stop is None else self.stop)
@@ -86,13 +86,13 @@ class Follower:
     @property
     def failure(self) -> Failure | None:
         """
-        Tell why it can't go on, if it can't.
+        Return why the reader can't continue, if it can't.
         """
         return self._left_behind or self._download.failure
 
     def piece(self, limit: int) -> FilePiece | bytes | None:
         """
-        Point at up to C{limit} bytes that may be sent now; none if more must arrive, or be proved, first.
+        Return up to C{limit} bytes that may be sent now; none if more must arrive or be verified first.
         """
         piece = self._piece(limit)
         if piece is None:
@@ -110,19 +110,19 @@ class Follower:
 
     def needs(self, start: int) -> bool:
         """
-        Tell whether it reads anything of a window that starts at C{start}; what comes before it is in a file.
+        Return True if the reader needs bytes of a window that starts at C{start}; those before it are in a file.
         """
         return self.stop is None or self.stop > max(start, self.position)
 
     def move(self, download: Followed) -> None:
         """
-        Follow C{download}, which has the same bytes, from here on.
+        Continue with C{download}, which has the same bytes.
         """
         self._download = download
 
     def leave_behind(self, problem: Failure) -> None:
         """
-        Go no further: the transfer goes on without it.
+        Fail: the transfer continues without this reader.
         """
         self._left_behind = problem
         self._download.left(self)
@@ -130,26 +130,26 @@ class Follower:
 
     def sent(self, count: int) -> None:
         """
-        Note that C{count} bytes more were read.
+        Advance by C{count} bytes.
         """
         self.position += count
         self._download.progressed()
 
     def listen(self, news: Callable[[], None]) -> None:
         """
-        Call C{news} whenever there may be more, an end or a failure.
+        Call C{news} whenever there may be more bytes, an end or a failure.
         """
         self._on_news = news
 
     def news(self) -> None:
         """
-        Pass the word on.
+        Notify the listener.
         """
         self._on_news()
 
     def close(self) -> None:
         """
-        Read no more.
+        Leave the transfer.
         """
         self._on_news = lambda: None
         self._waiting.stop()

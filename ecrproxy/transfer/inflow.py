@@ -1,5 +1,5 @@
 """
-The connections over which a blob comes in: what they promise, how many there are, and their back-pressure.
+The connections that bring a blob: their interface, how many there are, and back-pressure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 HIGH_WATER: Final = 4 * 2**20
-"""Bytes of a lane that may wait for the disk before it is paused: some 20 ms of a fast network."""
+"""Bytes of a lane that may wait for the disk before the lane is paused: about 20 ms of a fast network."""
 
 
 SMALLEST_PART: Final = 4 * 2**20
@@ -23,96 +23,96 @@ LARGEST_PART: Final = 16 * 2**20
 
 
 SPLIT: Final = 16 * 2**20
-"""Bytes from which on a blob is worth several connections."""
+"""Smallest blob, in bytes, that is fetched over several connections."""
 
 
 SMALLEST_WISH: Final = 64 * 2**10
-"""Fewest bytes that are fetched out of turn: tiny ranges would leave a gap each."""
+"""Minimum number of bytes fetched out of order: each tiny range would leave a gap."""
 
 
 MOST_GAPS: Final = 1000
-"""Number of gaps from which on nothing is fetched out of turn any more."""
+"""Number of gaps above which nothing more is fetched out of order."""
 
 
 AHEAD_WATER: Final = 2**20
-"""The same of a lane whose bytes nobody waits for: a slow disk holds few of them."""
+"""C{HIGH_WATER} of a lane whose bytes no client waits for: a slow disk holds few of them."""
 
 
 GATHERED: Final = 2**20
-"""Bytes that are gathered before they are handed out: each batch costs turns of threads, and news to all who follow."""
+"""Bytes to gather before they are handed out: each batch costs thread switches and wakes every follower."""
 
 
 GATHER_SECONDS: Final = 0.01
-"""How long bytes may wait for others to be handed out with."""
+"""Maximum time, in seconds, to gather bytes."""
 
 
 BUFFERED: Final = 64 * 2**20
-"""Bytes that may wait in memory, of all transfers together, before each connection is paused at its first byte."""
+"""Bytes that all transfers together may hold in memory before each connection is paused at its first byte."""
 
 
 class Transfer(Protocol):
     """
-    A connection that sends: what may be asked of it.
+    A connection that sends bytes.
     """
 
     def pause(self) -> None:
-        """Send nothing for now."""
+        """Stop sending for now."""
 
     def resume(self) -> None:
-        """Go on."""
+        """Resume sending."""
 
     def abort(self) -> None:
-        """Send nothing more, ever."""
+        """Stop sending for good."""
 
 
 class Stretch(Protocol):
     """
-    Bytes of a blob that are about to come.
+    A range of a blob that has been requested.
     """
 
     @property
     def start(self) -> int:
-        """Give the offset of the first."""
+        """Return the offset of the first byte."""
 
     @property
     def stop(self) -> int | None:
-        """Give the offset behind the last, if it is known."""
+        """Return the offset after the last byte, if it is known."""
 
     def deliver(self, sink: Inflow) -> Transfer:
-        """Let them come."""
+        """Start the delivery."""
 
 
 class Blob(Protocol):
     """
-    Where a blob's bytes come from.
+    The upstream source of a blob.
     """
 
     @property
     def size(self) -> int | None:
-        """Give its bytes, if upstream said."""
+        """Return the size in bytes, if upstream announced it."""
 
     @property
     def first(self) -> Stretch:
-        """Give what has been asked for already."""
+        """Return the range that has been requested already."""
 
     @property
     def ranged(self) -> bool:
-        """Tell whether parts of it can be had."""
+        """Return True if upstream serves ranges."""
 
     @property
     def sources(self) -> int:
-        """Tell how many may have it."""
+        """Return how many sources may have the blob."""
 
     async def open(self, start: int, stop: int | None, breaks: int = 0) -> Stretch:
-        """Ask for more of it, which was asked for in vain, or nearly so, C{breaks} times in a row."""
+        """Request another range, after C{breaks} requests in a row that brought nothing, or almost nothing."""
 
     def look_again(self) -> None:
-        """Ask who else has it by now, too, where an answer is slow."""
+        """Also ask the sources that were added since, if the current one is slow to answer."""
 
 
 class Buffered:
     """
-    Counts the bytes of all transfers that wait in memory, for the disk or for clients.
+    Counts the bytes that all transfers hold in memory, waiting for the disk or for clients.
     """
 
     def __init__(self, most: int = BUFFERED) -> None:
@@ -121,24 +121,24 @@ class Buffered:
     @property
     def full(self) -> bool:
         """
-        Return True if no more bytes should be taken in.
+        Return True if transfers should accept no more bytes.
         """
         return self.size > self.most
 
     @property
     def has_plenty(self) -> bool:
         """
-        Return True if less than half waits of what may.
+        Return True if less than half of the limit is used.
         """
         return 2 * self.size < self.most
 
 
 class Lanes:
     """
-    The connections to buckets that the daemon may have, and what a single blob may have of them.
+    The limits on connections to buckets, in total and per blob.
 
-    @param buffered: bytes that may wait in memory.
-    @ivar buffered: counts what has come over them and waits in memory.
+    @param buffered: maximum number of bytes held in memory.
+    @ivar buffered: counts the bytes that arrived over these connections and are held in memory.
     """
 
     def __init__(self, each: int = 4, together: int = 64, buffered: int = BUFFERED) -> None:
@@ -147,24 +147,24 @@ class Lanes:
 
     def first_part(self, expected: int | None) -> int | None:
         """
-        Choose how much of a blob to ask for at first; none for all, where one lane will do.
+        Return how many bytes of a blob to request first; none to request all, if one lane is enough.
 
-        @param expected: its bytes, if something is known of them.
+        @param expected: the blob's size in bytes, if it is known.
         """
         return None if self._each == 1 or (expected is not None and expected < SPLIT) else SMALLEST_PART
 
     def has_plenty(self, size: int, coming: int) -> bool:
         """
-        Return True if a blob of so many bytes, which nobody waits for, would leave half of the connections to others.
+        Return True if a blob of C{size} bytes that no client waits for would leave half of the connections free.
 
-        @param coming: how many others that nobody waits for are about to take one.
+        @param coming: number of other such blobs that are about to take a connection.
         """
         lanes = 1 if size < SPLIT else self._each
         return 2 * (self._free - lanes - coming) >= self._together and self.buffered.has_plenty
 
     def take(self, size: int) -> int:
         """
-        Take lanes for so many bytes: always one, more while there are some.
+        Take lanes for a blob of C{size} bytes: always one, more while some are free.
         """
         taken = 1 if size < SPLIT else max(1, min(self._each, self._free))
         self._free -= taken
@@ -172,27 +172,27 @@ class Lanes:
 
     def give_back(self, lanes: int) -> None:
         """
-        Give lanes back.
+        Return lanes to the pool.
         """
         self._free += lanes
 
 
 class Urgency(IntEnum):
     """
-    Who waits for the part that a lane brings. A lane leaves its part for a more urgent one.
+    What waits for the part that a lane brings. A lane gives up its part for a more urgent one.
     """
 
     NOBODY = 0
-    """It is the next part of the blob in order."""
+    """No client waits: the next part of the blob in order."""
     READER = 1
-    """A client that reads on for long: the whole blob, an open-ended range, many MiB."""
+    """A client that reads much more: the whole blob, an open-ended range, many MiB."""
     SMALL = 2
-    """A client that needs no more than this."""
+    """A client that needs only this part."""
 
 
 class Wish(NamedTuple):
     """
-    What a client has still to read.
+    The range that a client has yet to read.
     """
 
     position: int
@@ -201,13 +201,13 @@ class Wish(NamedTuple):
     @property
     def urgency(self) -> Urgency:
         """
-        Return C{SMALL} if one part is all that is left to read.
+        Return C{SMALL} if a single part is all that is left to read.
         """
         return Urgency.SMALL if self.stop - self.position <= SMALLEST_PART else Urgency.READER
 
     def rank(self, missing: int) -> tuple[int, int]:
         """
-        Return the place among other wishes, least first.
+        Return the sort key among other wishes; the smallest is served first.
 
         @param missing: offset of the first byte that no lane has taken.
         """
@@ -218,9 +218,9 @@ class Wish(NamedTuple):
 
 class Gaps:
     """
-    What of a blob nobody has taken on yet, in order: lanes take part after part of it.
+    The ranges of a blob that no lane has taken yet, in order.
 
-    @raise ValueError: for gaps that overlap, or that are empty or reversed.
+    @raise ValueError: if gaps overlap, are empty or reversed.
     """
 
     def __init__(self, gaps: Iterable[tuple[int, int]]) -> None:
@@ -231,7 +231,7 @@ class Gaps:
 
     def take(self, lanes: int) -> tuple[int, int] | None:
         """
-        Take the next part, of which one of C{lanes} is to bring all; none if there is nothing left.
+        Take the next part, sized for C{lanes} lanes that share the rest; none if nothing is left.
         """
         if not self._gaps:
             return None
@@ -244,9 +244,9 @@ class Gaps:
 
     def take_from(self, start: int, stop: int) -> tuple[int, int] | None:
         """
-        Take what is missing from C{start} on, up to C{stop} at most; none if that byte is not missing.
+        Take what is missing from C{start} on, up to C{stop} at most; none if the byte at C{start} is not missing.
 
-        None also for an empty or reversed range: taken, it would make the gap wider than it was.
+        Also none for an empty or reversed range: taking it would widen the gap.
         """
         if start >= stop:
             return None
@@ -259,7 +259,7 @@ class Gaps:
 
     def first_missing(self, start: int, stop: int) -> int | None:
         """
-        Return the offset of the first byte from C{start} to C{stop} that no lane has taken.
+        Return the offset of the first byte between C{start} and C{stop} that no lane has taken.
         """
         at = bisect_right(self._gaps, start, key=lambda gap: gap[1])
         if at == len(self._gaps):
@@ -269,10 +269,10 @@ class Gaps:
 
     def take_wished(self, wishes: Iterable[Wish]) -> tuple[int, int, Urgency] | None:
         """
-        Take the next part that a client waits for, with its urgency; none if all the wishes are taken.
+        Take the next part that a client waits for, with its urgency; none if all wishes are taken.
 
-        Small ranges come first, the smallest before all. The others are served by how much is on its way to
-        them already, in parts; between equals the order of C{wishes} decides.
+        Small ranges come first, the smallest before all. The others are ranked by how many parts are already in flight
+        for them; ties keep the order of C{wishes}.
         """
         if len(self._gaps) >= MOST_GAPS:
             return None
@@ -285,7 +285,7 @@ class Gaps:
 
     def give_back(self, start: int, stop: int) -> None:
         """
-        Let others take what was taken and has not come.
+        Put back a range that was taken and has not arrived.
         """
         merged: list[tuple[int, int]] = []
         for first, last in sorted([*self._gaps, (start, stop)]):
@@ -300,14 +300,14 @@ class Gaps:
 
     def give_up(self) -> None:
         """
-        Let nobody take another part.
+        Drop all gaps, so that no lane takes another part.
         """
         self._gaps = []
 
 
 def part_size(remaining: int, lanes: int) -> int:
     """
-    Choose how much of a blob a lane takes next: less and less, so that all end together.
+    Return how many bytes a lane takes next: parts get smaller towards the end, so that all lanes end together.
     """
     if lanes == 1:
         return remaining
@@ -316,11 +316,11 @@ def part_size(remaining: int, lanes: int) -> int:
 
 class Inflow:
     """
-    Bytes on their way in from one connection; it is paused while too many wait.
+    Bytes received from one connection, which is paused while too many wait.
 
-    @param buffered: what is counted of all connections together.
-    @param high_water: bytes that may wait before this one is paused.
-    @param call_later: a reactor's, to gather bytes for a moment; none to hand out what there is.
+    @param buffered: counts the bytes of all connections together.
+    @param high_water: bytes that may wait before this connection is paused.
+    @param call_later: a reactor's, to gather bytes for a moment; none to hand out bytes as they come.
     """
 
     def __init__(
@@ -337,13 +337,13 @@ class Inflow:
 
     def begin(self, stretch: Stretch) -> None:
         """
-        Let the bytes come.
+        Start the delivery of C{stretch}.
         """
         self._transfer = stretch.deliver(self)
 
     def arrived(self, data: bytes) -> None:
         """
-        Take bytes from the connection; those that it still brings when it was ended are nobody's.
+        Accept bytes from the connection. Bytes that arrive after its end are dropped.
         """
         if self._over:
             return
@@ -358,14 +358,14 @@ class Inflow:
 
     def ended(self, problem: Failure | None) -> None:
         """
-        Note the connection's end, C{problem} if it is not a good one.
+        Record the connection's end, with C{problem} if it failed.
         """
         self._over, self._problem = True, self._problem or problem
         self._stir()
 
     def refuse(self) -> None:
         """
-        End the connection; what still waits is given.
+        Close the connection; waiting bytes are still handed out.
         """
         if not self._over:
             self.ended(None)
@@ -374,7 +374,7 @@ class Inflow:
 
     def abort(self, problem: Failure | None = None) -> None:
         """
-        End the connection; what still waits is dropped.
+        Close the connection; waiting bytes are dropped.
         """
         self._buffered.size -= self.waiting + self._in_use
         self._pending, self.waiting, self._in_use = [], 0, 0
@@ -385,16 +385,16 @@ class Inflow:
 
     async def batch(self, worth: int = 1) -> list[bytes]:
         """
-        Wait for bytes; empty at the end. Asking for more says that the last batch is used up.
+        Wait for bytes; an empty list is the end. Calling again releases the last batch.
 
-        @param worth: how many to wait for once there are some, for no longer than C{GATHER_SECONDS}; fewer if more than
-            that can't wait.
-        @raise Exception: if the connection broke off; all that came before was given.
+        @param worth: bytes to gather once some have arrived, for at most C{GATHER_SECONDS}; fewer if the buffers allow
+            no more.
+        @raise Exception: if the connection broke; all bytes from before were handed out.
         """
         self._buffered.size -= self._in_use
         self._in_use = 0
         if self._paused and not self._pending and not self._over and self._transfer is not None:
-            self._paused = False  # what had been taken is written now
+            self._paused = False  # the bytes taken before are written now
             self._transfer.resume()
         worth = min(worth, self._high_water // 4)
         await self._until_there_are(1)
@@ -424,7 +424,7 @@ class Inflow:
     @property
     def _suffices(self) -> bool:
         """
-        Return True if there is nothing to wait for: a connection that is paused brings no more.
+        Return True if there is nothing to wait for: a paused connection brings nothing.
         """
         return self.waiting >= self._wanted or self._over or (self._paused and bool(self._pending))
 

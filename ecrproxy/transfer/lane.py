@@ -1,5 +1,5 @@
 """
-The bytes of a blob from one offset to another, over one connection at a time.
+A range of a blob, fetched over one connection at a time.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
 log = Logger()
 
 LEAST_GATHERED: Final = 512 * 2**10
-"""Parts of fewer bytes are handed out as they come: somebody waits for just these."""
+"""Smaller parts, in bytes, are handed out as they come: a client waits for exactly these."""
 CRUMBS: Final = 1024
-"""Bytes that a connection must bring before it breaks off, if the rest is to be asked for at once."""
+"""Bytes that a connection must bring before it breaks for the lane to request the rest at once."""
 TRIES: Final = 3
-"""How often in a row a lane may break off without having brought a byte; once more for each other who may have them."""
+"""How often in a row a lane may break without having brought a byte; one more for each additional source."""
 
 
 class ShortBodyError(Exception):
     """
-    A transfer ended with more or fewer bytes than it had announced.
+    A transfer ended with more or fewer bytes than announced.
     """
 
 
 class Lane:
     """
-    Brings the bytes from C{start} to C{stop} in order. After a break it asks for the rest, from its last good byte on.
+    Fetches the bytes from C{start} to C{stop} in order. After a break, it requests the rest from its last good byte on.
 
-    @param stop: none for all, where the size is not known; such a lane cannot be resumed.
-    @param first: what has been asked for already, from C{start} on.
-    @param inflow: makes what takes the bytes of one connection.
-    @param reads_on: the end instead of C{stop}, if the bucket turns out to give no parts: it sends all anyway.
-    @ivar urgency: who waits for these bytes.
-    @ivar reached: the offset behind the last byte that was handed out.
+    @param stop: none for the whole blob, if the size is unknown; such a lane cannot be resumed.
+    @param first: the range that has been requested already, beginning at C{start}.
+    @param inflow: makes the receiver for one connection.
+    @param reads_on: the end instead of C{stop} if the bucket serves no ranges: it sends everything anyway.
+    @ivar urgency: what waits for these bytes.
+    @ivar reached: the offset after the last byte that was handed out.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class Lane:
     @property
     def arrived(self) -> int:
         """
-        The offset behind the last byte that has arrived.
+        The offset after the last byte that has arrived.
         """
         return self.reached + (self._inflow.waiting if self._inflow is not None else 0)
 
     async def batch(self) -> list[bytes]:
         """
-        Wait for the next bytes; empty at the end. Asking for more says that the last batch is used up.
+        Wait for the next bytes; an empty list is the end. Calling again releases the last batch.
 
-        @raise Exception: if the rest can't be had.
+        @raise Exception: if the rest can't be fetched.
         """
         while self.stop is None or self.reached < self.stop:
             try:
@@ -90,7 +90,7 @@ class Lane:
             else:
                 if self.stop is None:
                     break
-        self._hang_up()  # a bucket may send more than it was asked for
+        self._hang_up()  # a bucket may send more than was requested
         return []
 
     async def _arrivals(self) -> list[bytes]:
@@ -106,7 +106,7 @@ class Lane:
         if not batch and self.stop is not None and self.reached < self.stop:
             if not self._brought or self._announced is None or self.reached < self._announced:
                 raise ShortBodyError(f"the connection ended at byte {self.reached} of {self.digest}")
-            self._hang_up()  # all that was asked for has come, and there is more to ask for
+            self._hang_up()  # the requested range is complete, and there is more to request
         return batch
 
     async def _open(self) -> Stretch:
@@ -127,13 +127,13 @@ class Lane:
 
     def _may_go_on(self, problem: Exception) -> bool:
         """
-        Hang up after C{problem}; tells whether to try again.
+        Close the connection after C{problem}; return True to try again.
         """
         self._hang_up()
         if self._problem is not None or self.stop is None:
             return False
         if self.reached >= self.stop:
-            return True  # cut meanwhile: there is nothing left to try
+            return True  # cut in the meantime: nothing is left to fetch
         self._barren = 0 if self._brought else self._barren + 1
         self._crumbs, self._brought = 0 < self._brought < CRUMBS, 0
         if self._barren >= TRIES + self._blob.sources - 1 or isinstance(problem, CancelledError):
@@ -145,9 +145,9 @@ class Lane:
 
     def cut(self, give_back: Callable[[int, int], None]) -> None:
         """
-        Leave the rest to other lanes. What has arrived is still handed out.
+        Leave the rest to other lanes. Bytes that have arrived are still handed out.
 
-        @param give_back: told what is left, from where to where, before anything else happens.
+        @param give_back: called with the start and end of the rest, before anything else happens.
         """
         end, self.stop = self.stop or self.arrived, self.arrived
         give_back(self.stop, end)
@@ -158,7 +158,7 @@ class Lane:
 
     def abort(self, problem: Failure | None = None) -> None:
         """
-        End it; whoever waits for bytes gets C{problem}.
+        Stop the lane; a pending C{batch} fails with C{problem}.
         """
         self._problem = self._problem or problem
         self._hang_up(problem)
@@ -176,7 +176,7 @@ class Lane:
 
 def drop(stretch: Stretch) -> None:
     """
-    Do without bytes that were asked for.
+    Discard a range that has been requested.
     """
     inflow = Inflow(Buffered())
     inflow.begin(stretch)

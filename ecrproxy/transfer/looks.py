@@ -1,8 +1,8 @@
 """
-Look at the transfers that other processes write: at all of them in one call in a thread, each C{POLL_SECONDS}.
+Poll the transfers that other processes write: all of them in one thread call, every C{POLL_SECONDS}.
 
-A look takes 50 microseconds of processor time this way, and 190 with a call each: most of that is the way to a thread
-and back.
+A look costs 50 microseconds of CPU time this way, against 190 with a thread call each: most of that is the switch to a
+thread and back.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 class Watched(Protocol):
     """
-    A transfer of another process: see L{peer.PeerTransfer}.
+    A transfer of another process; see L{peer.PeerTransfer}.
     """
 
     def look(self) -> Look:
-        """Look how it is getting on. Called in a thread."""
+        """Read its progress. Called in a thread."""
 
 
 class Looks:
     """
-    Looks at any number of transfers at once.
+    Polls any number of transfers at once.
 
     @param call_later: a reactor's.
     """

@@ -1,5 +1,5 @@
 """
-What a plain connection has yet to send, and what goes at once.
+Write to plain connections, directly to the socket if nothing is queued.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from twisted.internet.tcp import Connection
 
 def has_sent_all(transport: object) -> bool:
     """
-    Tell whether it is a plain socket that stays open, and nothing that was written waits for it.
+    Return True if C{transport} is an open plain socket with an empty write buffer.
     """
     return isinstance(transport, Connection) and not (
         transport.TLS or transport.dataBuffer or transport._tempDataBuffer or transport.disconnecting  # noqa: SLF001
@@ -20,14 +20,14 @@ def has_sent_all(transport: object) -> bool:
 
 def write(transport: Any, data: bytes, flags: int = 0) -> bool:  # noqa: ANN401
     """
-    Send C{data}, at once where nothing waits: a turn of the event loop for it costs as much as all else here.
+    Send C{data}, directly if nothing is queued: a turn of the event loop costs as much as everything else here.
 
-    @return: whether all has been sent.
+    @return: True if all bytes have been sent.
     """
     if has_sent_all(transport):
         try:
             sent = transport.socket.send(data, flags)
-        except OSError:  # it takes none now, or has ended: the transport finds out which
+        except OSError:  # the socket's buffer is full, or the connection has ended: the transport finds out which
             sent = 0
         if sent == len(data):
             return True

@@ -1,11 +1,11 @@
 """
-Which bytes of a file the kernel has in memory.
+Find out which bytes of a file are in the kernel's page cache.
 
-mincore(2) tells, of a mapping of the file. preadv2(2) with RWF_NOWAIT has the disk read what is missing, and so waits
-until the disk's queue has room.
+Uses mincore(2) on a mapping of the file. preadv2(2) with RWF_NOWAIT would make the disk read what is missing, and so
+wait until the disk's queue has room.
 
-Which file it is, statx(2) tells of what the kernel knows. fstat(2) asks whoever serves the file system, such as a
-program or another machine, and waits for the answer.
+Files are identified with statx(2), which answers from what the kernel has cached. fstat(2) asks the file system's
+server, such as a program or another machine, and waits for the answer.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from mmap import MAP_SHARED, PAGESIZE, PROT_READ
 from typing import Any, Final
 
 _PAGES: Final = 1024
-"""The most pages that are looked at in one call."""
+"""Maximum number of pages per mincore call."""
 _FAILED: Final = ctypes.c_void_p(-1).value
 LATELY_SECONDS: Final = 0.05
-"""How long bytes that were in memory are taken to be there still: one may wait for its client for longer anyway."""
+"""How long a result is reused, in seconds: bytes may wait longer than that for their client anyway."""
 _KEPT: Final = 64
 _lately: Final[OrderedDict[tuple[bytes, int, int], tuple[float, int]]] = OrderedDict()
-"""When which bytes were asked for, and how many of them were there: by inode and device."""
+"""Recent results by inode and device, offset and count: the time, and how many of the bytes were in memory."""
 _EMPTY_PATH: Final = 0x1000
 _DONT_SYNC: Final = 0x4000
 _INODE_WANTED: Final = 0x100
 _INODE: Final = slice(32, 40)
 _DEVICE: Final = slice(136, 144)
-"""Linux's fcntl.h and stat.h; where they are in the 256 bytes of struct statx."""
+"""Constants of Linux's fcntl.h and stat.h; positions in the 256 bytes of struct statx."""
 
 
 def _calls() -> tuple[Any, Any, Any, Any]:
-    libc = ctypes.PyDLL(None)  # which keeps the interpreter's lock: the calls are short
+    libc = ctypes.PyDLL(None)  # keeps the GIL: the calls are short
     mmap = getattr(libc, "mmap64", None) or libc.mmap
     mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
     mmap.restype = ctypes.c_void_p
@@ -53,10 +53,10 @@ _status: Final = ctypes.create_string_buffer(256)
 
 def in_memory(fd: int, offset: int, count: int, now: Callable[[], float] = time.monotonic) -> int:
     """
-    Return how many of the C{count} bytes from C{offset} on are in memory, before the first that isn't.
+    Return how many of the C{count} bytes at C{offset} are in memory, up to the first that isn't.
 
-    All of them, where the kernel can't or won't tell. Of a crowd that is sent the same, one asks for all; each does
-    where it can't be told which file it is. To be called in the event loop alone.
+    Returns C{count} if the kernel can't or won't tell. Of many clients that are sent the same bytes, one asks the
+    kernel for all; if the file can't be identified, each asks. Call it in the event loop only.
     """
     file, when = _file(fd), now()
     if file is None:
@@ -76,7 +76,7 @@ def in_memory(fd: int, offset: int, count: int, now: Callable[[], float] = time.
 
 def _file(fd: int) -> bytes | None:
     """
-    Tell an open file from others, by what the kernel knows of it; none if it does not say.
+    Return the identity of an open file as the kernel has it cached; none if unknown.
     """
     if _statx is None or _statx(fd, b"", _EMPTY_PATH | _DONT_SYNC, _INODE_WANTED, _status):
         return None

@@ -1,7 +1,7 @@
 """
-Parts of a blob that is not kept, straight from the bucket to one client.
+Pass parts of a blob that is not kept from the bucket straight to one client.
 
-Nothing verifies them here: clients that ask for parts verify by themselves, and the whole is not at hand.
+Nothing verifies them here: that takes the whole blob, and clients that request parts verify by themselves.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ HELD: Final = 2**20
 
 class Passing:
     """
-    A blob that is not kept, of which a client reads one part or more.
+    A blob that is not kept, of which a client reads one or more parts.
 
-    @param questions: what to ask the bucket for, in order; see L{byte_ranges.questions}.
+    @param questions: the ranges to request from the bucket, in order; see L{byte_ranges.questions}.
     @ivar unkept: why it is not kept.
     """
 
@@ -68,7 +68,7 @@ class Passing:
 
     def _open(self, start: int, stop: int) -> Stream:
         first, last = self._questions.popleft()
-        while not first <= start < stop <= last:  # another brought it, where the bucket gives no parts
+        while not first <= start < stop <= last:  # another request brought it, if the bucket serves no ranges
             first, last = self._questions.popleft()
         end = last
         for following in self._questions:
@@ -84,23 +84,23 @@ class Passing:
 
     def let_go(self) -> None:
         """
-        Do without the bytes that were asked for first, unless somebody reads them.
+        Discard the range that was requested first, unless it is being read.
         """
         asked, self._asked = self._asked, None
         if asked is not None:
             drop(asked.first)
 
-    # Its client may have gone while it was asked for: nobody is left to let it go then.
+    # The client may leave while the request is made: then nothing else calls let_go.
     __del__ = let_go
 
 
 class Stream:
     """
-    The answer to one question to the bucket, on its way to the client.
+    The response to one request to the bucket, on its way to the client.
 
     @ivar position: the offset of the next byte.
     @ivar reader: the part that is being read.
-    @ivar failure: why there will be no more of it.
+    @ivar failure: why the stream failed, if it did.
     """
 
     def __init__(self, lane: Lane) -> None:
@@ -141,7 +141,7 @@ class Stream:
 
     def skip_to(self, start: int) -> None:
         """
-        Drop all bytes before C{start}, also those that are yet to come.
+        Drop all bytes before C{start}, including those that have yet to come.
         """
         self.on_news, self._wanted = lambda: None, start
         self._skip()
@@ -153,13 +153,13 @@ class Stream:
 
     def piece(self, limit: int) -> bytes | None:
         """
-        Give the next bytes; none if they must arrive first.
+        Return the next bytes; none if they have not arrived yet.
         """
         return self._pieces[0][self._used : self._used + limit] if self._pieces else None
 
     def sent(self, count: int) -> None:
         """
-        Drop what was sent.
+        Drop C{count} bytes that were sent.
         """
         self._drop(count)
         self._stir()
@@ -173,7 +173,7 @@ class Stream:
 
     def _stir(self) -> None:
         """
-        Ask for more when nothing is left.
+        Read on when nothing is left.
         """
         if not self._pieces:
             wake, self._wake = self._wake, None
@@ -182,7 +182,7 @@ class Stream:
 
     def close(self) -> None:
         """
-        Ask for no more.
+        Abort the request.
         """
         self.on_news, self._closed = lambda: None, True
         self._pieces.clear()
@@ -214,7 +214,7 @@ class Passage:
 
     def piece(self, limit: int) -> bytes | None:
         """
-        Give the next bytes; none if they must arrive first.
+        Return the next bytes; none if they have not arrived yet.
         """
         piece = self._stream.piece(min(limit, self._stop - self._stream.position))
         if piece is None:
@@ -225,7 +225,7 @@ class Passage:
 
     def sent(self, count: int) -> None:
         """
-        Drop what was sent.
+        Drop C{count} bytes that were sent.
         """
         self._stream.sent(count)
 
@@ -237,7 +237,7 @@ class Passage:
 
     def close(self) -> None:
         """
-        Ask for no more, unless the next part is being read already.
+        Abort the request, unless the next part is being read already.
         """
         self._waiting.stop()
         if self._stream.reader is self:

@@ -1,17 +1,17 @@
 """
-Move the bytes of a source, finished or still arriving, to a client at the client's own pace.
+Send the bytes of a source, finished or still arriving, to a client at the client's own pace.
 
 Rules:
 
-- To a plain socket the kernel moves the bytes; they never come into Python. Over TLS they are sealed in large
-  pieces. Elsewhere they pass in pieces that are read in threads. One piece at most is held in memory for a client;
-  the more responses are under way, the smaller it is.
-- Nothing waits for a disk but threads: what the kernel doesn't have in memory is read there first.
-- It sends when the client can take more, and only then. Caught up with a source that still grows it
-  sends nothing, and costs nothing, until the source has news.
-- A client that takes nothing for too long is given up. Waiting for the source, or for a disk, is not its fault.
-- A source that fails, or a file that turns out shorter than it was, aborts the connection: a response that
-  is cut must never look whole.
+- To a plain socket, the kernel moves the bytes; they never come into Python. Over TLS, they are sealed in large pieces.
+  Any other transport gets pieces that are read in threads. At most one piece per client is held in memory; the more
+  responses are in flight, the smaller it is.
+- Only threads wait for a disk: what the kernel doesn't have in memory is read there first.
+- It sends only when the client can take more. Once it has caught up with a growing source, it costs nothing until the
+  source has news.
+- A client that takes nothing for too long is disconnected. Time spent waiting for the source or a disk does not count.
+- If a source fails, or a file is shorter than it was, the connection is aborted: a truncated response must never look
+  complete.
 """
 
 from __future__ import annotations
@@ -44,35 +44,35 @@ if TYPE_CHECKING:
     from twisted.web.server import Request
 
 PIECE: Final = 2**20
-"""Bytes moved at once: larger gains nothing, smaller costs processor time."""
+"""Bytes moved at once: larger pieces gain nothing, smaller ones cost processor time."""
 LEAST_PIECE: Final = 2**16
-"""What a transport buffers anyway."""
+"""Smallest piece, in bytes: transports buffer that much anyway."""
 TOGETHER: Final = 32 * 2**20
-"""Bytes that all responses may hold in memory, as long as each of them has its least."""
+"""Bytes that all responses together may hold in memory, as long as each gets C{LEAST_PIECE}."""
 SEAL: Final = (PIECE // 2**14 + 1) * 64
-"""Bytes by which sealing lengthens a piece, unless a client asks for short records: each has a frame of up to 64."""
+"""Bytes that sealing adds to a piece, up to 64 for each record, unless a client asks for short records."""
 READ_AHEAD: Final = 8 * 2**20
-"""Bytes that the kernel is told of before they are sent."""
+"""Bytes that the kernel is told to read ahead."""
 
 _CUT = "the file was cut while it was being sent"
 
 
 class CutShortError(Exception):
     """
-    A file has fewer bytes than it had when the response began.
+    A file has fewer bytes than when the response began.
     """
 
 
 def piece_size(under_way: int) -> int:
     """
-    Choose how many bytes one of C{under_way} responses may hold in memory.
+    Return how many bytes each of C{under_way} responses may hold in memory.
     """
     return max(LEAST_PIECE, min(PIECE, TOGETHER // max(1, under_way)))
 
 
 def warm_start(fd: int, size: int) -> int:
     """
-    Return how many of a file's first bytes the kernel has in memory, of those that may be sent in one turn.
+    Return how many of a file's first bytes are in the page cache, of those that may be sent in one turn.
     """
     return in_memory(fd, 0, min(size, PIECE))
 
@@ -83,8 +83,9 @@ def send(
     """
     Send C{source} as the rest of the response, whose headers have a length or are still to be written.
 
-    @param held: tells how many bytes the response may hold in memory; see L{piece_size}.
-    @return: fires when all was handed to the transport, fails if it never will be. Cancelling it ends the sending.
+    @param held: returns how many bytes the response may hold in memory; see L{piece_size}.
+    @return: fires when all bytes were handed to the transport, fails if they never will be. Cancelling it stops
+        sending.
     """
     transport = request.channel.transport
     direct = request.startedWriting and not request.chunked
@@ -107,7 +108,7 @@ class Sending:
 
     def stopProducing(self) -> None:
         """
-        End: the client has gone.
+        Stop: the client has gone.
         """
         self._end(Failure(ConnectionDone()))
 
@@ -124,13 +125,13 @@ class Sending:
 
     def _leave(self) -> None:
         """
-        Give back what was taken.
+        Release the source and the transport.
         """
         raise NotImplementedError
 
     def _pread(self, fd: int, count: int, offset: int) -> bytes:
         """
-        Read from a file, unless nobody wants it any more. Called in a thread.
+        Read from a file, unless the response has ended. Called in a thread.
         """
         return b"" if self._over else os.pread(fd, count, offset)
 
@@ -148,7 +149,7 @@ class PieceSending(Sending):
 
     def start(self) -> Deferred[None]:
         """
-        Send it.
+        Begin to send.
         """
         self._source.listen(self._go)
         self._request.registerProducer(self, True)  # noqa: FBT003 (Twisted's signature)
@@ -157,13 +158,13 @@ class PieceSending(Sending):
 
     def pauseProducing(self) -> None:
         """
-        Wait: the client takes no more for now.
+        Pause: the client takes nothing for now.
         """
         self._paused = True
 
     def resumeProducing(self) -> None:
         """
-        Go on.
+        Resume.
         """
         self._paused = False
         self._go()
@@ -206,11 +207,11 @@ class PieceSending(Sending):
         self._end(failure)
 
     def _write(self, data: bytes) -> None:
-        self._request.write(data)  # before the source hears of it, whose news may lead here again
+        self._request.write(data)  # before source.sent, which may call _go again
         self._source.sent(len(data))
 
     def _leave(self) -> None:
-        if not self._reading:  # a thread that still reads must find its descriptor open
+        if not self._reading:  # a thread that still reads needs the open descriptor
             self._source.close()
         if self._request.channel is not None:  # else the client has gone, and the request with it
             self._request.unregisterProducer()
@@ -235,7 +236,7 @@ class SlotSending(Sending):
 
     def start(self) -> Deferred[None]:
         """
-        Send it.
+        Begin to send.
         """
         self._source.listen(self._more)
         self._take_slot()
@@ -247,7 +248,7 @@ class SlotSending(Sending):
 
     def resumeProducing(self) -> None:
         """
-        Send what the socket takes, a piece at the most: then others have their turn.
+        Send what the socket takes, at most one piece: then other connections have their turn.
         """
         if self._over or self._warming or not self._begun:
             return
@@ -255,7 +256,7 @@ class SlotSending(Sending):
             self._turn()
         except BlockingIOError:
             self._wait_for_client()
-        except SSLError:  # the client said goodbye, or speaks no TLS any more
+        except SSLError:  # the client has closed TLS, or no longer speaks it
             self._end(Failure(ConnectionDone()))
         except (OSError, CutShortError):
             self._end(Failure())
@@ -263,7 +264,7 @@ class SlotSending(Sending):
     def _more(self) -> None:
         if self._over:
             return
-        if self._caught_up:  # nothing is buffered: what came can go at once
+        if self._caught_up:  # nothing is buffered: the new bytes can go at once
             self._caught_up = False
             self.resumeProducing()
         else:
@@ -290,16 +291,16 @@ class SlotSending(Sending):
 
     def _wait_for_client(self) -> None:
         """
-        Ask for a turn when the client has taken what it was given; for that it has its time.
+        Ask for a turn when the client has taken the bytes, and start the client's timeout.
         """
         self._patience.begin()
         self._transport.startWriting()
 
     def _warm_part(self, fd: int, offset: int, count: int) -> int:
         """
-        Return how many of the bytes the kernel has in memory. If none, a thread reads them, and the turn comes again.
+        Return how many of the bytes are in the page cache. If none, a thread reads them and then asks for another turn.
 
-        Each byte is asked about, and once: requests to a disk end in any order, and one in the middle may hang.
+        Each byte is looked up once: requests to a disk end in any order, and one in the middle may hang.
         """
         if not self._warm[0] <= offset < self._warm[1]:
             there = in_memory(fd, offset, count)
@@ -313,7 +314,7 @@ class SlotSending(Sending):
 
     def _read_ahead(self, fd: int, count: int, offset: int) -> None:
         """
-        Have the kernel read bytes, and begin with those behind them. Called in a thread: either may wait for the disk.
+        Read bytes, and have the kernel start on those after them. Called in a thread: either may wait for the disk.
         """
         self._pread(fd, count, offset)
         if not self._over:
@@ -330,7 +331,7 @@ class SlotSending(Sending):
             self._wait_for_client()
 
     def _leave(self) -> None:
-        if not self._warming:  # a thread that still reads must find its descriptor open
+        if not self._warming:  # a thread that still reads needs the open descriptor
             self._source.close()
         self._patience.end()
         self._transport.unregisterProducer()
@@ -345,26 +346,26 @@ class SlotSending(Sending):
 
     def _most(self) -> int:
         """
-        Tell how many bytes a turn may take.
+        Return the maximum number of bytes for one turn.
         """
         return PIECE
 
     def _send_bytes(self, data: bytes) -> int:
         """
-        Send bytes; tells how many.
+        Send bytes and return how many were sent.
         """
         raise NotImplementedError
 
     def _send_file(self, fd: int, offset: int, count: int) -> int:
         """
-        Send bytes of a file; tells how many.
+        Send bytes of a file and return how many were sent.
         """
         raise NotImplementedError
 
 
 class KernelSending(SlotSending):
     """
-    Have the kernel move the bytes from file to socket: sendfile(2).
+    Have the kernel move the bytes from file to socket with sendfile(2).
     """
 
     def _send_bytes(self, data: bytes) -> int:
@@ -380,16 +381,16 @@ class KernelSending(SlotSending):
 
 class SealedSending(SlotSending):
     """
-    Seal large pieces for a TLS connection at once, and hand them to its socket.
+    Seal large pieces for a TLS connection at once, and write them directly to its socket.
 
-    Twisted's TLS takes 16 KiB at a time, and copies each several times more: a third of all work.
+    Twisted's TLS takes 16 KiB at a time and copies each several more times: a third of all work.
     """
 
     _scratch = mmap.mmap(-1, AT_ONCE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     """
-    Holds bytes between the file and OpenSSL, which takes them at once: one for all connections.
+    Buffer between the file and OpenSSL, which takes the bytes at once: one for all connections.
 
-    It begins with a page, as what is read does: elsewhere some processors copy at a fifth of the speed.
+    It is page-aligned, like the bytes in the file: otherwise some processors copy at a fifth of the speed.
     """
 
     def __init__(
@@ -408,7 +409,7 @@ class SealedSending(SlotSending):
         return self._held()
 
     def _take_slot(self) -> None:
-        self._tls._aggregator.flush()  # noqa: SLF001 (the headers wait there; there is no public way to send them)
+        self._tls._aggregator.flush()  # noqa: SLF001 (it holds the headers; there is no public way to send them)
         self._tls.unregisterProducer()
 
     def _give_slot_back(self) -> None:
@@ -435,18 +436,18 @@ class SealedSending(SlotSending):
 
     def _seal(self, data: memoryview) -> bool:
         """
-        Seal bytes, and send them; tells whether the client has taken all.
+        Seal and send bytes; return True if the client has taken all.
         """
         connection = self._tls._tlsConnection  # noqa: SLF001
         size, left = len(data), data
         self._sealed_much = self._sealed_much or size > LEAST_PIECE
-        while left:  # OpenSSL may be set to take a record at a time
+        while left:  # OpenSSL may be set to take one record at a time
             left = left[connection.send(left) :]
         return write(self._transport, self._take_sealed(size + SEAL))
 
     def _take_sealed(self, expected: int) -> bytes:
         """
-        Take from OpenSSL all that it has sealed: more than C{expected} where the client has asked for short records.
+        Take everything that OpenSSL has sealed: more than C{expected} if the client asked for short records.
         """
         connection = self._tls._tlsConnection  # noqa: SLF001
         sealed: bytes = connection.bio_read(expected)
@@ -461,10 +462,10 @@ class SealedSending(SlotSending):
 
 def renew_buffer(connection: object) -> None:
     """
-    Have OpenSSL seal in another buffer from now on, if nothing waits in this one.
+    Give OpenSSL a new output buffer if the current one is empty.
 
-    It never gets smaller: a connection that was sent a blob once would have 330 KB until it ends, as long as a client
-    likes. pyOpenSSL has no call for that; should its own parts change, the buffer stays.
+    The buffer never shrinks: a connection that was sent one blob would hold 330 KB until the client closes it.
+    pyOpenSSL has no call for that; if its internals change, the buffer stays.
     """
     if type(connection) is not SSL.Connection:
         return

@@ -1,5 +1,5 @@
 """
-Where the bytes of a response come from.
+The sources of a response's bytes.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ class Source(Protocol):
 
     @property
     def done(self) -> bool:
-        """Tell whether all was sent."""
+        """Return True if all bytes were sent."""
 
     @property
     def failure(self) -> Failure | None:
-        """Tell why no more can be sent."""
+        """Return why the source can't continue, if it failed."""
 
     def piece(self, limit: int) -> FilePiece | bytes | None:
-        """Point at the next bytes, at most so many; none if there are none yet."""
+        """Return the next bytes, at most C{limit}; none if they have not arrived yet."""
 
     def sent(self, count: int) -> None:
-        """Note that so many were sent."""
+        """Advance by C{count} bytes that were sent."""
 
     def listen(self, news: Callable[[], None]) -> None:
         """Call C{news} when there may be more."""
 
     def close(self) -> None:
-        """Let go."""
+        """Release the source."""
 
 
 HELD_PIECE: Final = 2**16
-"""Bytes of a body in memory that are copied to a transport at once: more would be held twice for a slow client."""
+"""Bytes of a body in memory that are copied to a transport at once: for a slow client, more would be held twice."""
 
 
 class Held:
@@ -64,30 +64,30 @@ class Held:
     @property
     def done(self) -> bool:
         """
-        Tell whether all was sent.
+        Return True if all bytes were sent.
         """
         return self._position >= self._stop
 
     def piece(self, limit: int) -> FilePiece | bytes | None:
         """
-        Give the next bytes.
+        Return the next bytes.
         """
         return self._data[self._position : min(self._stop, self._position + min(limit, HELD_PIECE))]
 
     def sent(self, count: int) -> None:
         """
-        Go on behind what was sent. The rest is not copied: other responses may hold the same bytes.
+        Advance by C{count} bytes. The rest is not copied: other responses may hold the same bytes.
         """
         self._position += count
 
     def listen(self, news: Callable[[], None]) -> None:
         """
-        There will be no news of these bytes.
+        Do nothing: all bytes are there.
         """
 
     def close(self) -> None:
         """
-        There is nothing to let go.
+        Do nothing: there is nothing to release.
         """
 
 
@@ -97,7 +97,8 @@ class Shelved:
 
     A part of the file is complete once it is sent, whatever the verification finds later: see L{follower}.
 
-    @param verification: what the last byte of the whole waits for, if the file isn't proved.
+    @param verification: the verification that the last byte of the whole file waits for, if the file isn't verified
+        yet.
     """
 
     def __init__(self, content: Content, start: int, stop: int, verification: Verification | None = None) -> None:
@@ -109,20 +110,20 @@ class Shelved:
     @property
     def done(self) -> bool:
         """
-        Tell whether all was read.
+        Return True if all bytes were read.
         """
         return self.position >= self._stop
 
     @property
     def failure(self) -> Failure | None:
         """
-        Tell why it can't go on, if the file turned out to be bad.
+        Return the verification's failure, if the file turned out to be bad.
         """
         return self._verification.failure if self._verification is not None else None
 
     def piece(self, limit: int) -> FilePiece | bytes | None:
         """
-        Point at up to C{limit} bytes; none if the file must be proved first.
+        Return up to C{limit} bytes; none if the file must be verified first.
         """
         complete = self._partial or self._verification is None or self._verification.proved
         count = min(limit, (self._stop if complete else self._stop - 1) - self.position)
@@ -130,13 +131,13 @@ class Shelved:
 
     def sent(self, count: int) -> None:
         """
-        Note that C{count} bytes more were read.
+        Advance by C{count} bytes.
         """
         self.position += count
 
     def listen(self, news: Callable[[], None]) -> None:
         """
-        Call C{news} when there is a verdict about a file that isn't proved.
+        Call C{news} when the verification of the file has ended.
         """
         self._on_news = news
         if self._verification is not None:
@@ -144,7 +145,7 @@ class Shelved:
 
     def close(self) -> None:
         """
-        Let go of the file.
+        Release the file.
         """
         if self._verification is not None:
             self._verification.leave(self._on_news)
@@ -153,10 +154,10 @@ class Shelved:
 
 class Parted:
     """
-    Several parts of a blob, each behind its head: the body of a multipart/byteranges response.
+    Several parts of a blob, each after its header: the body of a multipart/byteranges response.
 
-    @param follow: gives the bytes from one offset to another. The next part is followed before the one before is
-        closed, so that a transfer never looks as if nobody read it.
+    @param follow: returns the source for a range. The next part is followed before the previous one is closed, so that
+        a transfer never appears to have no reader.
     @param close: called at the end.
     """
 
@@ -184,20 +185,20 @@ class Parted:
     @property
     def done(self) -> bool:
         """
-        Tell whether all was sent.
+        Return True if all bytes were sent.
         """
         return not (self._text or self._left or self._end) and self._part.done
 
     @property
     def failure(self) -> Failure | None:
         """
-        Tell why it can't go on, if it can't.
+        Return why the source can't continue, if it failed.
         """
         return self._own_failure or self._part.failure
 
     def piece(self, limit: int) -> FilePiece | bytes | None:
         """
-        Point at the next bytes: of a head, of a part, or of the end.
+        Return the next bytes: of a header, a part, or the final boundary.
         """
         if not self._text and self._part.done and self._own_failure is None:
             self._go_on()
@@ -218,7 +219,7 @@ class Parted:
 
     def sent(self, count: int) -> None:
         """
-        Note that so many were sent.
+        Advance by C{count} bytes that were sent.
         """
         if self._text:
             self._text = self._text[count:]
@@ -233,7 +234,7 @@ class Parted:
 
     def close(self) -> None:
         """
-        Let go.
+        Release the current part.
         """
         self._part.close()
         self._close()

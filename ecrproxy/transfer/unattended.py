@@ -1,8 +1,8 @@
 """
-Transfers that nobody reads: a few go on for the cache, the others stop and leave their file to the next.
+Limit transfers without a reader: a few continue for the cache, the others stop and leave their file to the next one.
 
-Those that are slow stop, too: a client that has left may have asked for what trickles, and four of them would keep room
-in the cache. What is read ahead is bounded by L{reading_ahead}, and is none of these until its reader has left.
+Slow ones stop, too: a client may request a blob that trickles and leave, and four of those would hold room in the
+cache. Read-ahead is limited by L{reading_ahead} and does not count here until its reader has left.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from ecrproxy.transfer.download import Download
 
 MOST: Final = 4
-"""Transfers without a reader that go on at the same time: one more than a Docker client has by default."""
+"""Maximum number of transfers without a reader: one more than a Docker client opens by default."""
 SLOW: Final = 3_000_000
 SLOW_SECONDS: Final = 30.0
-"""Bytes that a transfer without a reader must bring in each so many seconds: 100 kB/s."""
+"""Minimum number of bytes that a transfer without a reader must bring in C{SLOW_SECONDS}: 100 kB/s."""
 
 
 class Unattended:
     """
-    Bounds the transfers without a reader.
+    Limits the transfers without a reader.
 
-    @param transfers: lists those that are under way, oldest first: these go on.
-    @param call_later: a reactor's; none to bound their number alone.
+    @param transfers: lists the running transfers, oldest first: the oldest continue.
+    @param call_later: a reactor's; none to limit only their number.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class Unattended:
 
     def settle(self, begun: Download | None = None) -> None:
         """
-        Stop those that are too many.
+        Stop the transfers above the limit.
 
-        @param begun: one that was begun just now, whose reader is about to come.
+        @param begun: a transfer that has just begun, whose reader is about to attach.
         """
         for each in self._without_reader(begun)[self._most :]:
             each.stop()
@@ -56,7 +56,7 @@ class Unattended:
 
     async def change(self) -> None:
         """
-        Wait until a transfer has ended, or its readers have come or left.
+        Wait until a transfer ends, or until readers come or leave.
         """
         waiter: Deferred[None] = Deferred(self._waiting.remove)
         self._waiting.append(waiter)
@@ -69,7 +69,7 @@ class Unattended:
 
     def _stop_slow_ones(self) -> None:
         """
-        Stop those that have brought too little since the last time.
+        Stop the transfers that have brought too little since the last call.
         """
         self._watching = False
         before, self._missing = self._missing, {each: each.missing for each in self._without_reader()}
