@@ -216,9 +216,10 @@ class StrictChannel(HTTPChannel):
         it for each request would cost more than some responses.
         """
         before, self.timeOut = self.timeOut, period  # type: ignore[assignment]
-        self.resetTimeout()
-        if period is not None and self._idle_check is None:
-            self._idle_check = self.callLater(period, self._look_whether_idle)
+        if period is not None:
+            self.resetTimeout()
+            if self._idle_check is None:
+                self._idle_check = self.callLater(period, self._look_whether_idle)
         return before
 
     def resetTimeout(self) -> None:

@@ -325,10 +325,6 @@ class Governor:
         return place
 
     def _full(self, call: Call, wait: float) -> QueueFullError:
-        """
-        Count a refusal, and make the error.
-        """
-        self._refused[call] += 1
         log.warn(
             "Refused a question about {call}: {count} wait for {name} already, and it can't go within {seconds:.0f} s;"
             " compare PROXY_ECR_QUOTAS with the account's quotas",
@@ -338,14 +334,9 @@ class Governor:
             seconds=LONGEST_WAIT,
             once=(self._name, call.value),
         )
-        said = f"too many questions about {call.value} wait for {self._name}"
-        return QueueFullError(429, "TOOMANYREQUESTS", said, {"Retry-After": str(math.ceil(wait))})
+        return self._refusal(call, f"too many questions about {call.value} wait for {self._name}", wait)
 
     def _throttled(self, call: Call, component: str, rest: float) -> QueueFullError:
-        """
-        Count a refusal, and make the error.
-        """
-        self._refused[call] += 1
         log.warn(
             "Refused a question about {call}: {name} throttles those about {component}, for {seconds:.0f} s more by its"
             " word; if a pull-through cache rule has that prefix, it may be the rule's upstream",
@@ -356,8 +347,16 @@ class Governor:
             once=(self._name, call.value, component),
         )
         said = f"{self._name} throttles the proxy's questions about {component}"
-        later = {"Retry-After": str(math.ceil(rest))}
-        return QueueFullError(429, "TOOMANYREQUESTS", said, later, reason=Reason.THROTTLED)
+        return self._refusal(call, said, rest, Reason.THROTTLED)
+
+    def _refusal(self, call: Call, said: str, wait: float, reason: Reason | None = None) -> QueueFullError:
+        """
+        Count a refusal, and return its error.
+
+        @param wait: seconds after which to try again.
+        """
+        self._refused[call] += 1
+        return QueueFullError(429, "TOOMANYREQUESTS", said, {"Retry-After": str(math.ceil(wait))}, reason=reason)
 
     def _ended(self, result: Failure | None, place: Deferred[None]) -> Failure | None:
         self._waiting.pop(place, None)
