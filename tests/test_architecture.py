@@ -1,5 +1,5 @@
 """
-The modules depend on each other as docs/architecture.rst says, and stay small enough to read.
+The modules depend on each other as docs/internals/modules.rst says, and stay small enough to read.
 """
 
 from __future__ import annotations
