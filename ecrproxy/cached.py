@@ -30,6 +30,7 @@ from typing import Final, NamedTuple, Protocol, TypeVar
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from ecrproxy import tracing
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.cache.arriving import Left, Met
 from ecrproxy.cache.claim import Claim
@@ -53,6 +54,7 @@ log = Logger()
 T = TypeVar("T")
 
 Facts = Sequence[tuple[EntryKey, Entry]]
+_LOOK_UP: Final = "look up in the cache"
 FACTS: Final = 1000
 """Maximum number of facts from one manifest, itself included. ECR confirms the rest on request."""
 _UNWRITTEN_SECONDS = 60
@@ -245,7 +247,8 @@ class Cache:
         since = self._purges
         held, missing = self._known(asked, self._entry_at_hand)
         try:
-            known, content, missing = await self._disk.reading(self._look_up, asked, held, missing)
+            with tracing.part(_LOOK_UP, {}):
+                known, content, missing = await self._disk.reading(self._look_up, asked, held, missing)
         except OSError:
             return Found(held, None, Reason.DISK, since)
         if held is None and known is not None:
@@ -391,7 +394,8 @@ class Cache:
 
         async def look() -> tuple[Confirmed, Document] | Reason:
             parsed = self._own_types.get(asked.digest)
-            found = await self._disk.reading(self._look_up_manifest, asked, parsed)
+            with tracing.part(_LOOK_UP, {}):
+                found = await self._disk.reading(self._look_up_manifest, asked, parsed)
             if not isinstance(found, Reason):
                 self._note(asked, found[0], since)
                 self._hold_read(asked.digest, found[1], since)

@@ -11,6 +11,8 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ecrproxy import tracing
+
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
 
@@ -61,6 +63,7 @@ class Flights(Generic[T]):
         self._abandons, self._foreseen = abandons, foreseen
         self._waiting: dict[Hashable, list[Deferred[T]]] = {}
         self._fetching: dict[Hashable, Deferred[T]] = {}
+        self._spans: dict[Hashable, tracing.Span] = {}
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._waiting
@@ -74,7 +77,11 @@ class Flights(Generic[T]):
         flying, waiting = key in self._waiting, self._waiting.setdefault(key, [])
         waiter: Deferred[T] = Deferred(lambda leaver: self._leave(key, waiting, leaver))
         waiting.append(waiter)
-        if not flying:  # no await between this check and the registration
+        if flying:
+            tracing.link(self._spans.get(key))
+        else:  # no await between this check and the registration
+            if (span := tracing.current.get()) is not None:
+                self._spans[key] = span
             self._fetching[key] = fetching = Deferred.fromCoroutine(fetch())
             fetching.addBoth(self._land, key, waiting)
         return waiter
@@ -83,11 +90,13 @@ class Flights(Generic[T]):
         waiting.remove(leaver)
         if self._abandons and not waiting and self._waiting.get(key) is waiting:
             del self._waiting[key]  # the next caller starts a new fetch
+            self._spans.pop(key, None)
             self._fetching.pop(key).cancel()
 
     def _land(self, result: T | Failure, key: Hashable, waiting: list[Deferred[T]]) -> None:
         if self._waiting.get(key) is waiting:
             del self._waiting[key], self._fetching[key]
+            self._spans.pop(key, None)
         if isinstance(result, Failure) and self._foreseen is not None and result.check(self._foreseen):
             _let_go_of_frames(result)
         if not waiting and isinstance(result, Failure):

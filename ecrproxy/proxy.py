@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from ecrproxy import tracing
 from ecrproxy.answers import Answer, Asked, CacheStatus
 from ecrproxy.byte_ranges import Ranges, Span, joined, questions
 from ecrproxy.cache.arriving import Left, Met
@@ -351,6 +352,7 @@ class PullThrough:
         if confirmed is None:  # otherwise already noted
             self._cache.holds(asked, body.size, since)
         self._add_source(body, asked.route, carrier)
+        tracing.link(body.span)
         return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
 
     async def _begun(self, asked: Asked, carrier: Repository | None) -> Download | Passing | None:
@@ -682,6 +684,7 @@ class PullThrough:
             call_later=self._call_later,
         )
         download.ahead, blob.others = ahead, download.others
+        download.span = tracing.child("download", {"ecrproxy.digest": str(digest), "ecrproxy.read_ahead": ahead})
         download.attendance = partial(self._attend, download, blob)
         download.split_off = partial(self._run_apart, blob)
         if shared:
@@ -699,9 +702,14 @@ class PullThrough:
         on_its_own(self._run(download, blob, self._lanes.take(0), shared=False))
 
     async def _run(self, download: Download, blob: Blob, lanes: int, *, shared: bool, ahead: bool = False) -> None:
+        if download.span is not None:
+            tracing.current.set(download.span)
         try:
             await download.run(blob)
         finally:
+            if download.span is not None:
+                failed = download.failure is not None
+                download.span.end({"ecrproxy.received": download.received, "ecrproxy.lanes": lanes}, failed=failed)
             self._lanes.give_back(lanes)
             self._ended(download, shared=shared, ahead=ahead)
 

@@ -56,6 +56,7 @@ from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.web import Registry
 from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Figures, LoopStall
+from ecrproxy.otel import LAST_SECONDS, OtelTracing, exporter
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
 from ecrproxy.reading_ahead import ReadingAhead, Transfers
@@ -141,21 +142,20 @@ def wire(
     """
     disk, threads = _disk(service.pools), service.pools.threads
     store = _store(config, KeptOpen(kept_files(), reactor, disk.closing))
-    scrubbing, judging, probing = threads(1), threads(1), threads(1)
     keeping, settling = threads(KEEPING[0]).bounded(KEEPING[1]), threads(SETTLING[0]).bounded(SETTLING[1])
     janitor = Janitor(store, config.cache_limit, keeping, reactor)
     tokens = AwsTokens(reactor, partial(_ends, refused, warm=begin(store, processes)))
     figures, stall, trust = Figures(__version__), LoopStall(reactor, time.monotonic), _trust(egress, service, reactor)
-    make = partial(_world, tokens, _wiring(config, figures, egress, trust, reactor), judging, reactor)
+    make = partial(_world, tokens, _wiring(config, figures, egress, trust, reactor), threads(1), reactor)
     worlds = Worlds(make(config))
     cache = Cache(store, janitor, disk, time.time, worlds.checks)
-    scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
+    scrub = Scrub(store, janitor.fit, threads(1).call, reactor)
     purges = Purges(store.index, cache.forget_purged, settling, reactor)
-    connections, condition = Connections(), Condition(store, probing.call, reactor)
+    connections, condition = Connections(), Condition(store, threads(1).call, reactor)
     pull_through = _pull_through(config, worlds, cache, disk, reactor, processes, connections)
     readiness = partial(_readiness, worlds.askings, condition, connections)
-    crowd = Crowd(config.limits(clients_beside_spare()), processes)
-    admission = _admission(config, reactor, service, processes)
+    limits, admission = config.limits(clients_beside_spare()), _admission(config, reactor, service, processes)
+    crowd = Crowd(limits, processes)
     site = make_site(
         Registry(pull_through, worlds, config.cache_key, disk.reading),
         Ready(readiness),
@@ -166,7 +166,8 @@ def wire(
         served=figures.served,
         connections=connections,
         pages=_pages(config),
-        hot_path=None if config.cache_key.asks else _hot_path(pull_through, worlds, admission, disk.reading),
+        hot_path=_hot_path(pull_through, worlds, admission, disk.reading) if _may_repeat(config) else None,
+        tracing=_tracing(config, service, reactor),
     )
     figures.watch(
         *of_cache(store, janitor), *of_registries(worlds.askings), *of_transfers(pull_through), *of_loop(stall)
@@ -190,6 +191,25 @@ def _store(config: Config, kept: KeptOpen) -> Store:
 
 def _hot_path(pull_through: PullThrough, worlds: Worlds, admission: Admission | None, in_thread: InThread) -> HotPath:
     return HotPath(pull_through, worlds, admission, time.time, in_thread, secrets.token_bytes(32))
+
+
+def _may_repeat(config: Config) -> bool:
+    """
+    Return True if equal requests may have equal answers, with nothing else to be noted of each.
+    """
+    return not config.cache_key.asks and config.otlp_endpoint is None
+
+
+def _tracing(config: Config, service: Daemon, reactor: Any) -> OtelTracing | None:  # noqa: ANN401
+    """
+    Make what sends traces; None if no collector is configured.
+    """
+    if config.otlp_endpoint is None:
+        return None
+    in_thread = service.pools.threads(1).bounded(LAST_SECONDS)
+    tracing = OtelTracing(partial(exporter, config.otlp_endpoint), in_thread, reactor)
+    service.add(tracing)
+    return tracing
 
 
 def _disk(pools: Pools) -> Disk:

@@ -56,6 +56,7 @@ from ecrproxy.http.site import RegistrySite
 from ecrproxy.logs.shapes import PRIORITIES, as_json
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
 from ecrproxy.metrics import Figures, Gathered, Row
+from ecrproxy.otel import is_installed
 from ecrproxy.readiness import Readiness
 from ecrproxy.registry.ecr import CredentialsError
 from ecrproxy.registry.egress import Egress
@@ -92,6 +93,7 @@ def makeService(options: Options) -> Daemon:
         complain = _complaining(options, file)
         read = partial(_load, options)
         config = read(file)
+        _check_tracing(config)
         sockets = inherited_sockets(os.environ)
         if sockets is not None:
             service = build_worker(config, sockets, reactor, _egress(os.environ), read)
@@ -126,6 +128,15 @@ def makeService(options: Options) -> Daemon:
     if service.writer is not None:
         atexit.register(service.writer.end, LAST_LINES_SECONDS)
     return service
+
+
+def _check_tracing(config: Config) -> None:
+    """
+    @raise ConfigError: if there should be traces, and nothing can send them.
+    """
+    if config.otlp_endpoint is not None and not is_installed():
+        what = f"PROXY_OTLP_ENDPOINT={config.otlp_endpoint!r}"
+        raise ConfigError(f"{what}: traces need OpenTelemetry's SDK: pip install 'ecrproxy[otel]'")
 
 
 def _load(options: Options, file: Filed) -> Config:

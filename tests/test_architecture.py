@@ -62,7 +62,17 @@ ARROWS: dict[str, set[str]] = {
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"buffers", "identity", "oci", "periodic", "threads"},
-    "cached": {"answers", "cache", "flights", "identity", "oci", "ordering", "reasons", "threads"},
+    "cached": {
+        "answers",
+        "cache",
+        "flights",
+        "identity",
+        "oci",
+        "ordering",
+        "reasons",
+        "threads",
+        "tracing",
+    },
     "catalog": {"flights", "oci", "reasons", "registry.ecr"},
     "daemon": {
         "access.limits",
@@ -108,6 +118,7 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "transfer",
         "world",
+        "tracing",
     },
     "metrics": {"failures", "ranking"},
     "lists": {
@@ -136,6 +147,8 @@ ARROWS: dict[str, set[str]] = {
         "stale",
         "threads",
     },
+    "otel": {"threads", "tracing"},
+    "flights": {"tracing"},
     "proxy": {
         "answers",
         "byte_ranges",
@@ -153,6 +166,7 @@ ARROWS: dict[str, set[str]] = {
         "registry.upstream",
         "threads",
         "transfer",
+        "tracing",
     },
     "reading_ahead": {
         "answers",
@@ -191,6 +205,7 @@ ARROWS: dict[str, set[str]] = {
         "periodic",
         "reasons",
         "threads",
+        "tracing",
     },
     "settings": {
         "access.limits",
@@ -203,7 +218,17 @@ ARROWS: dict[str, set[str]] = {
         "registry.quotas",
         "shares",
     },
-    "transfer": {"access.limits", "buffers", "byte_ranges", "cache", "oci", "reasons", "stopwatch", "threads"},
+    "transfer": {
+        "access.limits",
+        "buffers",
+        "byte_ranges",
+        "cache",
+        "oci",
+        "reasons",
+        "stopwatch",
+        "threads",
+        "tracing",
+    },
     "workers": {"admin.incidents", "admin.snapshot", "daemon.inherited", "metrics", "periodic", "readiness", "threads"},
 }
 OUTERMOST = {"tap", "serving", "command"}

@@ -69,6 +69,13 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     ),
     "log-format": ("PROXY_LOG_FORMAT", "json", "json", "TEXT", "text"),
     "log-level": ("PROXY_LOG_LEVEL", "warn", "warn", "Debug", "debug"),
+    "otlp-endpoint": (
+        "PROXY_OTLP_ENDPOINT",
+        "http://collector.example:4318",
+        "http://collector.example:4318",
+        "https://[::1]:4318/tenant/",
+        "https://[::1]:4318/tenant/",
+    ),
     "tag-ttl": ("PROXY_TAG_TTL", "30", 30.0, "0.5", 0.5),
     "worker-processes": ("PROXY_WORKER_PROCESSES", "2", 2, "16", 16),
     "drain-seconds": ("PROXY_DRAIN_SECONDS", "60", 60.0, "0", 0.0),

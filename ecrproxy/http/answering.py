@@ -18,6 +18,7 @@ from twisted.web.http import OK, SERVICE_UNAVAILABLE
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
+from ecrproxy import tracing
 from ecrproxy.access.bodies import NoRoomError
 from ecrproxy.cache.content import Content, DigestMismatchError
 from ecrproxy.http.request import RegistryRequest, path
@@ -81,6 +82,7 @@ class Answering(Resource):
 
     async def _respond(self, request: RegistryRequest) -> None:
         current.set(request.id)
+        tracing.current.set(request.span)
         try:
             _only_by(self.methods, request)
             await self.respond(request)

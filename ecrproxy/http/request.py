@@ -20,6 +20,7 @@ from ecrproxy.http.target import Target
 from ecrproxy.oci import Route
 from ecrproxy.request_id import REQUEST_ID, choose_id
 from ecrproxy.stopwatch import Stopwatch
+from ecrproxy.tracing import Span
 from ecrproxy.world import World
 
 RawHeaders = Sequence[tuple[bytes, list[bytes]]]
@@ -81,6 +82,7 @@ class RegistryRequest(Request):
     @ivar told: the result for which the request has already waited.
     @ivar started: when the request arrived.
     @ivar upstream: time spent waiting for upstream.
+    @ivar span: of the request; None if it is not traced.
     """
 
     id = ""
@@ -94,6 +96,7 @@ class RegistryRequest(Request):
     told: Told | None = None
     started: float
     upstream: Stopwatch
+    span: Span | None = None
     _headers: RawHeaders = ()
 
     def process(self) -> None:  # noqa: D102
@@ -108,6 +111,8 @@ class RegistryRequest(Request):
         self.uri, self.path = self.target.origin.encode("latin-1"), self.target.path.encode("latin-1")
         if self.target.authority:  # RFC 9112, 3.2.2
             self.requestHeaders.setRawHeaders(b"Host", [self.target.authority.encode("latin-1")])
+        if site.tracing is not None and self.target.path.startswith("/v2/"):
+            self.span = site.tracing.begin(self.getHeader("traceparent"))
         super().process()
 
     def getRequestHostname(self) -> bytes:

@@ -38,6 +38,7 @@ from ecrproxy.oci import RegistryError
 from ecrproxy.ranking import SAVING
 from ecrproxy.reasons import Reason
 from ecrproxy.request_id import numbered
+from ecrproxy.tracing import Span, Tracing
 
 _METHODS: Final = frozenset({b"GET", b"HEAD"})
 _ROUTES: Final = {"blobs": "blob", "manifests": "manifest", "tags": "tags", "referrers": "referrers"}
@@ -131,6 +132,7 @@ def make_site(  # noqa: PLR0913 (what a port is made of)
     connections: Connections | None = None,
     pages: Pages | None = None,
     hot_path: HotPath | None = None,
+    tracing: Tracing | None = None,
 ) -> RegistrySite:
     """
     Build the client port and its site.
@@ -144,6 +146,7 @@ def make_site(  # noqa: PLR0913 (what a port is made of)
     @param connections: keeps track of connections.
     @param pages: the web pages that may send requests; None to refuse those of other sites.
     @param hot_path: answers requests that it knows; None to send all the long way.
+    @param tracing: begins the traces of requests; None for no tracing.
     """
     health, pages = Health(), pages or Pages()
     paths = {"/_health": health, "/healthz": health, "/readyz": ready, **(others or {})}
@@ -156,6 +159,7 @@ def make_site(  # noqa: PLR0913 (what a port is made of)
         connections=connections,
         headers=pages.headers(),
         hot_path=hot_path,
+        tracing=tracing,
     )
 
 
@@ -165,6 +169,7 @@ class RegistrySite(Site):
 
     @ivar new_id: returns an id for a request without one.
     @ivar headers: the headers of every response.
+    @ivar tracing: begins the traces of requests.
     @cvar NAME: the name in Twisted's log lines.
     @cvar body_limit: maximum bytes of a request body; 0 for no bodies.
     """
@@ -187,11 +192,12 @@ class RegistrySite(Site):
         connections: Connections | None = None,
         headers: Mapping[str, str] | None = None,
         hot_path: HotPath | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         idle = crowd.limits.idle_seconds or None
         super().__init__(resource, reactor=reactor, timeout=idle, parsePOSTFormSubmission=False)
         self.crowd, self.connections = crowd, Connections() if connections is None else connections
-        self._access_log, self._hot_path = access_log, hot_path
+        self._access_log, self._hot_path, self.tracing = access_log, hot_path, tracing
         self._served, self.new_id = served, numbered(secrets.token_hex(6))
         told = {"Server": "ecrproxy", **(headers or {})}
         self.headers = [(name.encode("ascii"), [value.encode("ascii")]) for name, value in told.items()]
@@ -226,7 +232,10 @@ class RegistrySite(Site):
         asked = cast(RegistryRequest, request)
         now = self.reactor.seconds()
         words = _words(asked, 0 if aborted and not asked.startedWriting else asked.code)
-        self.tell(words, now, now - asked.started, asked.upstream.seconds, address(asked), asked.id, aborted=aborted)
+        client = address(asked)
+        self.tell(words, now, now - asked.started, asked.upstream.seconds, client, asked.id, aborted=aborted)
+        if asked.span is not None:
+            _end(asked.span, words, client, asked.id, aborted=aborted)
         if self._hot_path is not None and not aborted:
             self._hot_path.note(asked, words)
 
@@ -269,6 +278,29 @@ class RegistrySite(Site):
             answered = (status, size, 0.0, "-", Reason.BAD_REQUEST, 0.0)
             now = self.reactor.seconds()
             self._access_log.write(AccessLine(now, client, "-", "-", *answered, request_id, aborted=False))
+
+
+def _end(span: Span, words: Words, client: str, request_id: str, *, aborted: bool) -> None:
+    """
+    End the span of a request: with what the access log says about it.
+    """
+    route, method, status, cache, registry = words.kind
+    attributes: dict[str, str | int] = {
+        "http.request.method": method,
+        "http.route": route,
+        "http.response.body.size": words.size,
+        "url.path": words.path,
+        "client.address": client,
+        "ecrproxy.request_id": request_id,
+        "ecrproxy.cache_status": cache,
+        "ecrproxy.reason": words.reason,
+        "ecrproxy.registry": registry,
+        "ecrproxy.repository": words.repository,
+    }
+    if status.isdigit():
+        attributes["http.response.status_code"] = int(status)
+    failed = aborted or words.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    span.end(attributes, name=f"{method} {route}", failed=failed)
 
 
 def _words(request: RegistryRequest, status: int) -> Words:

@@ -4,13 +4,18 @@ Requests upstream, counted: an agent around the agent that sends them.
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.components import proxyForInterface
+from twisted.web.client import ResponseDone
+from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
+
+from ecrproxy import tracing
 
 if TYPE_CHECKING:
     from twisted.internet.defer import Deferred
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
     from ecrproxy.metrics import Tally
 
 FAILED = "failed"
+TRACEPARENT = b"traceparent"
+"""Sent to registries alone, where another ecrproxy may continue the trace (W3C Trace Context, section 3.2)."""
 
 
 @implementer(IAgent)
@@ -43,20 +50,46 @@ class MeteredAgent:
         """
         Send the request.
         """
-        kind = "registry" if urlsplit(uri.decode("latin-1")).netloc.lower() == self._host else "bucket"
+        host = urlsplit(uri.decode("latin-1")).netloc.lower()
+        kind = "registry" if host == self._host else "bucket"
         began = self._clock.seconds()
+        span = _span(kind, method.decode("ascii"), host)
+        if span is not None and kind == "registry" and headers is not None:
+            headers = headers.copy()
+            headers.setRawHeaders(TRACEPARENT, [span.context.encode("ascii")])
 
         def answered(response: IResponse) -> IResponse:
             key = kind, str(response.code), self._label
             self._tally.note(key, self._clock.seconds() - began)
-            metered: IResponse = _Metered(response, lambda size: self._tally.moved(key, size))
+            metered: IResponse = _Metered(response, lambda size: self._tally.moved(key, size), span)
+            if method == b"HEAD" or response.length == 0:
+                _end(span, response.code)
             return metered
 
         def failed(failure: Failure) -> Failure:
             self._tally.note((kind, FAILED, self._label), self._clock.seconds() - began)
+            if span is not None:
+                span.end({"error.type": type(failure.value).__name__}, failed=True)
             return failure
 
         return self._agent.request(method, uri, headers, bodyProducer).addCallbacks(answered, failed)
+
+
+def _span(kind: str, method: str, host: str) -> tracing.Span | None:
+    """
+    Begin the span of a request. A bucket's URL is a secret: only its host is told.
+    """
+    name, _, port = host.partition(":")
+    attributes: dict[str, str | int] = {"http.request.method": method, "server.address": name}
+    if port.isdigit():
+        attributes["server.port"] = int(port)
+    return tracing.child(f"{method} {kind}", attributes, outgoing=True)
+
+
+def _end(span: tracing.Span | None, status: int, size: int = 0, *, broken: bool = False) -> None:
+    if span is not None:
+        attributes = {"http.response.status_code": status, "http.response.body.size": size}
+        span.end(attributes, failed=broken or status >= HTTPStatus.BAD_REQUEST)
 
 
 class _Metered(proxyForInterface(IResponse)):  # type: ignore[misc]
@@ -64,12 +97,12 @@ class _Metered(proxyForInterface(IResponse)):  # type: ignore[misc]
     An answer whose body is counted as it comes.
     """
 
-    def __init__(self, original: IResponse, moved: Any) -> None:  # noqa: ANN401
+    def __init__(self, original: IResponse, moved: Any, span: tracing.Span | None) -> None:  # noqa: ANN401
         super().__init__(original)
-        self._moved = moved
+        self._moved, self._span = moved, span
 
     def deliverBody(self, protocol: Protocol) -> None:
-        self.original.deliverBody(_Counting(protocol, self._moved))
+        self.original.deliverBody(_Counting(protocol, self._moved, self._span, self.original.code))
 
 
 class _Counting(Protocol):
@@ -77,15 +110,17 @@ class _Counting(Protocol):
     Passes a body on.
     """
 
-    def __init__(self, inner: Protocol, moved: Any) -> None:  # noqa: ANN401
-        self._inner, self._moved = inner, moved
+    def __init__(self, inner: Protocol, moved: Any, span: tracing.Span | None, status: int) -> None:  # noqa: ANN401
+        self._inner, self._moved, self._span, self._status, self._size = inner, moved, span, status, 0
 
     def makeConnection(self, transport: ITransport) -> None:
         self._inner.makeConnection(transport)
 
     def dataReceived(self, data: bytes) -> None:
         self._moved(len(data))
+        self._size += len(data)
         self._inner.dataReceived(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        _end(self._span, self._status, self._size, broken=not reason.check(ResponseDone, PotentialDataLoss))
         self._inner.connectionLost(reason)

@@ -26,6 +26,7 @@ from ecrproxy.settings.values import (
     SecretError,
     Server,
     parse_admin,
+    parse_collector,
     parse_connections,
     parse_count,
     parse_endpoints,
@@ -258,6 +259,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         "minimum level that is logged: debug, info, warn, error or critical",
     ),
     Setting(
+        "otlp-endpoint",
+        "PROXY_OTLP_ENDPOINT",
+        parse_collector,
+        "none",
+        "URL of an OpenTelemetry collector (OTLP over HTTP) for traces; needs ecrproxy[otel]",
+    ),
+    Setting(
         "admin-hosts",
         "PROXY_ADMIN_HOSTS",
         parse_hosts,
@@ -404,7 +412,7 @@ GROUPS: Final[Mapping[str, Sequence[str]]] = {
         *("dns-resolver", "blob-connections", "bucket-connections", "stall-seconds", "ecr-connections", "ecr-quotas"),
         *("upstream-tries", "upstream-seconds"),
     ),
-    "Log": ("log-format", "log-level"),
+    "Log and traces": ("log-format", "log-level", "otlp-endpoint"),
 }
 """The settings by topic, in the order of the help."""
 
@@ -450,6 +458,7 @@ class Config:
     admin_hosts: frozenset[str] | None
     log_format: str
     log_level: str
+    otlp_endpoint: str | None
     tag_ttl: float
     worker_processes: int
     drain_seconds: float

@@ -312,6 +312,20 @@ def parse_origin(text: str) -> str:
     return f"{parts.scheme}://{shown}" if port in (None, {"http": 80, "https": 443}[parts.scheme]) else word
 
 
+def parse_collector(text: str) -> str:
+    """
+    Parse the URL of an OpenTelemetry collector.
+    """
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        good = False
+    if not good or "@" in text or parts.query or parts.fragment or parts.path.rstrip("/").endswith("/v1/traces"):
+        raise ValueError("give a URL such as http://otel-collector:4318, without user and without /v1/traces")
+    return text
+
+
 def parse_hosts(text: str) -> frozenset[str]:
     """
     Parse host names, separated by spaces or commas.

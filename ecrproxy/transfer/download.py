@@ -53,6 +53,7 @@ from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import Disk
+from ecrproxy.tracing import Span
 from ecrproxy.transfer.follower import Follower
 from ecrproxy.transfer.inflow import (
     AHEAD_WATER,
@@ -118,6 +119,7 @@ class Download:
     @ivar attendance: called when the first reader comes or the last has left.
     @ivar split_off: called with a separate transfer for readers that got stuck; the callee has to run it.
     @ivar others: registries whose clients have joined, and their sources of the blob: see L{bucket.Blob}.
+    @ivar span: of the transfer, if it is traced.
     @ivar received: number of readable bytes, counted from the first.
     @ivar verified: whether all bytes have arrived and match the digest.
     @ivar failure: why the transfer failed, if it did.
@@ -162,6 +164,7 @@ class Download:
         self._running, self.stopped, self._failed_filing = True, False, False
         self._parts_sent = 0
         self.others: dict[Any, Any] = {}
+        self.span: Span | None = None
         self.attendance: Callable[[], None] = lambda: None
         self.split_off: Callable[[Download], None] | None = None
 

@@ -59,6 +59,11 @@ WRONG: dict[str, tuple[Settings, str, str]] = {
     "misspelt variable": ({"PROXY_NAMESPACE_PATERN": "team/.*"}, "PROXY_NAMESPACE_PATTERN", ""),
     "open admin port": ({"PROXY_ADMIN_LISTEN": "tcp:15101"}, "PROXY_ADMIN_LISTEN", "interface=127.0.0.1"),
     "another registry": ({"PROXY_ECR_ENDPOINT": "docker.io"}, "PROXY_ECR_ENDPOINT", "docker.io"),
+    "traces without the extra": (
+        {"PROXY_OTLP_ENDPOINT": "http://127.0.0.1:4318"},
+        "PROXY_OTLP_ENDPOINT",
+        "pip install 'ecrproxy[otel]'",
+    ),
     "cache that can't be": ({"PROXY_CACHE_DIR": "/dev/null/x"}, "PROXY_CACHE_DIR", "/dev/null/x"),
 }
 

@@ -1,0 +1,268 @@
+"""
+Traces: a span for each request, with what it waited for, as a collector receives them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span as Received
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ecrproxy.flights import Flights
+from ecrproxy.otel import OtelTracing
+from ecrproxy.tracing import current
+from tests.daemon import Daemon, DaemonTestCase, Reply, at_once
+
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+GIVEN = f"00-{TRACE}-{SPAN}-01"
+"""A client's traceparent: the example of W3C Trace Context, section 3.2.4, sampled."""
+
+
+class Thread:
+    """
+    What the daemon's reactor offers to other threads; the SDK logs from its own.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def callFromThread(self, *call: Any, **more: Any) -> None:
+        self.calls.append((*call, more))
+
+
+class Collector(SpanExporter):
+    """
+    Keeps the spans in the form in which a collector receives them.
+
+    @ivar down: whether it refuses them.
+    """
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.down = False
+
+    def export(self, spans: Sequence[Any]) -> SpanExportResult:
+        if self.down:
+            raise ConnectionRefusedError("nobody listens")
+        self.bodies.append(encode_spans(spans).SerializeToString())
+        return SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        pass
+
+    def requests(self) -> list[ExportTraceServiceRequest]:
+        return [ExportTraceServiceRequest.FromString(body) for body in self.bodies]
+
+    def spans(self) -> list[Received]:
+        """
+        Return the spans received, in the order of their beginning.
+        """
+        found = [
+            span
+            for request in self.requests()
+            for resource in request.resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
+        return sorted(found, key=lambda span: span.start_time_unix_nano)
+
+
+def told(span: Received) -> dict[str, str | int]:
+    """
+    Return a span's attributes.
+    """
+    return {each.key: each.value.string_value or each.value.int_value for each in span.attributes}
+
+
+class TracingTestCase(DaemonTestCase):
+    more_headers = frozenset({"traceparent"})
+
+    def setUp(self) -> None:
+        self.collector, self.thread = Collector(), Thread()
+        self.tracing = OtelTracing(lambda: self.collector, at_once, self.thread)
+        self.tracing.startService()
+        self.addCleanup(self.tracing.stopService)
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "1.0", layers=[b"layer" * 1000])
+
+    def start(self, **options: Any) -> Daemon:
+        return super().start(**{"tracing": self.tracing, "hot_path": False, **options})
+
+    def spans(self) -> dict[str, list[Received]]:
+        """
+        Return the spans so far, by name.
+        """
+        self.tracing.stopService()
+        found: dict[str, list[Received]] = {}
+        for span in self.collector.spans():
+            found.setdefault(span.name, []).append(span)
+        return found
+
+
+class SpanTests(TracingTestCase):
+    def test_a_request_has_a_span_that_says_what_its_line_in_the_log_says(self) -> None:
+        reply = self.get("/v2/team/app/manifests/1.0", X_Request_Id="mine")
+        self.assertEqual(200, reply.code)
+        (span,) = self.spans()["GET manifest"]
+        self.assertEqual(Received.SPAN_KIND_SERVER, span.kind)
+        expected = {
+            "http.request.method": "GET",
+            "http.route": "manifest",
+            "http.response.status_code": 200,
+            "http.response.body.size": len(reply.body),
+            "url.path": "/v2/team/app/manifests/1.0",
+            "client.address": "192.0.2.7",
+            "ecrproxy.request_id": "mine",
+            "ecrproxy.cache_status": "MISS",
+            "ecrproxy.repository": "team/app",
+        }
+        self.assertEqual(expected, {key: value for key, value in told(span).items() if key in expected})
+
+    def test_what_it_asks_ecr_and_the_bucket_are_its_parts(self) -> None:
+        self.get(f"/v2/team/app/blobs/{self.image.layers[0]}")
+        spans = self.spans()
+        (request,), (download,) = spans["GET blob"], spans["download"]
+        registry, bucket = spans["GET registry"][-1], spans["GET bucket"][-1]
+        self.assertEqual(request.span_id, download.parent_span_id)
+        self.assertEqual(request.span_id, registry.parent_span_id)
+        self.assertEqual(request.span_id, bucket.parent_span_id)  # the first, which says how large the blob is
+        self.assertEqual({request.trace_id}, {span.trace_id for each in spans.values() for span in each})
+        self.assertEqual(307, told(registry)["http.response.status_code"])
+        self.assertEqual(5000, told(bucket)["http.response.body.size"])
+        self.assertEqual(Received.SPAN_KIND_CLIENT, bucket.kind)
+
+    def test_the_look_at_the_disk_is_a_part(self) -> None:
+        self.get(f"/v2/team/app/blobs/{self.image.layers[0]}")
+        spans = self.spans()
+        (request,), looks = spans["GET blob"], spans["look up in the cache"]
+        self.assertEqual({request.span_id}, {each.parent_span_id for each in looks})
+
+    def test_the_clients_own_trace_goes_on(self) -> None:
+        self.get("/v2/team/app/manifests/1.0", traceparent=GIVEN)
+        (span,) = self.spans()["GET manifest"]
+        self.assertEqual((TRACE, SPAN), (span.trace_id.hex(), span.parent_span_id.hex()))
+
+    def test_a_malformed_context_begins_a_trace(self) -> None:
+        for wrong in ("nonsense", "00-" + "0" * 32 + f"-{SPAN}-01", GIVEN + "\tx" * 9):
+            self.get("/v2/team/app/manifests/1.0", traceparent=wrong)
+        spans = self.spans()["GET manifest"]
+        self.assertEqual(3, len({span.trace_id for span in spans}))
+        self.assertEqual({b""}, {span.parent_span_id for span in spans})
+
+    def test_what_the_client_does_not_sample_is_not_sent(self) -> None:
+        self.get("/v2/team/app/manifests/1.0", traceparent=GIVEN[:-2] + "00")
+        self.assertEqual({}, self.spans())
+
+    def test_the_registry_is_told_the_trace_and_the_bucket_is_not(self) -> None:
+        self.get(f"/v2/team/app/blobs/{self.image.layers[0]}", traceparent=GIVEN)
+        shown = {each.service: each.headers.get("traceparent") for each in self.standin.asked}
+        expected = f"00-{TRACE}-{self.spans()['GET registry'][-1].span_id.hex()}-01"
+        self.assertEqual({"registry": expected, "bucket": None}, shown)
+
+    def test_an_error_is_one(self) -> None:
+        self.get("/v2/team/app/manifests/none")
+        self.standin.fail("registry", status=500)
+        self.get("/v2/team/other/manifests/none")
+        spans = self.spans()["GET manifest"]
+        self.assertEqual(
+            [(404, Status.STATUS_CODE_UNSET), (502, Status.STATUS_CODE_ERROR)],
+            [(told(span)["http.response.status_code"], span.status.code) for span in spans],
+        )
+
+    def test_no_secret_is_in_any_of_them(self) -> None:
+        """
+        Neither the presigned URL of a bucket, nor the token, nor a client's password.
+        """
+        self.get(f"/v2/team/app/blobs/{self.image.layers[0]}?token=secret")
+        self.spans()
+        for body in self.collector.bodies:
+            for secret in (b"Amz", b"Signature", b"secret", b"canary", b"Basic"):
+                self.assertNotIn(secret, body)
+
+    def test_health_checks_have_none(self) -> None:
+        self.get("/healthz")
+        self.get("/readyz")
+        self.assertEqual({}, self.spans())
+
+
+class JoinedTests(TracingTestCase):
+    def test_who_joins_a_download_is_linked_to_it(self) -> None:
+        digest = self.image.layers[0]
+        self.standin.hold(digest)
+        first, second = self.get(f"/v2/team/app/blobs/{digest}"), self.get(f"/v2/team/app/blobs/{digest}")
+        self.standin.release(digest)
+        self.flush()
+        self.assertEqual(["MISS", "JOINED"], [first.cache, second.cache])
+        spans = self.spans()
+        (download,), (miss, joined) = spans["download"], spans["GET blob"]
+        self.assertEqual([download.span_id], [link.span_id for link in joined.links])
+        self.assertEqual([], list(miss.links))
+
+
+class FlightTests(TracingTestCase):
+    def test_who_waits_for_anothers_request_is_linked_to_its_span(self) -> None:
+        flights, gate = Flights[int](), Deferred[int]()
+
+        async def fetch() -> int:
+            return await gate
+
+        one, other = self.tracing.begin(None), self.tracing.begin(None)
+        assert one is not None
+        assert other is not None
+        for span in (one, other):
+            current.set(span)
+            flights.join("key", fetch)
+        current.set(None)
+        gate.callback(1)
+        one.end({}, name="one")
+        other.end({}, name="other")
+        spans = self.spans()
+        self.assertEqual([spans["one"][0].span_id], [link.span_id for link in spans["other"][0].links])
+        self.assertEqual([], list(spans["one"][0].links))
+
+
+class CollectorTests(TracingTestCase):
+    def test_the_resource_names_service_version_and_process(self) -> None:
+        self.get("/v2/team/app/manifests/1.0")
+        self.spans()
+        about = self.collector.requests()[0].resource_spans[0].resource
+        names = {each.key: each.value.string_value for each in about.attributes}
+        self.assertEqual("ecrproxy", names["service.name"])
+        self.assertTrue(names["service.version"] and names["service.instance.id"])
+
+    def test_one_that_is_gone_costs_spans_and_no_answer(self) -> None:
+        self.collector.down = True
+        self.assertEqual(200, self.get("/v2/team/app/manifests/1.0").code)
+        self.assertEqual({}, self.spans())
+        ((_, _, said, more),) = self.thread.calls
+        self.assertEqual("Tracing: {said}", said)
+        self.assertIn("exporting", more["said"])
+
+    def test_before_the_start_and_after_the_stop_there_are_none(self) -> None:
+        tracing = OtelTracing(lambda: self.collector, at_once, Clock())
+        self.assertIsNone(tracing.begin(None))
+        tracing.startService()
+        self.assertIsNotNone(tracing.begin(None))
+        tracing.stopService()
+        self.assertIsNone(tracing.begin(None))
+
+
+class ExtraTests(DaemonTestCase):
+    def test_without_a_collector_nothing_of_the_sdk_is_imported(self) -> None:
+        code = "import sys, ecrproxy.tap; print([name for name in sys.modules if name.startswith('opentelemetry')])"
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        self.assertEqual("[]", done.stdout.strip())
+
+    def test_without_tracing_a_request_has_no_span(self) -> None:
+        self.standin.push_image("team/app", "1.0")
+        reply: Reply = self.get("/v2/team/app/manifests/1.0")
+        self.assertEqual(200, reply.code)
