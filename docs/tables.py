@@ -24,7 +24,7 @@ from ecrproxy.admin import readings
 from ecrproxy.command.program import SUBCOMMANDS
 from ecrproxy.command.subcommand import Subcommand
 from ecrproxy.metrics import Figures, Reading
-from ecrproxy.settings.config import SETTINGS, Setting
+from ecrproxy.settings.table import SETTINGS, Setting
 from ecrproxy.settings.values import parse_flag
 
 README: Final = Path(__file__).resolve().parents[1] / "README.rst"

@@ -18,8 +18,8 @@ from typing import Final
 from ecrproxy.identity import HUB, RegistryId, Repository, is_repository_name
 from ecrproxy.oci import RegistryError, Route
 from ecrproxy.reasons import Reason
-from ecrproxy.settings.registries import Protocol, RegistryTable
-from ecrproxy.settings.values import is_other_registry
+from ecrproxy.settings.endpoints import is_other_registry
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
 
 _LIBRARY: Final = "library"
 _CODES: Final = {403: "DENIED", 404: "NAME_UNKNOWN"}

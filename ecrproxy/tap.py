@@ -63,10 +63,11 @@ from ecrproxy.registry.egress import Egress
 from ecrproxy.registry.proxy_variables import for_botocore
 from ecrproxy.serving import Serving, begin, check_passwords, wire
 from ecrproxy.settings.complaints import Complaint, say, write
-from ecrproxy.settings.config import ADMIN_LISTEN, NO_FILE, RELOADED, Config, ConfigError, Filed, Given, given, texts_of
+from ecrproxy.settings.config import NO_FILE, Config, Filed, Given, given, texts_of
 from ecrproxy.settings.contradictions import Machine, load, look_at_log, look_at_settings, refusal
 from ecrproxy.settings.file import about_registries, for_worker, read_file, read_handed
 from ecrproxy.settings.options import Options
+from ecrproxy.settings.table import ADMIN_LISTEN, RELOADED, ConfigError
 from ecrproxy.threads import InThread, in_time
 from ecrproxy.workers.channel import Channel, adopt
 from ecrproxy.workers.messages import FromParent, Refused, Reload, Reread

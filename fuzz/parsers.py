@@ -21,7 +21,7 @@ from ecrproxy.registry.bucket_errors import said_by_bucket
 from ecrproxy.registry.links import next_target
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import LONGEST_ASKED, asked_wait
-from ecrproxy.settings.config import SETTINGS, ConfigError
+from ecrproxy.settings.table import SETTINGS, ConfigError
 from ecrproxy.workers.messages import FromParent, FromWorker, decode, encode
 
 REGISTRY = RegistryId("registry.test:443")

@@ -87,8 +87,9 @@ from ecrproxy.registry.replicas import Replicated
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
-from ecrproxy.settings.registries import Protocol as TableProtocol
-from ecrproxy.settings.registries import RegistryTable, table_of_settings
+from ecrproxy.settings.registries import table_of_settings
+from ecrproxy.settings.registry_table import Protocol as TableProtocol
+from ecrproxy.settings.registry_table import RegistryTable
 from ecrproxy.settings.values import parse_pattern
 from ecrproxy.threads import Disk, InThread
 from ecrproxy.tracing import Tracing

@@ -56,7 +56,9 @@ ARROWS: dict[str, set[str]] = {
         "readiness",
         "registry",
         "settings.config",
+        "settings.table",
         "settings.registries",
+        "settings.registry_table",
         "threads",
         "transfer.sending",
     },
@@ -85,7 +87,9 @@ ARROWS: dict[str, set[str]] = {
         "readiness",
         "settings.complaints",
         "settings.config",
+        "settings.table",
         "settings.registries",
+        "settings.registry_table",
         "threads",
     },
     "files": {"threads"},
@@ -178,7 +182,16 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "transfer.download",
     },
-    "registries": {"identity", "oci", "reasons", "settings.registries", "settings.values"},
+    "registries": {
+        "identity",
+        "oci",
+        "reasons",
+        "settings.registries",
+        "settings.registry_table",
+        "settings.values",
+        "settings.endpoints",
+        "settings.registry_clashes",
+    },
     "upstreams": {"admin.status", "identity", "oci", "registries", "registry.upstream"},
     "world": {
         "access.namespaces",
@@ -231,7 +244,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "workers": {"admin.incidents", "admin.snapshot", "daemon.inherited", "metrics", "periodic", "readiness", "threads"},
 }
-OUTERMOST = {"tap", "serving", "command"}
+OUTERMOST = {"tap", "serving", "upstream_wiring", "command"}
 TYPES_ONLY = {
     ("http.channel", "daemon.ending"),
     ("access.clients", "access.passwords"),

@@ -21,7 +21,7 @@ from ecrproxy.registry.bearer import TOGETHER, TOKEN_SECONDS
 from ecrproxy.registry.challenges import LONGEST_TOKEN, Challenge, Pass, may_follow
 from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.registry.login import LONGEST, READ_SECONDS, Login
-from ecrproxy.settings.registries import Protocol, RegistryTable
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from tests.daemon import MIB, DaemonTestCase, at_once, noise
 from tests.registry import Fault, StandIn
 from tests.registry import Reply as Answer

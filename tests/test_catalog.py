@@ -18,7 +18,7 @@ from ecrproxy.access.limits import Limits
 from ecrproxy.catalog import FAILED_SECONDS, KEPT_SECONDS, PATIENCE
 from ecrproxy.registry.ecr import Credentials, CredentialsError, TokenUnavailableError
 from ecrproxy.registry.repositories import BYTES, PAGES, SECONDS, TooManyError, list_repositories
-from ecrproxy.settings.registries import Protocol, RegistryTable
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from tests.daemon import DaemonTestCase, Reply
 from tests.registry import StandIn
 from tests.test_ecr import FakeAws

@@ -21,7 +21,7 @@ from ecrproxy.registry.bucket import SOONER_SECONDS
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.ecr import Token, TokenUnavailableError
 from ecrproxy.registry.race import SLOW_SECONDS
-from ecrproxy.settings.registries import Protocol, RegistryTable
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from tests.daemon import MIB, DaemonTestCase, Reply, noise
 from tests.registry import StandIn
 from tests.test_page import Node, Reader

@@ -14,7 +14,8 @@ from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.identity import RegistryId
 from ecrproxy.registry.quotas import Quotas
 from ecrproxy.settings import values
-from ecrproxy.settings.config import SETTINGS, Config, ConfigError
+from ecrproxy.settings.config import Config
+from ecrproxy.settings.table import SETTINGS, ConfigError
 
 ECR = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 MINIMUM = {"PROXY_ECR_ENDPOINT": ECR, "HOME": "/home/me"}

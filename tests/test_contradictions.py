@@ -10,10 +10,11 @@ import botocore.session
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.settings.complaints import Complaint
-from ecrproxy.settings.config import SETTINGS, Config, ConfigError, given
+from ecrproxy.settings.config import Config, given
 from ecrproxy.settings.contradictions import Machine, load, look_at_environment, look_at_log, look_at_settings
+from ecrproxy.settings.endpoints import REGIONS
 from ecrproxy.settings.file import parse_file
-from ecrproxy.settings.values import REGIONS
+from ecrproxy.settings.table import SETTINGS, ConfigError
 
 ENDPOINT = {"PROXY_ECR_ENDPOINT": "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"}
 ONE, TWO = "123456789012.dkr.ecr.eu-west-1.amazonaws.com", "444455556666.dkr.ecr.us-east-1.amazonaws.com"

@@ -18,8 +18,8 @@ import yaml
 from docutils.core import publish_doctree
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.settings.config import SETTINGS
 from ecrproxy.settings.predecessors import notices
+from ecrproxy.settings.table import SETTINGS
 from tests.documents import CHECKOUT, Block, blocks, pages
 
 MARKDOWN = [CHECKOUT / "SECURITY.md"]

@@ -16,7 +16,7 @@ from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS
 from ecrproxy.oci import Digest
 from ecrproxy.registry import race
-from ecrproxy.settings.registries import Protocol, RegistryTable
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.inflow import GATHER_SECONDS, SMALLEST_PART
 from ecrproxy.transfer.unattended import SLOW_SECONDS

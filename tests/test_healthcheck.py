@@ -14,7 +14,7 @@ from typing import cast
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.healthcheck import PORT, Place, main, place_from
-from ecrproxy.settings.config import SETTINGS
+from ecrproxy.settings.table import SETTINGS
 
 
 class PlaceTests(SynchronousTestCase):

@@ -22,7 +22,8 @@ from ecrproxy.daemon.balanced import BalancedFactory
 from ecrproxy.daemon.inherited import BACKLOG, Inherited
 from ecrproxy.daemon.listening import Listening, endpoints
 from ecrproxy.http.site import RegistrySite
-from ecrproxy.settings.config import Config, ConfigError
+from ecrproxy.settings.config import Config
+from ecrproxy.settings.table import ConfigError
 from tests.store_contract import scratch
 from tests.test_tls import Files, Tcp, client, shake_with
 

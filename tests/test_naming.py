@@ -16,7 +16,7 @@ from ecrproxy.command.prefetch import PREFETCH
 from ecrproxy.command.prefetching.door import Reply
 from ecrproxy.command.prefetching.work import run
 from ecrproxy.identity import RegistryId, Repository
-from ecrproxy.settings.registries import Protocol, RegistryTable
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from tests.registry import StandIn
 from tests.test_holdings import HoldingsTestCase
 from tests.test_registries import COMPANY, ONE, TWO, parsed

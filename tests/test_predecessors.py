@@ -8,8 +8,8 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.settings.config import SETTINGS
 from ecrproxy.settings.predecessors import notices
+from ecrproxy.settings.table import SETTINGS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "moving.rst"
 OLD = (

@@ -38,7 +38,7 @@ from ecrproxy.oci import (
     parse_route,
     query_values,
 )
-from ecrproxy.settings.config import SETTINGS, ConfigError, Setting
+from ecrproxy.settings.table import SETTINGS, ConfigError, Setting
 from ecrproxy.settings.values import (
     parse_connections,
     parse_pattern,

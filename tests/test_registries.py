@@ -20,8 +20,10 @@ from ecrproxy.http.web import Registry
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registries import Chosen, Registries
-from ecrproxy.settings.config import Config, ConfigError, Filed
-from ecrproxy.settings.registries import Protocol, RegistryTable, parse_registries
+from ecrproxy.settings.config import Config, Filed
+from ecrproxy.settings.registries import parse_registries
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
+from ecrproxy.settings.table import ConfigError
 from ecrproxy.world import World, Worlds
 from tests.test_identity import spelled
 from tests.test_properties import names

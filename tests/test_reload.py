@@ -22,7 +22,8 @@ from ecrproxy.registries import Known, Registries
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.settings.config import Config, texts_of
 from ecrproxy.settings.file import LIMIT, about_registries, parse_file, read_handed
-from ecrproxy.settings.registries import Protocol, RegistryTable, parse_registries
+from ecrproxy.settings.registries import parse_registries
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from ecrproxy.threads import Disk
 from ecrproxy.upstreams import MOST, Upstreams
 from ecrproxy.workers.messages import FromParent, Reload, decode, encode

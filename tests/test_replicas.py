@@ -14,7 +14,8 @@ from ecrproxy.oci import parse_route
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.race import SLOW_SECONDS
 from ecrproxy.registry.replicas import LATE_SECONDS, SOON_SECONDS
-from ecrproxy.settings.registries import Protocol, RegistryTable, table_of_settings
+from ecrproxy.settings.registries import table_of_settings
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from tests.daemon import DaemonTestCase, Reply, noise
 from tests.registry import Fault, StandIn
 from tests.registry import Reply as Answer

@@ -13,10 +13,11 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.registry.quotas import Quotas
-from ecrproxy.serving import quotas_of
-from ecrproxy.settings.config import CONFIG, NO_FILE, SETTINGS, Config, ConfigError
+from ecrproxy.settings.config import NO_FILE, Config
 from ecrproxy.settings.file import LIMIT, for_worker, parse_file, read_file
 from ecrproxy.settings.registries import parse_registries
+from ecrproxy.settings.table import CONFIG, SETTINGS, ConfigError
+from ecrproxy.upstream_wiring import quotas_of
 from tests.caller import Caller
 from tests.store_contract import scratch
 from tests.test_config import ECR, EXAMPLES, MINIMUM, pair_for, value_of

@@ -10,8 +10,8 @@ import tables
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.command.subcommand import Subcommand
-from ecrproxy.settings.config import SETTINGS
 from ecrproxy.settings.registries import parse_registries
+from ecrproxy.settings.table import SETTINGS
 from tests.daemon import DaemonTestCase
 from tests.documents import CHECKOUT, pages
 

@@ -65,11 +65,12 @@ from ecrproxy.daemon.supervision import Supervised, Supervisor
 from ecrproxy.files import READ_SECONDS, Reading
 from ecrproxy.registry.ecr import CredentialsError
 from ecrproxy.registry.resolver import SharedLookups
-from ecrproxy.serving import AwsTokens
-from ecrproxy.settings.config import GROUPS, SETTINGS, Config
+from ecrproxy.settings.config import Config
 from ecrproxy.settings.file import about_registries, for_worker, parse_file
 from ecrproxy.settings.options import Options
+from ecrproxy.settings.table import GROUPS, SETTINGS
 from ecrproxy.tap import build, makeService
+from ecrproxy.upstream_wiring import AwsTokens
 from ecrproxy.workers.channel import Channel
 from ecrproxy.workers.messages import Refused, Reload, Reread
 from ecrproxy.workers.processes import Workers

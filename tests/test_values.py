@@ -9,9 +9,9 @@ from collections.abc import Callable
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.identity import RegistryId
+from ecrproxy.settings.endpoints import parse_endpoint, parse_region, region_of
 from ecrproxy.settings.values import (
     parse_count,
-    parse_endpoint,
     parse_flag,
     parse_networks,
     parse_origin,
@@ -19,13 +19,11 @@ from ecrproxy.settings.values import (
     parse_patience,
     parse_pattern,
     parse_port,
-    parse_region,
     parse_registries,
     parse_resolver,
     parse_seconds,
     parse_size,
     parse_tries,
-    region_of,
 )
 
 

@@ -20,7 +20,7 @@ from ecrproxy.periodic import Periodic
 from ecrproxy.ranking import SAVING
 from ecrproxy.readiness import Readiness
 from ecrproxy.settings.config import Config
-from ecrproxy.settings.registries import Protocol, RegistryTable
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime

@@ -13,7 +13,8 @@ from ecrproxy.command.shells import SHELLS, words_of
 from ecrproxy.command.subcommand import ASKS, FINE, REGISTRIES, Call, CommandError, Subcommand
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.registries import Registries
-from ecrproxy.settings.config import ConfigError, registries_of
+from ecrproxy.settings.config import registries_of
+from ecrproxy.settings.table import ConfigError
 
 REPOSITORIES: Final = "repositories"
 """The argument with which scripts request repository names."""

@@ -14,10 +14,12 @@ from typing import Any, Final
 
 from ecrproxy.command.subcommand import FINE, WRONG, Call, Subcommand
 from ecrproxy.cores import usable_cores
-from ecrproxy.settings.config import CONFIG, SETTINGS, Config, config_file, given, texts_of
+from ecrproxy.settings.config import Config, config_file, given, texts_of
 from ecrproxy.settings.contradictions import Machine, load, look_at_settings
-from ecrproxy.settings.registries import RegistryTable, keys_of
-from ecrproxy.settings.values import region_of
+from ecrproxy.settings.endpoints import region_of
+from ecrproxy.settings.registries import keys_of
+from ecrproxy.settings.registry_table import RegistryTable
+from ecrproxy.settings.table import CONFIG, SETTINGS
 
 
 def add_arguments(parser: ArgumentParser) -> None:

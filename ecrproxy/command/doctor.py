@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 from typing import Final
 
 from ecrproxy.command.subcommand import Call, Subcommand
-from ecrproxy.settings.config import SETTINGS
+from ecrproxy.settings.table import SETTINGS
 
 SECONDS: Final = 30.0
 """Timeout for all checks together."""

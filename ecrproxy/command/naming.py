@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.registries import Registries, own_name
-from ecrproxy.settings.registries import Protocol, RegistryTable
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
 
 
 @dataclass(frozen=True, slots=True)

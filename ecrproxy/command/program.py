@@ -38,8 +38,9 @@ from ecrproxy.command.subcommand import (
 from ecrproxy.command.terminal import Terminal
 from ecrproxy.command.verify import VERIFY
 from ecrproxy.registry.proxy_variables import for_botocore
-from ecrproxy.settings.config import CONFIG, GROUPS, NO_FILE, SETTINGS, ConfigError, Setting, read_settings
+from ecrproxy.settings.config import NO_FILE, read_settings
 from ecrproxy.settings.file import read_file
+from ecrproxy.settings.table import CONFIG, GROUPS, SETTINGS, ConfigError, Setting
 from ecrproxy.settings.values import parse_flag
 
 SUBCOMMANDS: Final[Sequence[Subcommand]] = (

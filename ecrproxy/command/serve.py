@@ -5,8 +5,8 @@ C{ecr-proxy serve}: start the daemon.
 from __future__ import annotations
 
 from ecrproxy.command.subcommand import Call, Subcommand
-from ecrproxy.settings.config import SETTINGS
 from ecrproxy.settings.options import arguments_of
+from ecrproxy.settings.table import SETTINGS
 
 
 def run(call: Call) -> int:

@@ -26,7 +26,8 @@ from ecrproxy.daemon.process import most_clients
 from ecrproxy.daemon.tls import CertificateError, Loaded, SecuredFactory, ServerTLS, server_context
 from ecrproxy.endpoint_string import SYSTEMD, EndpointString
 from ecrproxy.files import require_regular, unread
-from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
+from ecrproxy.settings.config import Config
+from ecrproxy.settings.table import ADMIN_LISTEN, ConfigError
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IListeningPort

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from twisted.logger import Logger
 
-from ecrproxy.settings.config import RELOADED, Config, ConfigError, Filed, Given
-from ecrproxy.settings.registries import RegistryTable
+from ecrproxy.settings.config import Config, Filed, Given
+from ecrproxy.settings.registry_table import RegistryTable
+from ecrproxy.settings.table import RELOADED, ConfigError
 
 log = Logger()
 

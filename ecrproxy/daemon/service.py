@@ -17,7 +17,7 @@ from ecrproxy.daemon.ending import InOrder
 from ecrproxy.daemon.exhaustion import look
 from ecrproxy.logs.writing import LineWriter
 from ecrproxy.settings.complaints import say
-from ecrproxy.settings.config import ConfigError
+from ecrproxy.settings.table import ConfigError
 from ecrproxy.threads import Pools
 
 log = Logger()

@@ -15,9 +15,11 @@ from urllib.parse import urlsplit
 
 from ecrproxy.endpoint_string import PARAMETERS, SYSTEMD, is_loopback
 from ecrproxy.settings.complaints import Complaint
-from ecrproxy.settings.config import ADMIN_LISTEN, NO_FILE, SETTINGS, Config, ConfigError, Filed, Given
-from ecrproxy.settings.registries import Protocol
-from ecrproxy.settings.values import REGIONS, endpoint_in_doubt, is_other_registry, parse_flag, pattern_in_doubt
+from ecrproxy.settings.config import NO_FILE, Config, Filed, Given
+from ecrproxy.settings.endpoints import REGIONS, endpoint_in_doubt, is_other_registry
+from ecrproxy.settings.registry_table import Protocol
+from ecrproxy.settings.table import ADMIN_LISTEN, SETTINGS, ConfigError
+from ecrproxy.settings.values import parse_flag, pattern_in_doubt
 from ecrproxy.settings.variables import look_at_variables
 
 LONG_TAG_TTL: Final = 86400.0

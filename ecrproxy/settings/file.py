@@ -14,8 +14,9 @@ from difflib import get_close_matches
 from typing import Final
 
 from ecrproxy.files import open_file, unread
-from ecrproxy.settings.config import CONFIG, NO_FILE, RELOADED, SETTINGS, ConfigError, Filed, config_file, given
+from ecrproxy.settings.config import NO_FILE, Filed, config_file, given
 from ecrproxy.settings.registries import parse_registries
+from ecrproxy.settings.table import CONFIG, RELOADED, SETTINGS, ConfigError
 
 LIMIT: Final = 2**16
 """Maximum bytes of the file. Its registries, up to three times as long there, must fit into the environment."""

@@ -13,7 +13,7 @@ from twisted.python import usage
 
 from ecrproxy import __version__
 from ecrproxy.settings.complaints import die
-from ecrproxy.settings.config import CONFIG, GROUPS, SETTINGS, Setting
+from ecrproxy.settings.table import CONFIG, GROUPS, SETTINGS, Setting
 from ecrproxy.settings.values import parse_flag
 
 WIDTH: Final = 100

@@ -7,101 +7,34 @@ upstream of ECR's own pull-through cache is a private ECR registry under another
 
 from __future__ import annotations
 
-import enum
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-import regex
-
 from ecrproxy.addresses import is_address
-from ecrproxy.identity import HUB, RegistryId, is_repository_name
-from ecrproxy.settings.values import (
+from ecrproxy.identity import HUB, RegistryId
+from ecrproxy.settings.endpoints import (
     is_of_aws,
     no_registry_of_ecr,
-    parse_endpoint,
-    parse_hosts,
-    parse_path,
-    parse_pattern,
-    parse_region,
     parse_url,
     region_of,
 )
+from ecrproxy.settings.registry_clashes import clashes
+from ecrproxy.settings.registry_keys import KEYS
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
+from ecrproxy.settings.values import parse_hosts
 
 PUBLIC: Final = "public.ecr.aws"
 PUBLIC_REGION: Final = "us-east-1"
 """The region that issues tokens for ECR Public."""
 _HUB: Final = "docker.io", "https://registry-1.docker.io"
 """Docker Hub's name and endpoint."""
-ROLE: Final = re.compile(r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}", re.ASCII)
 _ANY: Final = "0" * 12
 """A placeholder account; no real one has this number."""
 _WILDCARD: Final = re.compile(r"\*\.dkr\.ecr\.([a-z]+(?:-[a-z]+)+-[0-9]+)\.amazonaws\.com(?:\.cn)?")
-
-
-class Protocol(enum.Enum):
-    """
-    How a registry authenticates.
-    """
-
-    ECR = "ecr"
-    ECR_PUBLIC = "ecr-public"
-    OCI = "oci"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RegistryTable:
-    """
-    One table, checked.
-
-    @ivar name: the registry's name for clients; a wildcard's has an asterisk for the account.
-    @ivar endpoint: the registry's URL; None for a wildcard, whose registries each have their own.
-    @ivar region: the region of ECR's token.
-    @ivar default: True for the registry of clients that name none.
-    @ivar role: an ARN to assume with the available credentials; with C{external_id} if given.
-    @ivar path_prefix: first component of a repository by which clients can select this registry.
-    @ivar hosts: host names of this proxy that select this registry, without ports.
-    @ivar namespaces: pattern that whole repository names must match; None for PROXY_NAMESPACE_PATTERN.
-    @ivar anonymous: True to send requests without credentials.
-    @ivar realms: hosts, with their ports, outside the registry's domain that may issue its tokens.
-    @ivar repository_prefix: prefix of each name at the endpoint: that of ECR's own pull-through cache rule.
-    """
-
-    name: str
-    protocol: Protocol
-    endpoint: str | None
-    region: str | None = None
-    default: bool = False
-    role: str | None = None
-    external_id: str | None = None
-    profile: str | None = None
-    instance_auth: bool = False
-    path_prefix: str | None = None
-    hosts: frozenset[str] = frozenset()
-    namespaces: regex.Pattern[str] | None = field(default=None, compare=False)
-    replicas: tuple[str, ...] = ()
-    anonymous: bool = False
-    username: str | None = None
-    password_file: str | None = None
-    realms: frozenset[str] = frozenset()
-    repository_prefix: str | None = None
-
-    @property
-    def credentials(self) -> tuple[str | bool | None, ...]:
-        """
-        Return the settings of the table that select credentials.
-        """
-        return self.role, self.external_id, self.profile, self.instance_auth
-
-    @property
-    def is_wildcard(self) -> bool:
-        """
-        Return True if the table covers all accounts of a region.
-        """
-        return self.endpoint is None
 
 
 def parse_registries(file: str, tables: object) -> tuple[tuple[RegistryTable, ...], list[str]]:
@@ -195,10 +128,10 @@ def keys_of(table: RegistryTable) -> dict[str, bool | str | list[str]]:
 def _values(table: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
     values, problems = dict[str, Any](), []
     for key, value in table.items():
-        read = _KEYS.get(key)
+        read = KEYS.get(key)
         if read is None:
-            near = get_close_matches(key.lower().replace("_", "-"), _KEYS, 1)
-            advice = f"set {near[0]} if that is meant" if near else f"there are {', '.join(_KEYS)}"
+            near = get_close_matches(key.lower().replace("_", "-"), KEYS, 1)
+            advice = f"set {near[0]} if that is meant" if near else f"there are {', '.join(KEYS)}"
             problems.append(f".{key} is not known; {advice}")
             continue
         try:
@@ -341,180 +274,4 @@ _FOREIGN: Final = {
     Protocol.ECR: frozenset[str](),
     Protocol.ECR_PUBLIC: frozenset({"replicas", "ecr-repository-prefix", "region", "default"}),
     Protocol.OCI: _CREDENTIALS | {"replicas", "ecr-repository-prefix", "default"},
-}
-
-
-def clashes(tables: Sequence[RegistryTable]) -> Iterator[str]:
-    """
-    Find names, prefixes and hosts that several tables claim; one line for each.
-    """
-    defaults = [each.name for each in tables if each.default]
-    if len(defaults) > 1:
-        yield f"registry: {' and '.join(defaults)} are both the default; only one can be"
-    claims: dict[str, tuple[str, RegistryTable]] = {}
-    told = set()
-    for table in tables:
-        for kind, word, spelled in _claims(table):
-            first, owner = claims.setdefault(word, (kind, table))
-            other = owner.name
-            if owner is table or (other, table.name) in told:
-                continue
-            told.add((other, table.name))
-            if other == table.name:
-                yield f"registry: {other} has two tables; leave one out"
-                continue
-            what = "are one registry" if kind == first == "name" else f"both have the {kind} {spelled}"
-            yield f"registry: {other} and {table.name} {what}; leave one out"
-    yield from _in_wildcards(tables, {word for word, (kind, _) in claims.items() if kind in _NAMES})
-    owners: dict[RegistryId, RegistryTable] = {}
-    for table in sorted(tables, key=lambda each: each.repository_prefix is not None):
-        if table.endpoint is None:
-            continue
-        identity = RegistryId.of_url(table.endpoint)
-        wildcards = [each for each in tables if table.repository_prefix is not None and _covers(each, identity)]
-        owner = owners.setdefault(identity, next(iter(wildcards), table))
-        if any(table.credentials) and table.credentials != owner.credentials:
-            said = f"registry: {table.name} is reached through {owner.name}, which has other credentials"
-            yield f"{said}; give them there, and leave them out here"
-
-
-def meaning_of(alias: RegistryId, default: RegistryTable, others: Sequence[RegistryTable]) -> str | None:
-    """
-    Return what else an alias of the default registry means; None if the alias is free.
-    """
-    if str(alias) in (word for _, word, _ in _claims(default)):
-        return None
-    for table in others:
-        for kind, word, _ in _claims(table):
-            if word == str(alias):
-                known = "a registry of its own" if kind == "name" else f"the {kind} of {table.name}"
-                return f"{alias.host}, which is not the default but {known}"
-    for table in others:
-        if _covers(table, alias):
-            return f"{alias.host}, which is not the default but an account of {table.name}"
-    return None
-
-
-def _in_wildcards(tables: Sequence[RegistryTable], named: Container[str]) -> Iterator[str]:
-    """
-    Find prefixes and hosts that name an account of a wildcard without its own table; one line for each.
-    """
-    wildcards = [each for each in tables if each.is_wildcard]
-    for table in tables:
-        for kind, word, spelled in _claims(table):
-            for each in wildcards:
-                if kind not in _NAMES and word not in named and _covers(each, RegistryId(word)):
-                    key = "hosts" if kind == "host" else kind
-                    yield f'registry."{table.name}".{key}: {spelled} is an account of {each.name}; leave one out'
-
-
-def _covers(table: RegistryTable, identity: RegistryId) -> bool:
-    """
-    Return True if a table is a wildcard that covers a registry.
-    """
-    return table.is_wildcard and (identity.account_and_region or ("", ""))[1] == table.region
-
-
-_NAMES: Final = ("name", "endpoint")
-
-
-def _claims(table: RegistryTable) -> Iterator[tuple[str, str, str]]:
-    """
-    List the names by which clients and other tables select a registry: kind, meaning and text of each.
-    """
-    yield "name", table.name if table.is_wildcard else str(RegistryId.of_host(table.name)), table.name
-    if table.endpoint is not None and table.repository_prefix is None:
-        yield "endpoint", str(RegistryId.of_url(table.endpoint)), table.endpoint
-    for host in sorted(table.hosts):
-        yield "host", str(RegistryId.of_host(host)), host
-    if table.path_prefix:
-        yield "path-prefix", str(RegistryId.of_host(table.path_prefix)), table.path_prefix
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("give a text")  # noqa: TRY004 (it is told to the operator)
-    if not value.strip():
-        raise ValueError("empty; give a text, or leave it out")
-    return value
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("give true or false")  # noqa: TRY004
-    return value
-
-
-def _of_text(parse: Callable[[str], Any]) -> Callable[[object], Any]:
-    return lambda value: parse(_text(value))
-
-
-def _listed(value: object) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise ValueError("give a list of texts")
-    return value
-
-
-def _hosts(value: object) -> frozenset[str]:
-    return parse_hosts(" ".join(_listed(value)))
-
-
-def _replicas(value: object) -> tuple[str, ...]:
-    return tuple(parse_endpoint(each) for each in _listed(value))
-
-
-def _username(text: str) -> str:
-    if ":" in text or not text.isprintable():
-        raise ValueError("a colon or a control character, which no user's name has: RFC 7617")
-    return text
-
-
-def _role(text: str) -> str:
-    if not ROLE.fullmatch(text):
-        raise ValueError("not a role's ARN; give one such as arn:aws:iam::123456789012:role/pull")
-    return text
-
-
-def _realms(value: object) -> frozenset[str]:
-    for each in (given := _listed(value)):
-        parse_hosts(each.partition(":")[0])
-        RegistryId.of_host(each)
-    return frozenset(each.lower() for each in given)
-
-
-def _prefix(text: str) -> str:
-    if not is_repository_name(text):
-        raise ValueError("outside the grammar of repositories' names")
-    return text
-
-
-def _component(text: str) -> str:
-    if "/" in _prefix(text):
-        raise ValueError("give one component, without /")
-    return text
-
-
-def _credentials(text: str) -> str:
-    if text not in ("anonymous", "aws"):
-        raise ValueError("give anonymous or aws")
-    return text
-
-
-_KEYS: Final[Mapping[str, Callable[[object], Any]]] = {
-    "default": _flag,
-    "endpoint": _of_text(parse_url),
-    "region": _of_text(parse_region),
-    "role": _of_text(_role),
-    "external-id": _text,
-    "profile": _text,
-    "instance-auth": _flag,
-    "path-prefix": _of_text(_component),
-    "hosts": _hosts,
-    "namespaces": _of_text(parse_pattern),
-    "replicas": _replicas,
-    "credentials": _of_text(_credentials),
-    "username": _of_text(_username),
-    "password-file": _of_text(parse_path),
-    "realms": _realms,
-    "ecr-repository-prefix": _of_text(_prefix),
 }

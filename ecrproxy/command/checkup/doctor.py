@@ -44,9 +44,10 @@ from ecrproxy.registry.ecr import Credentials
 from ecrproxy.registry.egress import Egress, Proxy
 from ecrproxy.registry.guard import is_forbidden, is_loopback
 from ecrproxy.registry.login import login_of, read_password
-from ecrproxy.settings.config import Config, ConfigError, given
+from ecrproxy.settings.config import Config, given
 from ecrproxy.settings.contradictions import load
-from ecrproxy.settings.registries import Protocol, RegistryTable
+from ecrproxy.settings.registry_table import Protocol, RegistryTable
+from ecrproxy.settings.table import ConfigError
 
 
 def run(call: Call, senses: Senses | None = None) -> int:

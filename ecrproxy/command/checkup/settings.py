@@ -19,7 +19,8 @@ from ecrproxy.daemon.tls import Certificate, CertificateError
 from ecrproxy.files import open_file, unread
 from ecrproxy.registry.login import read_password, why_unread
 from ecrproxy.settings import contradictions
-from ecrproxy.settings.config import SETTINGS, Config, Given
+from ecrproxy.settings.config import Config, Given
+from ecrproxy.settings.table import SETTINGS
 
 
 def look_at_settings(config: Config, given: Given, environ: Mapping[str, str], cores: int) -> Iterator[Finding]:
