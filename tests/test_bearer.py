@@ -474,6 +474,38 @@ class OthersTests(DaemonTestCase):
         self.hub.fail("registry", status=401, headers={"WWW-Authenticate": said}, path_contains="nginx", times=1)
         self.assertEqual(["latest"], json.loads(self.get("/v2/hub/nginx/tags/list").body)["tags"])
 
+    def test_pages_of_any_size_are_refusals_like_others(self) -> None:
+        """
+        What the registry wants, a token that it no longer takes, and referrers that it does not know.
+        """
+        page, said = b"<html>".ljust(100_000), {"WWW-Authenticate": self.hub.bearers.challenge}
+        self.hub.fail("registry", status=401, headers=said, body=page, times=1)
+        self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, "MISS")
+        self.hub.fail("registry", status=401, headers=said, body=page, times=1)
+        self.assertEqual(["latest"], json.loads(self.get("/v2/hub/nginx/tags/list").body)["tags"])
+        self.hub.fail("registry", status=404, body=page, times=1)
+        self.assertRefused(self.get(f"/v2/hub/nginx/referrers/{self.nginx.digest}"), 404, "UNSUPPORTED", "referrers")
+        self.redirect("referrers", page, {}, 404)
+        self.assertRefused(self.get(f"/v2/hub/nginx/referrers/{self.nginx.digest}"), 404, "UNSUPPORTED", "referrers")
+
+    def test_a_registry_that_answers_with_a_long_page_is_well(self) -> None:
+        """
+        Its circuit closes again: any answer to a probe will do.
+        """
+        self.get("/v2/hub/nginx/manifests/latest")
+        outage = self.hub.fail("registry", status=503)
+        for number in range(8):
+            self.daemon.send("GET", f"/v2/hub/made-up{number}/manifests/latest")
+            self.pass_time(20)
+        self.assertEqual("circuit-open", self.get("/v2/hub/made-up/manifests/latest").header("X-Cache-Reason"))
+        outage.remove()
+        self.hub.forget_asked()
+        page = self.hub.fail("registry", status=200, body=b"<html>".ljust(100_000))
+        while not self.hub.asked:
+            self.pass_time(1)
+        page.remove()
+        self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, "REVALIDATED")
+
     def test_its_tokens_are_where_a_refusal_says_if_they_are(self) -> None:
         """
         The proxy doesn't ask for another challenge: some registries name a realm for each repository.

@@ -834,10 +834,10 @@ class RefusalTests(UpstreamTestCase):
 
     def test_of_great_length(self) -> None:
         """
-        A refusal whose body does not end is 502.
+        A page instead of a refusal is 502, however long it is; no more than its beginning is read.
         """
         self.standin.fail("registry", status=404, body=bytes(MIB))
-        self.assertUnavailable(502, "65536", self.daemon.upstream.manifest(self.tag, ""))
+        self.assertUnavailable(502, "something other than ECR answers 404", self.daemon.upstream.manifest(self.tag, ""))
 
     def test_of_a_head_is_told_by_a_get(self) -> None:
         """

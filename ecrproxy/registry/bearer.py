@@ -30,7 +30,7 @@ from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.authorization import Tokens
-from ecrproxy.registry.bodies import ERROR_LIMIT
+from ecrproxy.registry.bodies import ERROR_LIMIT, discard
 from ecrproxy.registry.bucket import UnavailableError, header_values
 from ecrproxy.registry.challenges import Challenge, Pass, may_follow
 from ecrproxy.registry.retries import TransientError
@@ -154,7 +154,7 @@ class Bearer:
         """
         Ask the registry what it wants.
         """
-        status, _, challenges = await self._get(f"{self._url}/v2/", "")
+        status, _, challenges = await self._get(f"{self._url}/v2/", "", headers_only=True)
         return (Challenge.read(challenges) if status == UNAUTHORIZED else None) or Challenge()
 
     async def _fetch(self, wanted: Challenge, scope: str, repository: str) -> str:
@@ -191,13 +191,17 @@ class Bearer:
         log.error("{said}", said=said, once=said)
         return UnavailableError(502, "UNAVAILABLE", said, reason=Reason.NO_TOKEN)
 
-    async def _get(self, url: str, secret: str) -> tuple[int, bytes, list[str]]:
+    async def _get(self, url: str, secret: str, *, headers_only: bool = False) -> tuple[int, bytes, list[str]]:
         headers = Headers({"User-Agent": ["ecrproxy"], **({"Authorization": [f"Basic {secret}"]} if secret else {})})
 
         async def ask() -> tuple[int, bytes, list[str]]:
             async with self._turns.turn():
                 response = await self._wire.request("GET", url, headers, TOKEN_SECONDS)
-                body = await self._wire.read(response, ERROR_LIMIT)
+                body = b""
+                if response.code == OK and not headers_only:
+                    body = await self._wire.read(response, ERROR_LIMIT)
+                else:
+                    discard(response, self._wire.clock)
             return response.code, body, header_values(response, "WWW-Authenticate")
 
         return await self._wire.persist(self._wire.tries(), ask)

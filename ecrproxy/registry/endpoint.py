@@ -19,7 +19,6 @@ from twisted.web.iweb import IResponse
 from ecrproxy.oci import Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.authorization import Authorization
-from ecrproxy.registry.bodies import ERROR_LIMIT
 from ecrproxy.registry.bucket import UnavailableError, header_values
 from ecrproxy.registry.circuit import Circuit, CircuitState, Switch
 from ecrproxy.registry.ecr import TokenUnavailableError
@@ -258,7 +257,7 @@ class Endpoint:
         except TokenUnavailableError:
             headers = _headers()
         response = await self._wire.request("GET", f"{self.url}/v2/", headers, PROBE_SECONDS)
-        await self._wire.read(response, ERROR_LIMIT)
+        await self._wire.read_beginning(response)
 
     async def _try(self, tries: Tries, question: Question, shown: str) -> Reply:
         """
@@ -331,10 +330,12 @@ class Endpoint:
             headers.setRawHeaders("Range", [question.span])
         url = self.url + question.route.path + (f"?{question.query}" if question.query else "")
         response = await self._wire.request(question.method, url, headers, seconds)
-        limit = question.limit if response.code < 400 else ERROR_LIMIT  # noqa: PLR2004
-        if question.method == "HEAD" or limit is None:
+        if question.method == "HEAD":
             return Reply(response, b"")
-        return Reply(response, await self._wire.read(response, limit))
+        if response.code >= 400:  # noqa: PLR2004
+            return Reply(response, await self._wire.read_beginning(response))
+        limit = question.limit
+        return Reply(response, b"" if limit is None else await self._wire.read(response, limit))
 
 
 def _headers(shown: str = "") -> Headers:

@@ -37,7 +37,7 @@ from ecrproxy.oci import (
     to_query,
 )
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bodies import ERROR_LIMIT, discard
+from ecrproxy.registry.bodies import discard
 from ecrproxy.registry.bucket import (
     REDIRECT_STATUSES,
     Blob,
@@ -365,7 +365,7 @@ class Upstream:
                 method = "GET"
                 response = await self._wire.persist(tries, partial(self._wire.request, method, url, headers))
             if response.code >= 400:  # noqa: PLR2004
-                refusal = Refusal.of(response, await self._wire.read(response, ERROR_LIMIT), self.name)
+                refusal = Refusal.of(response, await self._wire.read_beginning(response), self.name)
                 if refusal.is_about_token:
                     there = f"{urlsplit(url).netloc}, which asks for a token of its own"
                     hint = f"make it the endpoint of {self.name}, if it is the registry itself"

@@ -24,7 +24,7 @@ from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from ecrproxy.oci import RegistryError
-from ecrproxy.registry.bodies import discard
+from ecrproxy.registry.bodies import ERROR_LIMIT, discard
 from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError, describe, first_cause, header
 from ecrproxy.registry.retries import FIRST_WAIT, TRANSIENT_STATUSES, Budget, TransientError, Tries, asked_wait, failure
 
@@ -206,7 +206,18 @@ class Wire:
         @raise RefusedAnswerError: if it is longer than C{limit}.
         @raise TransientError: if it does not come to its end.
         """
-        collected = _Collect(limit, self.clock, self.name)
+        return await self._collected(response, limit)
+
+    async def read_beginning(self, response: IResponse) -> bytes:
+        """
+        Read a body, or its first C{ERROR_LIMIT} bytes: a long page refuses as well as a short text.
+
+        @raise TransientError: if it does not come to its end.
+        """
+        return await self._collected(response, ERROR_LIMIT, beginning=True)
+
+    async def _collected(self, response: IResponse, limit: int, *, beginning: bool = False) -> bytes:
+        collected = _Collect(limit, self.clock, self.name, beginning=beginning)
         response.deliverBody(collected)
         return await collected.whole
 
@@ -214,20 +225,26 @@ class Wire:
 class _Collect(TwistedProtocol):
     """
     Collect a small body: at most so many bytes, in no more than the time of headers.
+
+    @param beginning: whether the beginning of one that is longer does.
     """
 
-    def __init__(self, limit: int, clock: IReactorTime, name: str) -> None:
+    def __init__(self, limit: int, clock: IReactorTime, name: str, *, beginning: bool) -> None:
         self._limit, self._name, self._parts, self._size = limit, name, list[bytes](), 0
+        self._beginning = beginning
         self.whole: Deferred[bytes] = Deferred(lambda _: self._give_up())
         self._timer = clock.callLater(HEADER_SECONDS, self._late)
 
     def dataReceived(self, data: bytes) -> None:
         self._size += len(data)
-        if self._size > self._limit:
+        if self._size <= self._limit:
+            self._parts.append(data)
+        elif self._beginning:
+            self._end(b"".join((*self._parts, data))[: self._limit])
+            self._give_up()
+        else:
             what = f"an answer of {self._name} has more than the {self._limit} bytes that it may have"
             self._fail(RefusedAnswerError(502, "UNAVAILABLE", what))
-        else:
-            self._parts.append(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if reason.check(ResponseDone, PotentialDataLoss):
