@@ -463,6 +463,25 @@ class OthersTests(DaemonTestCase):
         self.assertEqual([200] * 5, [each.code for each in asked])
         self.assertEqual(200, self.get("/v2/hub/busybox/manifests/1").code)
 
+    def test_what_one_repository_wants_counts_for_nobody_else(self) -> None:
+        """
+        Where a refusal names another scheme, service or scope, under the same realm, too: others show what they did.
+        """
+        self.hub.push_image("library/alpine", "1", layers=[self.layer])
+        other = f'Bearer realm="{REALM}",service="other",scope="all"'
+        for number, said in enumerate(('Basic realm="x"', 'Bearer error="invalid_token"', other)):
+            self.get("/v2/hub/alpine/manifests/1")
+            self.get("/v2/hub/nginx/manifests/latest")
+            self.hub.fail("registry", status=401, headers={"WWW-Authenticate": said}, path_contains=f"odd{number}")
+            odd = self.daemon.send("GET", f"/v2/hub/odd{number}/manifests/latest")
+            self.pass_time(1)
+            self.assertIn(odd.code, (403, 502), said)
+            self.hub.forget_asked()
+            self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, None)
+            self.assertEqual(200, self.get("/v2/hub/alpine/tags/list").code)
+            asked = [(each.method, (each.headers.get("authorization") or "")[:6]) for each in self.hub.asked]
+            self.assertEqual([("HEAD", "Bearer"), ("GET", "Bearer")], asked, said)
+
     def test_what_it_wants_may_be_said_in_any_bytes(self) -> None:
         """
         Not in UTF-8 either: to who shows nothing, and to who shows a token that it no longer takes.

@@ -103,7 +103,7 @@ class Bearer:
             token, _ = self._tokens.get(scope) or ("", 0.0)
             if refused == f"Bearer {token}":
                 self._tokens.drop(scope)
-        if said is None or before is None or before.realm == said.realm:
+        if said is None or before is None or before == said:
             self._wanted = said or before
             return await self.show(repository)
         if token := self._kept(said.scope_of(repository)):  # somebody else has had it renewed
@@ -111,10 +111,13 @@ class Bearer:
         try:
             shown = await self._what(said, repository)
         except RegistryError:
-            if (await self._learn()).realm == said.realm:
+            if await self._learn() == said:
                 raise
             return await self.show(repository)
-        self._wanted = said  # no sooner: others would ask in vain there, too
+        if said.scheme == "bearer":
+            self._wanted = said  # no sooner: others would ask in vain there, too
+        else:
+            await self._learn()  # nothing was had that would show whether it counts for others
         return shown
 
     async def show_for_probe(self) -> str:
