@@ -164,8 +164,8 @@ class Registries:
             for known in self._by_name.values():
                 rest = _within(known.table, name) if known.identity == registry else None
                 if rest is not None:
-                    return f"{known.table.name}/{rest}"
-        return f"{self.name_of(registry)}/{name}"
+                    return f"{self._first(known.table.name)}/{rest}"
+        return f"{self._first(self.name_of(registry))}/{name}"
 
     def choose(self, route: Route, ns: str | None, host: str) -> Chosen:
         """
@@ -216,6 +216,12 @@ class Registries:
         # As in image references, a component without a dot or a colon is part of the name.
         known = self._by_prefix.get(first) or (self._called(first) if "." in first or ":" in first else None)
         return (known, rest) if known is not None and rest else (self.default, name)
+
+    def _first(self, registry: str) -> str:
+        """
+        Return a registry's name as L{split} understands it: with its port, if it looks like a part of another name.
+        """
+        return registry if "." in registry or ":" in registry or registry in self._by_prefix else f"{registry}:443"
 
     def _of(self, known: Known, name: str, route: Route) -> Chosen:
         name, full = own_name(known.table, name)

@@ -87,6 +87,19 @@ class NamingTests(SynchronousTestCase):
             called = self.naming.called(each)
             self.assertEqual([called], self.meant(called))
 
+    def test_a_registry_whose_name_has_no_dot_is_not_taken_for_a_part_of_the_defaults_names(self) -> None:
+        text = f'[registry."{ONE}"]\ndefault = true\n[registry."harbor"]\n[registry."hub"]\npath-prefix = "hub"\n'
+        self.naming = naming_of(parsed(text)[0], (), ())
+        named = {
+            "harbor/app": Repository(RegistryId.of_host(ONE), "harbor/app"),
+            "harbor:443/app": Repository(RegistryId.of_host("harbor"), "app"),
+            "hub/app": Repository(RegistryId.of_host("hub"), "app"),
+        }
+        for called, repository in named.items():
+            self.assertEqual((called, repository), (self.naming.called(repository), self.naming.named(called)))
+            pattern = self.naming.meant(called)
+            self.assertEqual([repository], [each for each in named.values() if self.naming.is_of(pattern, each)])
+
     def test_each_spelling_of_a_registry_means_it(self) -> None:
         fips, dual = TWO.replace(".ecr.", ".ecr-fips."), "444455556666.dkr-ecr.us-east-1.on.aws"
         for name in (TWO, TWO.upper(), fips, dual, "us"):
