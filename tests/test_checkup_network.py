@@ -18,7 +18,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.command.checkup import metadata, names
 from ecrproxy.command.checkup.findings import Finding, Verdict
 from ecrproxy.command.checkup.network import judge_clock, look_at_host
-from ecrproxy.command.checkup.reach import Contact, Shown, describe, split
+from ecrproxy.command.checkup.reach import Contact, Shown, by_name, describe, split
+from ecrproxy.registry.challenges import Challenge
 
 NOW = 1_800_000_000.0
 ECR = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -45,6 +46,16 @@ class HostTests(SynchronousTestCase):
         found = self.look(Contact("10.0.0.1", status=401, shown=AMAZON))
         self.assertEqual(Verdict.OK, found.verdict)
         self.assertIn("at 10.0.0.1, certificate of 'Amazon'", found.said)
+
+    def test_all_that_it_says_it_wants_is_read(self) -> None:
+        """
+        A registry may name Bearer and Basic in a header each: the daemon asks for tokens then, and so does the doctor.
+        """
+        said = [("WWW-Authenticate", 'Bearer realm="https://a.test"'), ("WWW-authenticate", 'Basic realm="x"')]
+        heard = by_name([*said, ("Date", "yesterday"), ("Date", "today")])
+        challenge = heard.pop("www-authenticate")
+        self.assertEqual(Challenge("bearer", "https://a.test"), Challenge.read([challenge]))
+        self.assertEqual({"date": "today"}, heard)
 
     def test_the_next_address_is_tried(self) -> None:
         """

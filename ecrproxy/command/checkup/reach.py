@@ -11,7 +11,7 @@ import contextlib
 import datetime as dt
 import socket
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from typing import Final
@@ -131,10 +131,21 @@ def _ask(
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         asking.request(method, target, headers={**headers, "Accept-Encoding": "identity", "Connection": "close"})
         response = asking.getresponse()
-        lowered = {name.lower(): value for name, value in response.getheaders()}
-        return Contact(address, shown=shown, status=response.status, headers=lowered, body=response.read(most))
+        heard = by_name(response.getheaders())
+        return Contact(address, shown=shown, status=response.status, headers=heard, body=response.read(most))
     finally:
         asking.close()
+
+
+def by_name(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """
+    Return headers by lower-case names. Challenges may be in several, which mean the same as one: RFC 9110, 5.2.
+    """
+    heard: dict[str, str] = {}
+    for name, value in headers:
+        key = name.lower()
+        heard[key] = f"{heard[key]}, {value}" if key == "www-authenticate" and key in heard else value
+    return heard
 
 
 def _why(problem: Exception) -> str:
