@@ -22,7 +22,16 @@ from ecrproxy.cache.memory import Memory
 from ecrproxy.cached import Cache
 from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.identity import Repository
-from ecrproxy.oci import MANIFEST_TYPES, Descriptor, Digest, Document, RegistryError, Route
+from ecrproxy.oci import (
+    MANIFEST_TYPES,
+    SIGNED_TYPE,
+    Descriptor,
+    Digest,
+    Document,
+    RegistryError,
+    Route,
+    is_digest_of,
+)
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError, is_passed_on, is_passed_on_always
 from ecrproxy.registry.race import SLOW_SECONDS, Race
@@ -350,6 +359,8 @@ class Manifests:
         digest, media_type = asked or told, head.media_type.partition(";")[0].strip().lower()
         if digest is not None and media_type not in MANIFEST_TYPES:
             raise _no_manifest(upstream.name, ValueError(f"its media type is {media_type[:80]!r}"), head.named)
+        if asked is None and media_type == SIGNED_TYPE:
+            return None  # told is the digest of what is signed: the cache names it by that of all its bytes
         return Descriptor(media_type, digest, head.size) if digest else None
 
     async def _fetch(self, route: Route, accept: frozenset[str]) -> tuple[Descriptor, Document]:
@@ -364,7 +375,8 @@ class Manifests:
         since = self._cache.purges
         manifest = await upstream.manifest(route, _accept_header(accept))
         digest = Digest.of(manifest.body, route.digest.algorithm if route.digest else "sha256")
-        if route.digest not in (None, digest):
+        kept = route.digest in (None, digest)
+        if route.digest is not None and not is_digest_of(route.digest, manifest.body, manifest.content_type):
             said = f"{upstream.name} gave something else than {route.digest}"
             raise RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
         held = self._cache.held(digest)  # one copy in memory for all slow clients
@@ -373,6 +385,8 @@ class Manifests:
             media_type = document.type_as(manifest.content_type)
         except ValueError as problem:
             raise _no_manifest(upstream.name, problem, manifest.named) from None
+        if not kept:  # signed: content is only kept under the digest of all its bytes
+            return Descriptor(media_type, route.digest or digest, len(document.body)), document
         descriptor = Descriptor(media_type, digest, len(document.body))
         self._cache.keep(route, descriptor, document, since)
         return descriptor, document

@@ -7,10 +7,12 @@ spec 1.1, "Pull".
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import enum
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,13 +47,14 @@ _IMAGE_TYPES = frozenset(
     }
 )
 _ARTIFACT_TYPE = "application/vnd.oci.artifact.manifest.v1+json"
+SIGNED_TYPE = "application/vnd.docker.distribution.manifest.v1+prettyjws"
 MANIFEST_TYPES = (
     INDEX_TYPES
     | _IMAGE_TYPES
     | {
         _ARTIFACT_TYPE,
         "application/vnd.docker.distribution.manifest.v1+json",
-        "application/vnd.docker.distribution.manifest.v1+prettyjws",
+        SIGNED_TYPE,
     }
 )
 _KNOWN_TYPES = {media_type: media_type for media_type in MANIFEST_TYPES}
@@ -344,6 +347,40 @@ class Document:
         if self.own_type not in (None, named):
             raise ValueError(f"its Content-Type is {named}, but it calls itself {str(self.own_type)[:80]!r}")
         return named
+
+
+def is_digest_of(digest: Digest, manifest: bytes, content_type: str) -> bool:
+    """
+    Return True if C{digest} is that of a manifest, or of the signed bytes of a signed one.
+
+    A signed manifest of schema 1 has its signatures inside, and registries name it by the digest of the rest.
+    """
+    if Digest.of(manifest, digest.algorithm) == digest:
+        return True
+    if content_type.partition(";")[0].strip().lower() != SIGNED_TYPE:
+        return False
+    try:
+        return Digest.of(_signed_bytes(manifest), digest.algorithm) == digest
+    except (ValueError, LookupError, TypeError, RecursionError):  # it is not signed
+        return False
+
+
+def _signed_bytes(manifest: bytes) -> bytes:
+    """
+    Return the bytes that the first signature is for.
+
+    @raise ValueError: if the manifest says anything else than they do.
+    """
+    document = _json_object(manifest)
+    form = _json_object(_from_base64(document.pop("signatures")[0]["protected"]))
+    signed = manifest[: operator.index(form["formatLength"])] + _from_base64(form["formatTail"])
+    if _json_object(signed) != document:
+        raise ValueError("it has members that are not signed")
+    return signed
+
+
+def _from_base64(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
 def index_type(content_type: str, body: bytes) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from tests.daemon import DaemonTestCase, Reply, noise
 from tests.registry import digest_of
-from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
+from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2, SIGNED, signed_manifest
 
 
 class ManifestTests(DaemonTestCase):
@@ -59,6 +59,58 @@ class ManifestTests(DaemonTestCase):
             reply = self.daemon.send("GET", self.tag)
             self.answer_with(head + rest)
             self.assertWhole(reply, body)
+
+
+class SignedTests(DaemonTestCase):
+    """
+    Registries call a signed manifest of schema 1 by the digest of what is signed, which is not that of its bytes.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.manifest = self.standin.push_signed("team/app", "old")
+        self.path = "/v2/team/app/manifests/"
+
+    def test_a_signed_manifest_has_one_digest_by_tag(self) -> None:
+        digest = digest_of(self.manifest.data)
+        for _ in range(2):
+            for reply in (self.head(self.path + "old"), self.get(self.path + "old")):
+                self.assertEqual((200, digest), (reply.code, reply.header("Docker-Content-Digest")))
+        self.assertWhole(self.get(self.path + digest), self.manifest.data, "HIT")
+
+    def test_a_get_may_name_the_digest_of_what_is_signed(self) -> None:
+        headers = {"Content-Type": SIGNED, "Docker-Content-Digest": self.manifest.digest}
+        self.standin.fail("registry", status=200, headers=headers, body=self.manifest.data)
+        self.assertWhole(self.get(self.path + "old"), self.manifest.data)
+
+    def test_it_is_there_by_the_digest_of_what_is_signed(self) -> None:
+        for _ in range(2):
+            for reply in (self.head(self.path + self.manifest.digest), self.get(self.path + self.manifest.digest)):
+                self.assertEqual((200, self.manifest.digest), (reply.code, reply.header("Docker-Content-Digest")))
+            self.assertEqual(self.manifest.data, bytes(reply.body))
+        self.assertFalse(self.has(self.manifest.digest))
+
+    def test_a_signature_covers_nothing_else(self) -> None:
+        """
+        Members that are not signed, and signatures of something else, are wrong bytes.
+        """
+        data = self.manifest.data
+        other = signed_manifest({"schemaVersion": 1, "name": "team/app", "fsLayers": []})
+        for body in (
+            data.replace(b'"schemaVersion": 1', b'"schemaVersion": 2'),
+            data[:-2] + b',"fsLayers": []}',
+            data[:-2] + b',"FsLayers": []}',
+            other.data,
+            b'{"schemaVersion": 1, "signatures": ' + data.partition(b'"signatures": ')[2],
+            b'{"signatures": []}',
+            b'{"signatures": [{"protected": 1}]}',
+            b'{"signatures": [{"protected": "e30"}]}',
+        ):
+            headers = {"Content-Type": SIGNED, "Docker-Content-Digest": self.manifest.digest}
+            fault = self.standin.fail("registry", status=200, headers=headers, body=body)
+            for reference in ("old", self.manifest.digest):
+                self.assertRefused(self.get(self.path + reference), 502, "UNAVAILABLE")
+            fault.remove()
 
 
 class PageTests(DaemonTestCase):

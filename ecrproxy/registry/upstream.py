@@ -32,6 +32,7 @@ from ecrproxy.oci import (
     RegistryError,
     Route,
     index_type,
+    is_digest_of,
     passed_on,
     query_values,
     to_query,
@@ -178,12 +179,13 @@ class Upstream:
         reply = await self._whole(Question("GET", route, accept, limit=MANIFEST_LIMIT))
         named = header(reply.response, "Docker-Content-Digest") or ""
         digest = self._told(named) if named else None
-        if digest is not None and Digest.of(reply.body, digest.algorithm) != digest:
+        content_type = header(reply.response, "Content-Type") or ""
+        if digest is not None and not is_digest_of(digest, reply.body, content_type):
             said = f"{self.name} calls something else {named}"
             problem = RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
             problem.named = named
             raise problem
-        return Manifest(header(reply.response, "Content-Type") or "", reply.body, named)
+        return Manifest(content_type, reply.body, named)
 
     async def blob_size(self, route: Route) -> int:
         """
