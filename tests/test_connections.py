@@ -15,17 +15,28 @@ from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.error import ConnectionRefusedError as RefusedError
 from twisted.internet.error import TCPTimedOutError
 from twisted.internet.interfaces import IAddress, IHostnameResolver, IHostResolution, IResolutionReceiver
-from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.internet.task import Clock
 from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.logger import capturedLogs, formatEvent
 from twisted.protocols import tls
 from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web._newclient import Request, ResponseFailed
+from twisted.web.client import ResponseDone
+from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
 from ecrproxy.daemon.tls import Certificate
-from ecrproxy.registry.connections import IDLE_SECONDS, INTERIM_LIMIT, SILENT_SECONDS, StrictClient, UpstreamAgent
+from ecrproxy.registry.connections import (
+    IDLE_SECONDS,
+    INTERIM_LIMIT,
+    SILENT_SECONDS,
+    OddAnswerError,
+    StrictClient,
+    UpstreamAgent,
+)
 from ecrproxy.registry.resolver import Resolution
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.trust import Trust
@@ -540,6 +551,89 @@ class TlsTests(DaemonTestCase):
         self.assertEqual({"registry"}, {asked.service for asked in self.standin.asked})
 
 
+class Body(Protocol):
+    """
+    Keeps what it is given, piece by piece, and how it ends.
+    """
+
+    def __init__(self) -> None:
+        self.given: list[bytes] = []
+        self.end: Failure | None = None
+
+    def dataReceived(self, data: bytes) -> None:
+        self.given.append(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.end = reason
+
+
+class Aborted(StringTransport):
+    """
+    A transport that may be aborted.
+    """
+
+    def abortConnection(self) -> None:
+        self.disconnecting = True
+
+
+class ChunkTests(SynchronousTestCase):
+    """
+    A body in chunks.
+    """
+
+    def setUp(self) -> None:
+        self.client = StrictClient()
+        self.client.makeConnection(Aborted())
+        request = Request(b"GET", b"/", Headers({"Host": ["x"]}), None)
+        asked = self.client.request(request)
+        self.client.dataReceived(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        self.body = Body()
+        self.successResultOf(asked).deliverBody(self.body)
+
+    def test_those_of_one_read_are_delivered_together(self) -> None:
+        self.client.dataReceived(b"3\r\none\r\n3\r\ntwo\r\n3\r\nth")
+        self.assertEqual([b"onetwoth"], self.body.given)
+        self.client.dataReceived(b"r\r\n2\r\nee\r\n0\r\n\r\n")
+        self.assertEqual([b"onetwoth", b"ree"], self.body.given)
+        assert self.body.end is not None
+        self.body.end.trap(ResponseDone)
+
+    def test_bytes_after_the_last_one_end_the_connection(self) -> None:
+        """
+        However many: the first 16 KiB are decoded with the body, the rest after it.
+        """
+        self.client.dataReceived(b"3\r\none\r\n0\r\n\r\n" + b"x" * 40_000)
+        self.assertEqual([b"one"], self.body.given)
+        assert self.body.end is not None
+        self.body.end.trap(ResponseDone)
+        self.assertTrue(cast(Any, self.client.transport).disconnecting)
+
+    def test_what_came_before_wrong_framing_is_no_whole_body(self) -> None:
+        self.client.dataReceived(b"3\r\none\r\nx\r\n")
+        assert self.body.end is not None
+        self.body.end.trap(ResponseFailed)
+
+    def test_a_body_of_tiny_ones_is_refused(self) -> None:
+        """
+        Each costs time: bodies of them would stop the event loop for seconds.
+        """
+        for size in (1, 2, 10):
+            self.setUp()
+            self.client.dataReceived(b"%x\r\n%b\r\n" % (size, b" " * size) * 4000)
+            assert self.body.end is not None
+            self.body.end.trap(ResponseFailed)
+            self.assertIsInstance(cast(Any, self.body.end.value).reasons[0].value, OddAnswerError)
+            self.assertTrue(cast(Any, self.client.transport).disconnecting)
+
+    def test_large_ones_are_not_refused_however_they_are_read(self) -> None:
+        chunk = b"%x\r\n%b\r\n" % (1000, b"x" * 1000)
+        data = chunk * 1000 + b"0\r\n\r\n"
+        for start in range(0, len(data), 190_000):
+            self.client.dataReceived(data[start : start + 190_000])
+        self.assertEqual(1_000_000, sum(map(len, self.body.given)))
+        self.assertEqual(6, len(self.body.given))
+
+
 class OddAnswerTests(DaemonTestCase):
     """
     A registry that violates the protocol.
@@ -665,6 +759,14 @@ class OddAnswerTests(DaemonTestCase):
             b"2\r\n{}\r\n0\r\n" + b"a: b\r\n" * 20_000,
         ):
             self.assertRefusedAndClean(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
+
+    def test_a_short_body_may_have_tiny_chunks(self) -> None:
+        for size in (1, 7, 300, 10_000):
+            self.begin()
+            parts = [self.image.manifest[at : at + size] for at in range(0, len(self.image.manifest), size)]
+            body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+            kind = b"Content-Type: application/vnd.oci.image.manifest.v1+json\r\nTransfer-Encoding: chunked"
+            self.assertWhole(self.answered(b"HTTP/1.1 200 OK\r\n" + kind + b"\r\n\r\n" + body), self.image.manifest)
 
     def test_chunks_that_end_too_early(self) -> None:
         """
