@@ -16,7 +16,7 @@ from twisted.logger import Logger
 from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.ecr import CredentialsError
+from ecrproxy.registry.aws import CredentialsError
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime

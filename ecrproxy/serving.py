@@ -53,7 +53,7 @@ from ecrproxy.otel import LAST_SECONDS, OtelTracing, exporter
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
 from ecrproxy.reading_ahead import ReadingAhead, Transfers
-from ecrproxy.registry.ecr import CredentialsError
+from ecrproxy.registry.aws import CredentialsError
 from ecrproxy.registry.egress import Egress
 from ecrproxy.settings.config import Config
 from ecrproxy.settings.table import ConfigError

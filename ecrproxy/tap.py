@@ -58,7 +58,7 @@ from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
 from ecrproxy.metrics import Figures, Gathered, Row
 from ecrproxy.otel import is_installed
 from ecrproxy.readiness import Readiness
-from ecrproxy.registry.ecr import CredentialsError
+from ecrproxy.registry.aws import CredentialsError
 from ecrproxy.registry.egress import Egress
 from ecrproxy.registry.proxy_variables import for_botocore
 from ecrproxy.serving import Serving, begin, check_passwords, wire
@@ -70,8 +70,9 @@ from ecrproxy.settings.options import Options
 from ecrproxy.settings.table import ADMIN_LISTEN, RELOADED, ConfigError
 from ecrproxy.threads import InThread, in_time
 from ecrproxy.workers.channel import Channel, adopt
+from ecrproxy.workers.child import END_SECONDS
 from ecrproxy.workers.messages import FromParent, Refused, Reload, Reread
-from ecrproxy.workers.processes import END_SECONDS, Workers, add_up
+from ecrproxy.workers.processes import Workers, add_up
 from ecrproxy.workers.worker import Reports
 
 log = Logger()

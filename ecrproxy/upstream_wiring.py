@@ -24,10 +24,11 @@ from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Figures
 from ecrproxy.registries import Known, Registries
 from ecrproxy.registry.authorization import Authorization, Basic, Tokens
+from ecrproxy.registry.aws import Credentials, CredentialsError
 from ecrproxy.registry.bearer import Bearer
 from ecrproxy.registry.circuit import Circuit
 from ecrproxy.registry.connections import UpstreamAgent
-from ecrproxy.registry.ecr import Credentials, CredentialsError, Token, TokenService, fetch_token
+from ecrproxy.registry.ecr import Token, TokenService, fetch_token
 from ecrproxy.registry.egress import Egress, OwnNames
 from ecrproxy.registry.endpoint import Endpoint
 from ecrproxy.registry.governor import Governor

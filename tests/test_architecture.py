@@ -75,7 +75,13 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "tracing",
     },
-    "catalog": {"flights", "oci", "reasons", "registry.ecr"},
+    "catalog": {
+        "flights",
+        "oci",
+        "reasons",
+        "registry.ecr",
+        "registry.aws",
+    },
     "daemon": {
         "access.limits",
         "addresses",
@@ -153,6 +159,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "otel": {"threads", "tracing"},
     "flights": {"tracing"},
+    "images": {"identity", "oci", "cached"},
     "proxy": {
         "answers",
         "byte_ranges",
@@ -181,6 +188,7 @@ ARROWS: dict[str, set[str]] = {
         "registry.governor",
         "threads",
         "transfer.download",
+        "images",
     },
     "registries": {
         "identity",
@@ -242,7 +250,16 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "tracing",
     },
-    "workers": {"admin.incidents", "admin.snapshot", "daemon.inherited", "metrics", "periodic", "readiness", "threads"},
+    "workers": {
+        "admin.incidents",
+        "admin.snapshot",
+        "daemon.inherited",
+        "metrics",
+        "periodic",
+        "readiness",
+        "threads",
+        "admin.merging",
+    },
 }
 OUTERMOST = {"tap", "serving", "upstream_wiring", "command"}
 TYPES_ONLY = {
@@ -263,7 +280,7 @@ TYPES_ONLY = {
 # what only some modules deal with
 RESERVED = {
     "treq": {"registry.wire"},
-    "botocore": {"command.checkup.aws", "registry.ecr"},
+    "botocore": {"command.checkup.aws", "registry.aws"},
     "bcrypt": {"access.htpasswd"},
     "prometheus_client": {"metrics"},
     "twisted.web.resource": {"admin.port", "http.answering", "http.site"},
@@ -405,7 +422,7 @@ class ArchitectureTests(SynchronousTestCase):
 
     def test_each_large_dependency_is_met_in_one_place(self) -> None:
         """
-        Only wire uses treq, only ecr botocore, only port, answering and site resources, only tap the global reactor.
+        Only wire uses treq, only aws botocore, only port, answering and site resources, only tap the global reactor.
         """
         wrong = {
             f"{name} imports {each}"

@@ -17,9 +17,9 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.registry.aws import TokenUnavailableError
 from ecrproxy.registry.bearer import TOGETHER, TOKEN_SECONDS
 from ecrproxy.registry.challenges import LONGEST_TOKEN, Challenge, Pass, may_follow
-from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.registry.login import LONGEST, READ_SECONDS, Login
 from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from tests.daemon import MIB, DaemonTestCase, at_once, noise

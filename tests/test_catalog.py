@@ -16,7 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.limits import Limits
 from ecrproxy.catalog import FAILED_SECONDS, KEPT_SECONDS, PATIENCE
-from ecrproxy.registry.ecr import Credentials, CredentialsError, TokenUnavailableError
+from ecrproxy.registry.aws import Credentials, CredentialsError, TokenUnavailableError
 from ecrproxy.registry.repositories import BYTES, PAGES, SECONDS, TooManyError, list_repositories
 from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from tests.daemon import DaemonTestCase, Reply

@@ -26,7 +26,7 @@ from ecrproxy.command.checkup.findings import Finding, Once, Verdict
 from ecrproxy.command.checkup.permissions import Trial
 from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.oci import Digest
-from ecrproxy.registry.ecr import Credentials, CredentialsError
+from ecrproxy.registry.aws import Credentials, CredentialsError
 from tests.test_ecr import FakeAws
 
 ARN = "arn:aws:sts::123456789012:assumed-role/puller/i-0abc"

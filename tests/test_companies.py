@@ -17,9 +17,10 @@ from twisted.logger import LogLevel, capturedLogs, formatEvent
 
 from ecrproxy.admin.units import size
 from ecrproxy.http.access_log import GATHER_SECONDS
+from ecrproxy.registry.aws import TokenUnavailableError
 from ecrproxy.registry.bucket import SOONER_SECONDS
 from ecrproxy.registry.circuit import FAILURES
-from ecrproxy.registry.ecr import Token, TokenUnavailableError
+from ecrproxy.registry.ecr import Token
 from ecrproxy.registry.race import SLOW_SECONDS
 from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from tests.daemon import MIB, DaemonTestCase, Reply, noise

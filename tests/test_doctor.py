@@ -25,7 +25,7 @@ from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.command.checkup.senses import Senses
 from ecrproxy.command.doctor import DOCTOR
 from ecrproxy.oci import Digest
-from ecrproxy.registry.ecr import Credentials
+from ecrproxy.registry.aws import Credentials
 from ecrproxy.registry.egress import Proxy
 from tests.caller import NOW, Caller
 from tests.store_contract import scratch

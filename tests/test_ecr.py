@@ -24,6 +24,7 @@ from twisted.internet.task import Clock
 from twisted.logger import ILogObserver, capturedLogs, formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.registry.aws import Credentials, CredentialsError, TokenUnavailableError
 from ecrproxy.registry.credential_process import Process
 from ecrproxy.registry.ecr import (
     ASKED_RETRY,
@@ -32,11 +33,8 @@ from ecrproxy.registry.ecr import (
     OVERDUE,
     OVERDUE_SECONDS,
     PATIENCE,
-    Credentials,
-    CredentialsError,
     Token,
     TokenService,
-    TokenUnavailableError,
     fetch_token,
     next_refresh,
 )

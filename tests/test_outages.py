@@ -17,8 +17,9 @@ from twisted.web.client import URI
 from twisted.web.iweb import IAgent, IResponse
 from zope.interface import implementer
 
+from ecrproxy.registry.aws import TokenUnavailableError
 from ecrproxy.registry.circuit import PAUSE
-from ecrproxy.registry.ecr import FETCH_SECONDS, PATIENCE, Token, TokenUnavailableError
+from ecrproxy.registry.ecr import FETCH_SECONDS, PATIENCE, Token
 from ecrproxy.registry.resolver import ChosenServers
 from ecrproxy.stale import STALE_SECONDS
 from tests.daemon import DaemonTestCase, noise

@@ -13,8 +13,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.condition import FRESH_SECONDS, PATIENCE, Condition, Look
 from ecrproxy.readiness import ACCOUNTS, Readiness, Source, judge, judge_all
+from ecrproxy.registry.aws import CredentialsError, TokenUnavailableError
 from ecrproxy.registry.circuit import LONGEST_PAUSE
-from ecrproxy.registry.ecr import FETCH_SECONDS, RENEW_SECONDS, CredentialsError, Token, TokenUnavailableError
+from ecrproxy.registry.ecr import FETCH_SECONDS, RENEW_SECONDS, Token
 from ecrproxy.registry.wire import HEADER_SECONDS
 from ecrproxy.stale import STALE_SECONDS
 from tests.daemon import DaemonTestCase, Hands, Reply, noise

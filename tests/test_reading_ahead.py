@@ -20,21 +20,17 @@ from ecrproxy.cache.record import POLL_SECONDS
 from ecrproxy.cache.troubles import Kind as Trouble
 from ecrproxy.cache.writer import UNASKED_SECONDS
 from ecrproxy.identity import RegistryId, Repository
+from ecrproxy.images import IMAGES, NOTED, Image, Images, image_of
 from ecrproxy.oci import Descriptor, Digest, Kind, Route
 from ecrproxy.reading_ahead import (
     BEGIN_SECONDS,
     BYTES,
-    IMAGES,
     JUDGED_SECONDS,
     LEFT_SECONDS,
-    NOTED,
     PATIENCE_SECONDS,
     REST_SECONDS,
-    Image,
-    Images,
     ReadingAhead,
     Transfers,
-    image_of,
     most_bytes,
 )
 from ecrproxy.registry.circuit import FAILURES, CircuitState

@@ -19,8 +19,8 @@ from ecrproxy.access.passwords import Passwords
 from ecrproxy.cache import allocation
 from ecrproxy.cache.index import News
 from ecrproxy.reasons import Reason
+from ecrproxy.registry.aws import TokenUnavailableError
 from ecrproxy.registry.circuit import FAILURES
-from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.registry.quotas import Quotas
 from tests.daemon import DaemonTestCase, Reply, at_once, noise
 from tests.registry import digest_of

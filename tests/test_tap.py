@@ -63,7 +63,7 @@ from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal, generation
 from ecrproxy.daemon.service import Daemon
 from ecrproxy.daemon.supervision import Supervised, Supervisor
 from ecrproxy.files import READ_SECONDS, Reading
-from ecrproxy.registry.ecr import CredentialsError
+from ecrproxy.registry.aws import CredentialsError
 from ecrproxy.registry.resolver import SharedLookups
 from ecrproxy.settings.config import Config
 from ecrproxy.settings.file import about_registries, for_worker, parse_file

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from twisted.internet.defer import Deferred
 
-from ecrproxy.registry.ecr import Token, TokenUnavailableError
+from ecrproxy.registry.aws import TokenUnavailableError
+from ecrproxy.registry.ecr import Token
 from tests.daemon import DaemonTestCase, Reply, noise
 
 

@@ -28,6 +28,7 @@ from ecrproxy.daemon.inherited import CHANNEL_FD, HELD_BACK, SOCKETS_FD, VARIABL
 from ecrproxy.metrics import Gathered
 from ecrproxy.readiness import Readiness
 from ecrproxy.settings.options import Options
+from ecrproxy.workers.child import ANSWER_SECONDS, END_SECONDS, SILENT_SECONDS, STARTING_SECONDS, STILL_SECONDS
 from ecrproxy.workers.messages import (
     LIMIT,
     Counted,
@@ -40,17 +41,7 @@ from ecrproxy.workers.messages import (
     decode,
     encode,
 )
-from ecrproxy.workers.processes import (
-    ANSWER_SECONDS,
-    END_SECONDS,
-    FIRST_PAUSE,
-    LONGEST_PAUSE,
-    SILENT_SECONDS,
-    STARTING_SECONDS,
-    STEADY_SECONDS,
-    STILL_SECONDS,
-    Workers,
-)
+from ecrproxy.workers.processes import FIRST_PAUSE, LONGEST_PAUSE, STEADY_SECONDS, Workers
 
 DRAIN = 20.0
 

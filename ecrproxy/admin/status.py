@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ecrproxy.admin.history import SCALES, History, Sampler, Scale
 from ecrproxy.admin.incidents import Incidents
+from ecrproxy.admin.merging import answers_of, of_process, outcomes_of
 from ecrproxy.admin.snapshot import (
     TRANSFERS,
     Answers,
@@ -26,9 +27,6 @@ from ecrproxy.admin.snapshot import (
     TokenState,
     Transfer,
     UpstreamState,
-    answers_of,
-    of_process,
-    outcomes_of,
 )
 from ecrproxy.identity import Repository
 from ecrproxy.oci import Digest

@@ -9,19 +9,16 @@ it: its half second delays nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from threading import Lock
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 
 from ecrproxy.periodic import Periodic
-from ecrproxy.registry.credential_process import CredentialProcessError, Process
+from ecrproxy.registry.aws import Credentials, CredentialsError, TokenUnavailableError, brief, open_client
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -50,47 +47,9 @@ ASKED_RETRY: Final = 10.0
 RENEW_SECONDS: Final = 60.0
 """Shortest time between two refreshes that ECR's rejections cause."""
 
-INSTANCE_PROVIDERS: Final = frozenset({"assume-role-with-web-identity", "container-role", "iam-role"})
-"""botocore's names for what gives an instance, a container or a pod its role."""
-_SOURCES: Final = {
-    "assume-role": "a role of the profile",
-    "assume-role-with-web-identity": "the pod's web identity (IRSA)",
-    "config-file": "AWS's configuration file",
-    "container-role": "the container's or pod's role",
-    "custom-process": "the profile's credential_process",
-    "env": "the environment",
-    "iam-role": "the instance's role",
-    "shared-credentials-file": "AWS's credentials file",
-    "sso": "IAM Identity Center",
-}
-"""What botocore's names for what gives credentials mean."""
-_MAKING: Final = Lock()
-"""Held while a client is made, which asks nobody: the first one loads the models, and the others find them loaded."""
 
-# What AWS answers to credentials that won't get better by waiting. Names from the APIs of ECR and STS, "Common Errors".
-_REFUSALS: Final = frozenset(
-    {
-        "AccessDenied",
-        "AccessDeniedException",
-        "ExpiredToken",
-        "ExpiredTokenException",
-        "IncompleteSignature",
-        "InvalidClientTokenId",
-        "InvalidSignatureException",
-        "MissingAuthenticationToken",
-        "MissingAuthenticationTokenException",
-        "NotAuthorized",
-        "OptInRequired",
-        "SignatureDoesNotMatch",
-        "UnrecognizedClientException",
-    }
-)
-_SESSION: Final = "ecrproxy"
-"""What CloudTrail calls a session of an assumed role."""
 _SOURCE: Final = "AWS, or what gives the credentials,"
 _LOOK: Final = "check the way to AWS and the file system of the credentials' files"
-CLOCK_WORDS: Final = ("signature expired", "signature not yet current")
-"""What AWS says of a request that was signed at a wrong time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,37 +70,6 @@ class Token:
         return f"<Token, expires {self.expires:.0f}>"
 
 
-class CredentialsError(Exception):
-    """
-    AWS gives no token to these credentials, and waiting won't change that.
-    """
-
-
-class TokenUnavailableError(Exception):
-    """
-    There is no token now; there may be one later.
-    """
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """
-    Which of AWS's credentials to use.
-
-    @ivar role: to assume with them: an ARN.
-    @ivar external_id: for that role.
-    @ivar profile: of AWS's configuration files.
-    @ivar instance_auth: the role of the instance, container or pod alone.
-    @ivar public: for a token of ECR Public: its API's, and its registry's.
-    """
-
-    role: str | None = None
-    external_id: str | None = None
-    profile: str | None = None
-    instance_auth: bool = False
-    public: bool = False
-
-
 def fetch_token(region: str, credentials: Credentials) -> Token:
     """
     Ask AWS for a token. Blocks: call it in a thread.
@@ -152,178 +80,6 @@ def fetch_token(region: str, credentials: Credentials) -> Token:
         data = client.get_authorization_token()["authorizationData"]
         data = data if credentials.public else data[0]  # (ECR Public has one for all)
     return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp(), source)
-
-
-@contextmanager
-def open_client(region: str, credentials: Credentials) -> Iterator[tuple[Any, str]]:
-    """
-    Open botocore's client of ECR, and raise what AWS refuses as below. Blocks.
-
-    @return: with it, where its credentials come from, in words.
-
-    @raise CredentialsError: if there are no credentials, or AWS refuses them for good.
-    @raise TokenUnavailableError: if there is no role now, or AWS answers with another error.
-    @raise Exception: whatever else botocore raises: worth another try.
-    """
-    from botocore import exceptions  # noqa: PLC0415 (imported where it delays nothing)
-    from botocore.config import Config  # noqa: PLC0415
-
-    # One attempt: retrying is the service's business, and a thread that waits can't be stopped.
-    settings = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 1})
-    try:
-        session = open_session(credentials.profile, instance_auth=credentials.instance_auth, popen=Process)
-
-        def make(service: str, **keys: str) -> Any:  # noqa: ANN401
-            with _MAKING:
-                return session.create_client(service, region_name=region, config=settings, **keys)
-
-        client = make("ecr-public" if credentials.public else "ecr", **assumed(make, credentials))
-        yield client, _source(session.get_credentials().method)
-    except exceptions.ClientError as problem:
-        raise _judged(problem) from problem
-    except CredentialProcessError as problem:
-        raise TokenUnavailableError(str(problem)) from problem
-    except unusable() as problem:
-        raise CredentialsError(f"AWS credentials: {_brief(problem)}") from problem
-
-
-def _source(method: str) -> str:
-    return _SOURCES.get(method, method)
-
-
-def assumed(make: Callable[..., Any], credentials: Credentials) -> dict[str, str]:
-    """
-    Assume the role, if there is one to assume. Blocks.
-
-    @param make: makes a client of an AWS service.
-    @return: what to make others with: the role's keys, good for an hour.
-    """
-    if credentials.role is None:
-        return {}
-    more = {"ExternalId": credentials.external_id} if credentials.external_id is not None else {}
-    given = make("sts").assume_role(RoleArn=credentials.role, RoleSessionName=_SESSION, **more)["Credentials"]
-    return {
-        "aws_access_key_id": given["AccessKeyId"],
-        "aws_secret_access_key": given["SecretAccessKey"],
-        "aws_session_token": given["SessionToken"],
-    }
-
-
-def unusable() -> tuple[type[Exception], ...]:
-    """
-    Name what botocore raises where it finds no credentials, or none that could be tried.
-    """
-    from botocore import exceptions  # noqa: PLC0415
-
-    return (
-        exceptions.NoCredentialsError,
-        exceptions.PartialCredentialsError,
-        exceptions.ProfileNotFound,
-        exceptions.ConfigParseError,
-        exceptions.InvalidConfigError,
-        exceptions.UnauthorizedSSOTokenError,
-        exceptions.SSOTokenLoadError,
-    )
-
-
-def open_session(profile: str | None = None, *, instance_auth: bool, popen: Callable[..., Any] | None = None) -> Any:  # noqa: ANN401 (it has no stubs)
-    """
-    Open a session that has credentials. Blocks.
-
-    @param profile: of AWS's configuration files; None for the one of the environment.
-    @param instance_auth: use the role of the instance, container or pod alone.
-    @param popen: runs a C{credential_process}; none for botocore's own, which may ask a person at a terminal.
-    @raise CredentialsError: if there are none.
-    @raise TokenUnavailableError: if there is no role now.
-    """
-    from botocore.session import Session  # noqa: PLC0415
-
-    session = Session(profile=profile)
-    session.register_component("data_loader", _models(session.get_config_variable("data_path")))
-    if instance_auth:
-        _only_instance_roles(session)
-    elif popen is not None:
-        _run_programs_with(popen, session.get_component("credential_provider").providers)
-    if session.get_credentials() is None:
-        raise _none_found(instance_auth=instance_auth)
-    return session
-
-
-@cache
-def _models(search_path: str | None) -> Any:  # noqa: ANN401
-    """
-    Return the loader of AWS's service models that all sessions share.
-
-    A session that loads its own models takes 10 MiB and 0.2 s of processor time: fifty roles took 450 MiB at the start.
-
-    @param search_path: botocore's C{data_path}.
-    """
-    from botocore.loaders import create_loader  # noqa: PLC0415
-
-    return create_loader(search_path)
-
-
-def _only_instance_roles(session: Any) -> None:  # noqa: ANN401
-    from botocore.credentials import CredentialResolver  # noqa: PLC0415
-
-    # A machine that boots may have its metadata service up a little later than us.
-    session.set_config_variable("metadata_service_num_attempts", 3)
-    chain = session.get_component("credential_provider")
-    kept = [provider for provider in chain.providers if provider.METHOD in INSTANCE_PROVIDERS]
-    session.register_component("credential_provider", CredentialResolver(kept))
-
-
-def _run_programs_with(popen: Callable[..., Any], providers: list[Any]) -> list[Any]:
-    """
-    Have a C{credential_process} run by C{popen}, a profile's own and that of its C{source_profile}.
-
-    botocore lets nobody hand it over: these are its private names, and the tests run real programs through both ways.
-    """
-    for each in providers:
-        if each.METHOD == "custom-process":
-            each._popen = popen  # noqa: SLF001
-        builder = getattr(each, "_profile_provider_builder", None)
-        if builder is not None:
-            make = builder.providers
-            builder.providers = lambda *args, make=make, **more: _run_programs_with(popen, make(*args, **more))
-    return providers
-
-
-def _none_found(*, instance_auth: bool) -> Exception:
-    """
-    Say what it means that there are no credentials.
-
-    That an instance has no role looks like a metadata service that is down, throttling or not up yet: it is waited for.
-    """
-    if instance_auth:
-        return TokenUnavailableError(
-            "AWS_INSTANCE_AUTH=true: no role found for this instance, container or pod; attach one"
-            " (behind a container's bridge the metadata hop limit must be 2), or unset AWS_INSTANCE_AUTH"
-        )
-    return CredentialsError(
-        "AWS_ACCESS_KEY_ID: no AWS credentials found; set it with AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,"
-        " or run where a role is attached (behind a container's bridge the metadata hop limit must be 2)"
-    )
-
-
-def _brief(problem: object) -> str:
-    """
-    Keep the first line of a message: after it, AWS may repeat the request that was signed, session token included.
-    """
-    return str(problem).strip().partition("\n")[0][:300]
-
-
-def _judged(problem: Any) -> Exception:  # noqa: ANN401
-    """
-    Tell a refusal for good from one worth another try.
-    """
-    error = problem.response.get("Error", {})
-    code, message = error.get("Code", ""), _brief(error.get("Message", ""))
-    if any(words in message.lower() for words in CLOCK_WORDS):
-        return TokenUnavailableError(f"AWS refuses the time of the request, check this machine's clock: {message}")
-    if code in _REFUSALS:
-        return CredentialsError(f"AWS credentials are refused: {code}: {message}")
-    return TokenUnavailableError(f"AWS answers {code}: {message}")
 
 
 def next_refresh(expires: float, now: float) -> float:
@@ -554,7 +310,7 @@ class TokenService(Service):
         wait = next_retry(self._failures, self._chance())
         self._failed_at = self._clock.seconds()
         self._due = self._failed_at + wait
-        self._problem = _brief(problem) or type(problem).__name__
+        self._problem = brief(problem) or type(problem).__name__
         if self._token is None and isinstance(problem, CredentialsError) and self._refused(problem):
             self._due = float("inf")
             return

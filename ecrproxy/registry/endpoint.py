@@ -19,9 +19,9 @@ from twisted.web.iweb import IResponse
 from ecrproxy.oci import Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.authorization import Authorization
+from ecrproxy.registry.aws import TokenUnavailableError
 from ecrproxy.registry.bucket import UnavailableError, header_values
 from ecrproxy.registry.circuit import Circuit, CircuitState, Switch
-from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.registry.governor import Governor, NoPlentyError
 from ecrproxy.registry.quotas import Call, call_of
 from ecrproxy.registry.refusals import Refusal

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from twisted.logger import Logger
 
 from ecrproxy.files import open_file, unread
-from ecrproxy.registry.ecr import TokenUnavailableError
+from ecrproxy.registry.aws import TokenUnavailableError
 from ecrproxy.threads import Bounded, InThread
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from ecrproxy.registry.ecr import Credentials, open_client
+from ecrproxy.registry.aws import Credentials, open_client
 
 PER_PAGE: Final = 1000
 """Names in an answer of ECR: the most that the API gives."""

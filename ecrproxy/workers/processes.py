@@ -9,7 +9,6 @@ closes, so it does not outlive its parent, however that ends.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import signal
 import socket
@@ -19,18 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, DeferredList, succeed
-from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.defer import Deferred, DeferredList
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ecrproxy.admin.incidents import Incidents
-from ecrproxy.admin.snapshot import Standing, together
+from ecrproxy.admin.merging import together
+from ecrproxy.admin.snapshot import Standing
 from ecrproxy.daemon.inherited import CHANNEL_FD, HELD_BACK, SOCKETS_FD, VARIABLE
 from ecrproxy.metrics import Figures, Gathered
 from ecrproxy.periodic import Periodic
 from ecrproxy.readiness import Readiness, judge_all
-from ecrproxy.workers.channel import Channel, adopt
+from ecrproxy.workers.channel import adopt
+from ecrproxy.workers.child import END_SECONDS, Child
 from ecrproxy.workers.messages import (
     About,
     Answer,
@@ -39,7 +39,6 @@ from ecrproxy.workers.messages import (
     FromParent,
     FromWorker,
     Listens,
-    Question,
     ReadinessTold,
     Refused,
     StandingTold,
@@ -56,16 +55,6 @@ FIRST_PAUSE: Final = 1.0
 LONGEST_PAUSE: Final = 60.0
 STEADY_SECONDS: Final = 60.0
 """A worker that has run for this many seconds does not count as failing at start."""
-END_SECONDS: Final = 3.0
-"""Timeout for a worker to exit after the drain, or after its channel has closed; then it is killed."""
-SILENT_SECONDS: Final = 30
-"""A worker that sends nothing for this many seconds is killed and replaced: its event loop hangs."""
-STARTING_SECONDS: Final = 300
-"""A worker that does not listen within this many seconds is killed and replaced. A normal start takes a few."""
-STILL_SECONDS: Final = 3
-"""A worker that has sent nothing for this many seconds is not asked: each sends its counts once a second."""
-ANSWER_SECONDS: Final = 4.0
-"""Timeout for a worker's answer, in seconds. A check of a hanging disk takes two."""
 # -P, like the script twistd: modules must not be imported from the working directory.
 _TWISTD: Final = ("-P", "-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "ecr-proxy")
 
@@ -111,7 +100,7 @@ class Workers(Service):
         self._arguments, self.variables = list(arguments), variables
         self._gathered, self._counted, self._refused = gathered, counted, refused
         self._reactor, self._drain = reactor, drain
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, Child] = {}
         self._restarts: dict[int, IDelayedCall] = {}
         self.listen: Deferred[None] = Deferred()
         self._watch = Periodic("Watching workers", self._look, reactor)
@@ -183,7 +172,7 @@ class Workers(Service):
         return [(pid, each) for pid, each in answers if isinstance(each, kind) and pid in self.pids]
 
     def _start(self, place: int, pause: float) -> None:
-        worker = _Worker(self._heard, lambda reason: self._ended(place, worker, reason), pause, self._reactor)
+        worker = Child(self._heard, lambda reason: self._ended(place, worker, reason), pause, self._reactor)
         try:
             ours = self._spawn(worker)
         except OSError as problem:
@@ -201,7 +190,7 @@ class Workers(Service):
             )
             worker.kill()
 
-    def _spawn(self, worker: _Worker) -> socket.socket:
+    def _spawn(self, worker: Child) -> socket.socket:
         """
         Start a process.
 
@@ -225,7 +214,7 @@ class Workers(Service):
             raise
         return ours
 
-    def _ended(self, place: int, worker: _Worker, reason: Failure) -> None:
+    def _ended(self, place: int, worker: Child, reason: Failure) -> None:
         if self._workers.get(place) is worker:
             del self._workers[place]
         if worker.number is not None:
@@ -275,127 +264,3 @@ def _blocked(numbers: Iterable[signal.Signals]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Worker(ProcessProtocol):
-    """
-    The parent's view of one worker.
-
-    @ivar channel: the parent's end of the channel.
-    @ivar number: the process id, also after the exit.
-    @ivar listens: True once the worker accepts connections.
-    @ivar pause: seconds before this worker was started in its place.
-    @ivar began: start time, on the reactor's clock.
-    """
-
-    def __init__(
-        self,
-        heard: Callable[[FromWorker], None],
-        ended: Callable[[Failure], None],
-        pause: float,
-        reactor: Any,  # noqa: ANN401
-    ) -> None:
-        self._on_message, self._on_end, self._reactor = heard, ended, reactor
-        self.pause, self.began = pause, reactor.seconds()
-        self.channel = Channel(FromWorker)
-        self.channel.heard, self.channel.lost = self._heard, self._lost
-        self.listens = False
-        self.number: int | None = None
-        self._silent = 0
-        self._numbers = itertools.count()
-        self._asked: dict[int, tuple[Deferred[Answer | None], IDelayedCall]] = {}
-        self._gone: Deferred[None] = Deferred()
-        self._limit: IDelayedCall | None = None
-
-    @property
-    def pid(self) -> int | None:
-        """
-        Return the process id; None after the exit.
-        """
-        pid: int | None = self.transport.pid if self.transport is not None else None
-        return pid
-
-    def connectionMade(self) -> None:
-        """
-        Remember the process id.
-        """
-        self.number = self.pid
-
-    def ask(self, about: About) -> Deferred[Answer | None]:
-        """
-        Send a question.
-
-        @return: fires with the answer, or with None after C{ANSWER_SECONDS} or when the worker exits; with None at once
-            if the worker has stopped sending.
-        """
-        if self._silent >= STILL_SECONDS:
-            return succeed(None)
-        number = next(self._numbers)
-        answer: Deferred[Answer | None] = Deferred()
-        self._asked[number] = answer, self._reactor.callLater(ANSWER_SECONDS, self._answered, number, None)
-        self.channel.tell(Question(number, about))
-        return answer
-
-    def _answered(self, number: int, answer: Answer | None) -> None:
-        if number not in self._asked:  # too late
-            return
-        asked, late = self._asked.pop(number)
-        if late.active():
-            late.cancel()
-        asked.callback(answer)
-
-    def _heard(self, message: FromWorker) -> None:
-        self._silent = 0
-        if isinstance(message, ReadinessTold | StandingTold | FiguresTold):
-            self._answered(message.number, message)
-            return
-        if isinstance(message, Listens):
-            self.listens = True
-        self._on_message(message)
-
-    def look(self) -> None:
-        """
-        Kill the worker if it was silent for too long. Counts its calls, one a second: a suspended parent kills none.
-        """
-        self._silent += 1
-        if self._silent == (SILENT_SECONDS if self.listens else STARTING_SECONDS):
-            what = "has told nothing for" if self.listens else "does not listen after"
-            log.error("Worker {pid} {what} {seconds} s: killing it", pid=self.pid, what=what, seconds=self._silent)
-            self.kill()
-
-    def _lost(self) -> None:
-        if self.pid is not None and self._limit is None:
-            self._limit = self._reactor.callLater(END_SECONDS, self.kill)
-
-    def kill(self) -> None:
-        """
-        Send SIGKILL.
-        """
-        self._signal("KILL")
-
-    def _signal(self, name: str) -> None:
-        if self.transport is not None and self.pid is not None:
-            self.transport.signalProcess(name)
-
-    def end(self, seconds: float) -> Deferred[None]:
-        """
-        Send SIGTERM, and SIGKILL if the worker still runs after C{seconds}.
-        """
-        if self.pid is None:
-            return succeed(None)
-        # Not by a message: a signal also stops a worker that is still starting.
-        self._signal("TERM")
-        if self._limit is None:
-            self._limit = self._reactor.callLater(seconds, self.kill)
-        return self._gone
-
-    def processEnded(self, reason: Failure) -> None:
-        """
-        Fire everything that waits for an answer or the exit.
-        """
-        if self._limit is not None and self._limit.active():
-            self._limit.cancel()
-        for number in list(self._asked):
-            self._answered(number, None)
-        self._gone.callback(None)
-        self._on_end(reason)

@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any, Final
 
 from ecrproxy.command.checkup.findings import Once, brief
-from ecrproxy.registry.ecr import (
+from ecrproxy.registry.aws import (
     CLOCK_WORDS,
     Credentials,
     CredentialsError,

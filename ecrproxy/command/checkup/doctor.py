@@ -40,7 +40,7 @@ from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
 from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registries import Known, Registries, own_name
-from ecrproxy.registry.ecr import Credentials
+from ecrproxy.registry.aws import Credentials
 from ecrproxy.registry.egress import Egress, Proxy
 from ecrproxy.registry.guard import is_forbidden, is_loopback
 from ecrproxy.registry.login import login_of, read_password

@@ -17,7 +17,7 @@ from ecrproxy.command.checkup.disk import Survey, survey
 from ecrproxy.command.checkup.reach import BODY_BYTES, Contact, touch, touch_place
 from ecrproxy.cores import usable_cores
 from ecrproxy.healthcheck import Place
-from ecrproxy.registry.ecr import Credentials
+from ecrproxy.registry.aws import Credentials
 from ecrproxy.registry.egress import Proxy
 
 
