@@ -43,9 +43,10 @@ from ecrproxy.cache.record import Reservation, room_for
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.verification import Verification
 from ecrproxy.cache.writer import UNASKED_SECONDS, Writer
+from ecrproxy.documents import Document, listed
 from ecrproxy.flights import Flights
 from ecrproxy.identity import RegistryId, Repository
-from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Document, Kind, Route, listed
+from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind, Route
 from ecrproxy.ordering import KeyedLocks, Order, Places
 from ecrproxy.reasons import Reason
 from ecrproxy.threads import Disk, on_its_own, undone_if_late

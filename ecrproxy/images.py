@@ -11,8 +11,9 @@ from itertools import islice
 from typing import Final
 
 from ecrproxy.cached import FACTS
+from ecrproxy.documents import layers
 from ecrproxy.identity import Repository
-from ecrproxy.oci import Descriptor, Digest, layers
+from ecrproxy.oci import Descriptor, Digest
 
 IMAGES: Final = 64
 """Maximum number of images that are read ahead at the same time."""

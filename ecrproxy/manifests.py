@@ -20,18 +20,10 @@ from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.cache.entries import Confirmed, Entry
 from ecrproxy.cache.memory import Memory
 from ecrproxy.cached import Cache
+from ecrproxy.documents import Document, is_digest_of
 from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.identity import Repository
-from ecrproxy.oci import (
-    MANIFEST_TYPES,
-    SIGNED_TYPE,
-    Descriptor,
-    Digest,
-    Document,
-    RegistryError,
-    Route,
-    is_digest_of,
-)
+from ecrproxy.oci import MANIFEST_TYPES, SIGNED_TYPE, Descriptor, Digest, RegistryError, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError, is_passed_on, is_passed_on_always
 from ecrproxy.registry.race import SLOW_SECONDS, Race

@@ -58,7 +58,8 @@ from ecrproxy.registry.egress import Egress
 from ecrproxy.settings.config import Config
 from ecrproxy.settings.table import ConfigError
 from ecrproxy.shares import share
-from ecrproxy.threads import Disk, InThread, Pools, in_time, patient
+from ecrproxy.thread_pools import Pools, in_time
+from ecrproxy.threads import Disk, InThread, patient
 from ecrproxy.transfer.inflow import BUFFERED, Lanes
 from ecrproxy.transfer.unattended import MOST
 from ecrproxy.upstream_wiring import AwsTokens, make_world, trust_of, use, wiring

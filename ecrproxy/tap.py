@@ -68,7 +68,8 @@ from ecrproxy.settings.contradictions import Machine, load, look_at_log, look_at
 from ecrproxy.settings.file import about_registries, for_worker, read_file, read_handed
 from ecrproxy.settings.options import Options
 from ecrproxy.settings.table import ADMIN_LISTEN, RELOADED, ConfigError
-from ecrproxy.threads import InThread, in_time
+from ecrproxy.thread_pools import in_time
+from ecrproxy.threads import InThread
 from ecrproxy.workers.channel import Channel, adopt
 from ecrproxy.workers.child import END_SECONDS
 from ecrproxy.workers.messages import FromParent, Refused, Reload, Reread

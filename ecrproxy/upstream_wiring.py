@@ -46,7 +46,7 @@ from ecrproxy.settings.config import Config
 from ecrproxy.settings.registries import replicas_of
 from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from ecrproxy.settings.table import ConfigError
-from ecrproxy.threads import Threads, call_unowned
+from ecrproxy.thread_pools import Threads, call_unowned
 from ecrproxy.upstreams import Upstreams
 from ecrproxy.world import World, Worlds
 

@@ -12,10 +12,11 @@ from ecrproxy.byte_ranges import Ranges
 from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.takeover import read_entry
+from ecrproxy.documents import Document, listed
 from ecrproxy.http.conditions import matches
 from ecrproxy.http.target import parse_target
 from ecrproxy.identity import RegistryId
-from ecrproxy.oci import Digest, Document, RegistryError, accepted_types, listed, parse_route, query_values
+from ecrproxy.oci import Digest, RegistryError, accepted_types, parse_route, query_values
 from ecrproxy.registry.bucket import told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
 from ecrproxy.registry.links import next_target

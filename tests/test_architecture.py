@@ -63,7 +63,7 @@ ARROWS: dict[str, set[str]] = {
         "transfer.sending",
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
-    "cache": {"buffers", "identity", "oci", "periodic", "threads"},
+    "cache": {"buffers", "identity", "oci", "periodic", "threads", "documents"},
     "cached": {
         "answers",
         "cache",
@@ -74,6 +74,7 @@ ARROWS: dict[str, set[str]] = {
         "reasons",
         "threads",
         "tracing",
+        "documents",
     },
     "catalog": {
         "flights",
@@ -97,6 +98,7 @@ ARROWS: dict[str, set[str]] = {
         "settings.registries",
         "settings.registry_table",
         "threads",
+        "thread_pools",
     },
     "files": {"threads"},
     "healthcheck": {"endpoint_string"},
@@ -156,10 +158,13 @@ ARROWS: dict[str, set[str]] = {
         "registry.upstream",
         "stale",
         "threads",
+        "documents",
     },
     "otel": {"threads", "tracing"},
     "flights": {"tracing"},
-    "images": {"identity", "oci", "cached"},
+    "images": {"identity", "oci", "cached", "documents"},
+    "thread_pools": {"threads"},
+    "documents": {"oci"},
     "proxy": {
         "answers",
         "byte_ranges",
@@ -227,6 +232,7 @@ ARROWS: dict[str, set[str]] = {
         "reasons",
         "threads",
         "tracing",
+        "documents",
     },
     "settings": {
         "access.limits",

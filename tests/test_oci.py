@@ -10,20 +10,18 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.documents import VALUES_LIMIT, Document, listed
 from ecrproxy.identity import Repository
 from ecrproxy.oci import (
     INDEX_TYPES,
     MANIFEST_LIMIT,
     MANIFEST_TYPES,
-    VALUES_LIMIT,
     Descriptor,
     Digest,
-    Document,
     Kind,
     RegistryError,
     Route,
     accepted_types,
-    listed,
     query_values,
 )
 from tests.routes import REGISTRY, route_to

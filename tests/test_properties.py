@@ -23,18 +23,17 @@ from ecrproxy.byte_ranges import SMALL_GAP, Ranges, joined
 from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
 from ecrproxy.cache.sqlite import Rows
+from ecrproxy.documents import Document, listed
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import (
     INDEX_TYPE,
     MANIFEST_TYPES,
     Descriptor,
     Digest,
-    Document,
     Kind,
     RegistryError,
     Route,
     accepted_types,
-    listed,
     parse_route,
     query_values,
 )

@@ -17,7 +17,8 @@ from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
 import ecrproxy.threads
-from ecrproxy.threads import RESTORE_SECONDS, Bounded, Pools, Threads, content_with_few, patient, undone_if_late
+from ecrproxy.thread_pools import RESTORE_SECONDS, Pools, Threads, content_with_few
+from ecrproxy.threads import Bounded, patient, undone_if_late
 
 SECONDS = 10.0
 

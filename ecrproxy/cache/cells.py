@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
-from ecrproxy.oci import HEX_LENGTHS, SIZE_LIMIT, Digest
+from ecrproxy.documents import SIZE_LIMIT
+from ecrproxy.oci import HEX_LENGTHS, Digest
 
 ALGORITHMS: Final = ("sha256", "sha512")
 _BLOCK: Final = 4096

@@ -25,7 +25,8 @@ from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.locks import share
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.takeover import forget_left, take_over
-from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Kind, listed
+from ecrproxy.documents import listed
+from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Kind
 
 STEP: Final = 4 * 2**20
 """Bytes hashed in one step."""

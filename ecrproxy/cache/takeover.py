@@ -26,8 +26,9 @@ from twisted.logger import Logger
 from ecrproxy.cache.directory import without_waiting
 from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
 from ecrproxy.cache.index import Index
+from ecrproxy.documents import SIZE_LIMIT
 from ecrproxy.identity import RegistryId
-from ecrproxy.oci import MANIFEST_TYPES, SIZE_LIMIT, Descriptor, Digest, Kind
+from ecrproxy.oci import MANIFEST_TYPES, Descriptor, Digest, Kind
 
 log = Logger()
 

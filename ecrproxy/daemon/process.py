@@ -18,7 +18,7 @@ from twisted.internet.base import ReactorBase
 
 from ecrproxy.access.limits import SPARE
 from ecrproxy.buffers import give_memory_back, map_large_pieces
-from ecrproxy.threads import content_with_few
+from ecrproxy.thread_pools import content_with_few
 
 OWN_FILES: Final = 64
 """Descriptors reserved for all but clients: listening sockets, AWS, ECR and its buckets, files being written."""

@@ -18,7 +18,7 @@ from ecrproxy.daemon.exhaustion import look
 from ecrproxy.logs.writing import LineWriter
 from ecrproxy.settings.complaints import say
 from ecrproxy.settings.table import ConfigError
-from ecrproxy.threads import Pools
+from ecrproxy.thread_pools import Pools
 
 log = Logger()
 

@@ -24,6 +24,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
 from ecrproxy.access.turns import QueueTimeoutError, Turns
+from ecrproxy.documents import index_type, is_digest_of
 from ecrproxy.oci import (
     MANIFEST_LIMIT,
     MANIFEST_TYPES,
@@ -31,8 +32,6 @@ from ecrproxy.oci import (
     Kind,
     RegistryError,
     Route,
-    index_type,
-    is_digest_of,
     passed_on,
     query_values,
     to_query,

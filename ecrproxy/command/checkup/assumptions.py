@@ -18,7 +18,8 @@ from urllib.parse import parse_qs, urlsplit
 from ecrproxy.command.checkup.findings import Finding, failed, ok, skipped, warning
 from ecrproxy.command.checkup.questions import Seen, UnseenError, own_type
 from ecrproxy.command.checkup.reach import Contact
-from ecrproxy.oci import INDEX_TYPES, MANIFEST_LIMIT, MANIFEST_TYPES, Digest, Document, index_type
+from ecrproxy.documents import Document, index_type
+from ecrproxy.oci import INDEX_TYPES, MANIFEST_LIMIT, MANIFEST_TYPES, Digest
 from ecrproxy.registry.bucket import REDIRECT_STATUSES, told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
 from ecrproxy.registry.links import next_target

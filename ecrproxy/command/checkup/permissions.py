@@ -11,7 +11,8 @@ from typing import Final
 from ecrproxy.command.checkup.account import judge_call
 from ecrproxy.command.checkup.findings import Finding, skipped
 from ecrproxy.command.checkup.reach import Contact
-from ecrproxy.oci import MANIFEST_TYPES, Digest, Document, Kind, listed
+from ecrproxy.documents import Document, listed
+from ecrproxy.oci import MANIFEST_TYPES, Digest, Kind
 from ecrproxy.registry.bucket import REDIRECT_STATUSES
 from ecrproxy.registry.refusals import Refusal
 

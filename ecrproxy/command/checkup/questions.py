@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ecrproxy.command.checkup.reach import Contact
-from ecrproxy.oci import INDEX_TYPES, MANIFEST_LIMIT, MANIFEST_TYPES, Descriptor, Digest, Document, Kind, listed
+from ecrproxy.documents import Document, listed
+from ecrproxy.oci import INDEX_TYPES, MANIFEST_LIMIT, MANIFEST_TYPES, Descriptor, Digest, Kind
 from ecrproxy.registry.bucket import REDIRECT_STATUSES
 from ecrproxy.registry.upstream import resolved
 

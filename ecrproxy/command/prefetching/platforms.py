@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ecrproxy.oci import INDEX_TYPE, INDEX_TYPES, MANIFEST_TYPES, Descriptor, listed
+from ecrproxy.documents import listed
+from ecrproxy.oci import INDEX_TYPE, INDEX_TYPES, MANIFEST_TYPES, Descriptor
 
 _MACHINES: Final = {
     "x86_64": "amd64",

@@ -21,7 +21,8 @@ from ecrproxy.buffers import AT_ONCE
 from ecrproxy.command.prefetching.door import Ask, Reply
 from ecrproxy.command.prefetching.images import Image, target
 from ecrproxy.command.prefetching.platforms import Offer, Platform, choose, may_hold, offers
-from ecrproxy.oci import INDEX_TYPES, MANIFEST_LIMIT, MANIFEST_TYPES, Descriptor, Digest, Kind, Route, listed
+from ecrproxy.documents import listed
+from ecrproxy.oci import INDEX_TYPES, MANIFEST_LIMIT, MANIFEST_TYPES, Descriptor, Digest, Kind, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import TRANSIENT_STATUSES, Budget, TransientError, asked_wait, next_try
