@@ -47,7 +47,8 @@ from ecrproxy.registry.race import SLOW_SECONDS, Race
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
-from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes, Urgency, Wish
+from ecrproxy.transfer.gaps import SMALLEST_PART, Urgency, Wish
+from ecrproxy.transfer.inflow import Lanes
 from ecrproxy.transfer.lane import drop
 from ecrproxy.transfer.looks import Looks
 from ecrproxy.transfer.passing import Passing

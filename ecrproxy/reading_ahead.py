@@ -30,7 +30,7 @@ from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.images import IMAGES, Image, Images, image_of
 from ecrproxy.oci import Descriptor, Digest, Kind, RegistryError, Route
 from ecrproxy.registry.bucket import UnavailableError
-from ecrproxy.registry.governor import NoPlentyError
+from ecrproxy.registry.queue import NoPlentyError
 from ecrproxy.threads import on_its_own
 
 if TYPE_CHECKING:

@@ -194,6 +194,7 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "transfer.download",
         "images",
+        "registry.queue",
     },
     "registries": {
         "identity",

@@ -19,8 +19,9 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.http_headers import Headers
 
-from ecrproxy.command.checkup.assumptions import ASSUMPTIONS, Judgement, Outcome, findings, judge, report
+from ecrproxy.command.checkup.assumptions import ASSUMPTIONS, findings, judge, report
 from ecrproxy.command.checkup.findings import Finding, Verdict
+from ecrproxy.command.checkup.judgement import Judgement, Outcome
 from ecrproxy.command.checkup.questions import QUESTIONS, Question, Seen, interview
 from ecrproxy.command.checkup.reach import Contact
 from tests.registry import StandIn, digest_of
@@ -432,8 +433,8 @@ class JudgementTests(SynchronousTestCase):
             expected = {
                 WELL,
                 UNSEEN,
-                *([OTHER] if "_otherwise(" in source else []),
-                *([WRONG] if "_defect(" in source else []),
+                *([OTHER] if " otherwise(" in source else []),
+                *([WRONG] if " defect(" in source else []),
             }
             expected |= {OTHER, WRONG} if name in shared else set()
             self.assertEqual(expected, {outcome for outcome, _ in CASES[name]}, name)

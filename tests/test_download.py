@@ -31,7 +31,8 @@ from ecrproxy.oci import Digest
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.download import STUCK_SECONDS, TAIL, WINDOW, Download
 from ecrproxy.transfer.follower import Follower
-from ecrproxy.transfer.inflow import GATHER_SECONDS, HIGH_WATER, LARGEST_PART, SMALLEST_PART, Buffered, Inflow
+from ecrproxy.transfer.gaps import LARGEST_PART, SMALLEST_PART
+from ecrproxy.transfer.inflow import GATHER_SECONDS, HIGH_WATER, Buffered, Inflow
 from ecrproxy.transfer.lane import TRIES, ShortBodyError
 from tests.daemon import Hands, noise
 from tests.store_contract import begin, failing

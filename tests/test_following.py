@@ -18,7 +18,8 @@ from ecrproxy.oci import Digest
 from ecrproxy.registry import race
 from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from ecrproxy.threads import Disk
-from ecrproxy.transfer.inflow import GATHER_SECONDS, SMALLEST_PART
+from ecrproxy.transfer.gaps import SMALLEST_PART
+from ecrproxy.transfer.inflow import GATHER_SECONDS
 from ecrproxy.transfer.unattended import SLOW_SECONDS
 from tests.daemon import MIB, Daemon, Hands, Reply, at_once, noise
 from tests.registry import StandIn

@@ -14,7 +14,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.circuit import FAILURES, CircuitOpenError
-from ecrproxy.registry.governor import LONGEST_WAIT, TICK, Governor, QueueFullError
+from ecrproxy.registry.governor import LONGEST_WAIT, TICK, Governor
+from ecrproxy.registry.queue import QueueFullError
 from ecrproxy.registry.quotas import Call, Quotas
 from ecrproxy.registry.wire import HEADER_SECONDS
 from tests.registry import digest_of

@@ -11,23 +11,18 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.transfer.inflow import (
-    GATHER_SECONDS,
-    GATHERED,
-    HIGH_WATER,
+from ecrproxy.transfer.gaps import (
     LARGEST_PART,
     MOST_GAPS,
     SMALLEST_PART,
     SMALLEST_WISH,
     SPLIT,
-    Buffered,
     Gaps,
-    Inflow,
-    Lanes,
     Urgency,
     Wish,
     part_size,
 )
+from ecrproxy.transfer.inflow import GATHER_SECONDS, GATHERED, HIGH_WATER, Buffered, Inflow, Lanes
 from tests.daemon import MIB
 from tests.test_download import Tap
 

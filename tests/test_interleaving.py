@@ -23,7 +23,7 @@ from twisted.python.failure import Failure
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.threads import Bounded, Disk
 from ecrproxy.transfer.download import TAIL, Download
-from ecrproxy.transfer.inflow import SMALLEST_PART
+from ecrproxy.transfer.gaps import SMALLEST_PART
 from tests.daemon import noise
 from tests.test_download import PWRITE, DownloadTestCase, Reader, Source, Tap, is_data
 

@@ -16,7 +16,8 @@ from twisted.logger import capturedLogs, formatEvent
 
 from ecrproxy.byte_ranges import QUESTIONS, Multipart
 from ecrproxy.cache.record import UNKNOWN_BOOT
-from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
+from ecrproxy.transfer.gaps import SMALLEST_PART
+from ecrproxy.transfer.inflow import Lanes
 from ecrproxy.transfer.unattended import MOST, SLOW, SLOW_SECONDS
 from tests.daemon import MIB, DaemonTestCase, Reply, noise
 from tests.test_ranges import DATA, SIZE, RangesTestCase

@@ -12,7 +12,8 @@ from twisted.internet.task import deferLater
 
 from ecrproxy.cache.kept_open import KEPT_SECONDS
 from ecrproxy.oci import Digest
-from ecrproxy.transfer.inflow import SMALLEST_PART, SPLIT, Lanes, part_size
+from ecrproxy.transfer.gaps import SMALLEST_PART, SPLIT, part_size
+from ecrproxy.transfer.inflow import Lanes
 from tests.daemon import MIB, Daemon, DaemonTestCase, Reply, at_once, noise
 
 T = TypeVar("T")

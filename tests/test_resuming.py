@@ -13,7 +13,8 @@ from ecrproxy.cache.arriving import LEFT_SECONDS, Arriving
 from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.claim import claim_path
 from ecrproxy.cache.record import POLL_SECONDS, RECORD, Record
-from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
+from ecrproxy.transfer.gaps import SMALLEST_PART
+from ecrproxy.transfer.inflow import Lanes
 from tests.daemon import MIB, Reply, noise
 from tests.store_contract import failing
 from tests.test_ranges import RangesTestCase, span

@@ -22,7 +22,8 @@ from ecrproxy.registry.authorization import Authorization
 from ecrproxy.registry.aws import TokenUnavailableError
 from ecrproxy.registry.bucket import UnavailableError, header_values
 from ecrproxy.registry.circuit import Circuit, CircuitState, Switch
-from ecrproxy.registry.governor import Governor, NoPlentyError
+from ecrproxy.registry.governor import Governor
+from ecrproxy.registry.queue import NoPlentyError
 from ecrproxy.registry.quotas import Call, call_of
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import TransientError, Tries

@@ -55,18 +55,8 @@ from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import Disk
 from ecrproxy.tracing import Span
 from ecrproxy.transfer.follower import Follower
-from ecrproxy.transfer.inflow import (
-    AHEAD_WATER,
-    HIGH_WATER,
-    SMALLEST_PART,
-    Blob,
-    Buffered,
-    Gaps,
-    Inflow,
-    Stretch,
-    Urgency,
-    Wish,
-)
+from ecrproxy.transfer.gaps import SMALLEST_PART, Gaps, Urgency, Wish
+from ecrproxy.transfer.inflow import AHEAD_WATER, HIGH_WATER, Blob, Buffered, Inflow, Stretch
 from ecrproxy.transfer.lane import Lane, ShortBodyError, drop
 from ecrproxy.transfer.sources import FilePiece
 

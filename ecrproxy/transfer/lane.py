@@ -11,7 +11,8 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ecrproxy.transfer.inflow import GATHERED, Blob, Buffered, Inflow, Stretch, Urgency
+from ecrproxy.transfer.gaps import Urgency
+from ecrproxy.transfer.inflow import GATHERED, Blob, Buffered, Inflow, Stretch
 
 if TYPE_CHECKING:
     from ecrproxy.oci import Digest
