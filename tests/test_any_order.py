@@ -17,7 +17,7 @@ from ecrproxy import proxy
 from ecrproxy.cache.kept_open import KEPT_SECONDS
 from ecrproxy.cache.locks import is_free
 from ecrproxy.cache.record import POLL_SECONDS
-from ecrproxy.transfer import download, inflow
+from ecrproxy.transfer import download, gaps, inflow
 from tests.daemon import Daemon, DaemonTestCase, Hands, Reply, noise
 from tests.test_following import opened
 
@@ -74,9 +74,9 @@ class AnyOrderTests(DaemonTestCase):
         the index matches the directory.
         """
         if parts:  # the size of some of the blobs
-            for module in (proxy, inflow, download):
+            for module in (proxy, inflow, gaps, download):
                 self.patch(module, "SMALLEST_PART", 2**18)
-            self.patch(inflow, "LARGEST_PART", 2**19)
+            self.patch(gaps, "LARGEST_PART", 2**19)
             self.patch(inflow, "SPLIT", 2**20)
         chance = Random(seed)
         for _ in range(count):

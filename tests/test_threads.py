@@ -16,7 +16,7 @@ from twisted.logger import capturedLogs
 from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
-import ecrproxy.threads
+import ecrproxy.thread_pools
 from ecrproxy.thread_pools import RESTORE_SECONDS, Pools, Threads, content_with_few
 from ecrproxy.threads import Bounded, patient, undone_if_late
 
@@ -344,7 +344,7 @@ class PoolsTests(SynchronousTestCase):
         return made
 
     def test_the_end_waits_for_all_that_hang_together_and_not_long(self) -> None:
-        self.patch(ecrproxy.threads, "_STOP_SECONDS", 0.2)
+        self.patch(ecrproxy.thread_pools, "_STOP_SECONDS", 0.2)
         waited, real = list[float](), threading.Thread.join
 
         def join(thread: threading.Thread, seconds: float | None = None) -> None:
@@ -366,7 +366,7 @@ class PoolsTests(SynchronousTestCase):
         self.assertEqual([], self.done)
 
     def test_what_is_at_work_is_waited_for(self) -> None:
-        self.patch(ecrproxy.threads, "_STOP_SECONDS", 20.0)
+        self.patch(ecrproxy.thread_pools, "_STOP_SECONDS", 20.0)
         last = self.pools.threads(1)
         self.busy(1)
         last.call(self.goes_on.set)
