@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
+from twisted.internet.defer import TimeoutError as LateError
 from twisted.logger import Logger, LogLevel
 
 from ecrproxy import __version__
@@ -66,7 +67,7 @@ class OtelTracing(Service):
     slow or gone delays no request: the spans are lost, and the log says so.
 
     @param make_exporter: returns what sends the spans.
-    @param in_thread: sends the last spans; gives up after L{LAST_SECONDS}.
+    @param in_thread: sends the last spans.
     """
 
     def __init__(self, make_exporter: Callable[[], SpanExporter], in_thread: InThread, reactor: Any) -> None:  # noqa: ANN401
@@ -97,7 +98,10 @@ class OtelTracing(Service):
         """
         super().stopService()  # type: ignore[no-untyped-call]
         provider, self._provider, self._tracer = self._provider, None, None
-        return None if provider is None else self._in_thread(provider.shutdown).addErrback(_lost)
+        if provider is None:
+            return None
+        sent: Deferred[Any] = self._in_thread(provider.shutdown)
+        return sent.addTimeout(LAST_SECONDS, self._reactor).addErrback(_lost)
 
     def begin(self, context: str | None) -> Span | None:
         """
@@ -171,7 +175,8 @@ class OtelSpan:
 
 
 def _lost(failure: Failure) -> None:
-    log.warn("The last spans are lost: {problem}", problem=failure.value)
+    failure.trap(LateError)
+    log.warn("The last spans are lost: the collector of traces took none for {seconds} s", seconds=LAST_SECONDS)
 
 
 class _Ours(logging.Handler):

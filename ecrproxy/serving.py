@@ -49,7 +49,7 @@ from ecrproxy.http.hot_path import HotPath
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.web import Registry
 from ecrproxy.metrics import Figures, LoopStall
-from ecrproxy.otel import LAST_SECONDS, OtelTracing, exporter
+from ecrproxy.otel import OtelTracing, exporter
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
 from ecrproxy.reading_ahead import ReadingAhead, Transfers
@@ -181,8 +181,7 @@ def _tracing(config: Config, service: Daemon, reactor: Any) -> OtelTracing | Non
     """
     if config.otlp_endpoint is None:
         return None
-    in_thread = service.pools.threads(1).bounded(LAST_SECONDS)
-    tracing = OtelTracing(partial(exporter, config.otlp_endpoint), in_thread, reactor)
+    tracing = OtelTracing(partial(exporter, config.otlp_endpoint), service.pools.threads(1).call, reactor)
     service.add(tracing)
     return tracing
 

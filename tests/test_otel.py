@@ -16,9 +16,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.logger import capturedLogs, formatEvent
 
 from ecrproxy.flights import Flights
-from ecrproxy.otel import OtelTracing
+from ecrproxy.otel import LAST_SECONDS, OtelTracing
 from ecrproxy.tracing import current
 from tests.daemon import Daemon, DaemonTestCase, Reply, at_once
 
@@ -27,16 +28,17 @@ GIVEN = f"00-{TRACE}-{SPAN}-01"
 """A client's traceparent: the example of W3C Trace Context, section 3.2.4, sampled."""
 
 
-class Thread:
+class Thread(Clock):
     """
-    What the daemon's reactor offers to other threads; the SDK logs from its own.
+    A clock, and what the daemon's reactor offers to other threads; the SDK logs from its own.
     """
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
+        super().__init__()
+        self.told: list[tuple[Any, ...]] = []
 
     def callFromThread(self, *call: Any, **more: Any) -> None:
-        self.calls.append((*call, more))
+        self.told.append((*call, more))
 
 
 class Collector(SpanExporter):
@@ -243,9 +245,22 @@ class CollectorTests(TracingTestCase):
         self.collector.down = True
         self.assertEqual(200, self.get("/v2/team/app/manifests/1.0").code)
         self.assertEqual({}, self.spans())
-        ((_, _, said, more),) = self.thread.calls
+        ((_, _, said, more),) = self.thread.told
         self.assertEqual("Tracing: {said}", said)
         self.assertIn("exporting", more["said"])
+
+    def test_one_that_hangs_delays_the_end_for_seconds_and_is_named(self) -> None:
+        ended = OtelTracing(lambda: self.collector, lambda *_: Deferred(), self.thread)
+        ended.startService()
+        ending = ended.stopService()
+        assert ending is not None
+        self.thread.advance(LAST_SECONDS - 1)
+        self.assertNoResult(ending)
+        with capturedLogs() as events:
+            self.thread.advance(1)
+        self.successResultOf(ending)
+        said = "The last spans are lost: the collector of traces took none for 5 s"
+        self.assertEqual([said], [formatEvent(event) for event in events])
 
     def test_before_the_start_and_after_the_stop_there_are_none(self) -> None:
         tracing = OtelTracing(lambda: self.collector, at_once, Clock())

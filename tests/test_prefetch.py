@@ -16,6 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.command.prefetch import PREFETCH
 from ecrproxy.command.prefetching.door import Ask, Door
 from ecrproxy.command.prefetching.work import run
+from ecrproxy.oci import Digest
 from tests.caller import Caller
 from tests.test_prefetch_pulling import INDEX, LAYER, MANIFEST, Proxy, descriptor
 
@@ -150,6 +151,27 @@ class PrefetchTests(SynchronousTestCase):
         self.assertEqual(1, self.caller.status)
         self.prefetch("team/app:all", "--platform", "linux/arm64", "--all-platforms")
         self.assertEqual(2, self.caller.status)
+
+    def test_a_listed_manifest_that_is_missing_fails_the_image_and_keeps_nothing_else_back(self) -> None:
+        """
+        Registries delete a platform's manifest and keep the index.
+        """
+        bodies = {each: self.proxy.manifest("team/app", each.encode()) for each in ("amd64", "arm64", "s390x")}
+        listed = [
+            descriptor(MANIFEST, body, platform={"os": "linux", "architecture": each}) for each, body in bodies.items()
+        ]
+        self.proxy.tag("team/app", "all", INDEX, json.dumps({"mediaType": INDEX, "manifests": listed}).encode())
+        gone = Digest.of(bodies["arm64"])
+        del self.proxy.content[f"/v2/team/app/manifests/{gone}"]
+        said = self.prefetch("team/app:all", "--all-platforms")
+        self.assertEqual(1, self.caller.status)
+        self.assertIn("1 image, 1 failed; 12 B downloaded", said)
+        why = f"1 of 4 manifests can't be pulled, the rest is: {gone}: MANIFEST_UNKNOWN: no such image"
+        self.assertIn(f"failed: team/app:all: {why}\n", said)
+        self.assertIn(
+            f"failed: team/app:all: {gone}: MANIFEST_UNKNOWN",
+            self.prefetch("team/app:all", "--platform", "linux/arm64"),
+        )
 
     def test_what_is_wrong_with_the_call_is_told_before_anything_is_moved(self) -> None:
         """

@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -40,6 +40,8 @@ OFFERED: Final = 1000
 """Maximum number of manifests in these. Large images have some twenty platforms, with an attestation for each."""
 BLOBS: Final = 100_000
 """Maximum number of blobs in all these."""
+MOST_TOLD: Final = 3
+"""Maximum number of missing manifests that an error names."""
 _OK, _PARTIAL = 200, 206
 
 
@@ -56,10 +58,12 @@ class Plan:
 
     @ivar manifests: number of manifests that were pulled.
     @ivar blobs: the routes of its config and layers, with their sizes in bytes.
+    @ivar missing: a line for each listed manifest that could not be pulled; the others are worth having.
     """
 
     manifests: int
     blobs: Mapping[Route, int]
+    missing: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,12 @@ class Puller:
 
     def _plan(self, route: Route) -> Plan:
         """
+        Pull the manifests, and note what they list.
+
         @raise ValueError: if a manifest is invalid, or a platform is missing.
+        @raise PullError: if the image's own manifest can't be pulled, or none of those that it lists.
         """
+        missing: list[str] = []
         manifests: set[Digest] = set()
         blobs: dict[Route, int] = {}
         offered: dict[tuple[Digest, Platform | None], Offer] = {}
@@ -166,12 +174,31 @@ class Puller:
                 _check_extent(noted, offered, blobs)
         # An index that lists only layers, such as a BuildKit cache, has no platforms to select from.
         if offered or not (is_image or blobs):
-            for each in choose(offered.values(), self._platforms):
-                media_type, body = self._manifest(route.at(each.digest))
-                manifests.add(each.digest)
-                blobs.update(_blobs(route, media_type, body))
+            for digest, found in self._listed(route, choose(offered.values(), self._platforms), missing):
+                manifests.add(digest)
+                blobs.update(_blobs(route, *found))
                 _check_extent(noted, offered, blobs)
-        return Plan(len(manifests), blobs)
+        return Plan(len(manifests), blobs, missing)
+
+    def _listed(
+        self, route: Route, chosen: Iterable[Descriptor], missing: list[str]
+    ) -> Iterator[tuple[Digest, tuple[str, bytes]]]:
+        """
+        Pull manifests that an index lists; add a line to C{missing} for each that can't be pulled.
+
+        @raise PullError: if none can.
+        """
+        found = 0
+        for each in chosen:
+            try:
+                pulled = self._manifest(route.at(each.digest))
+            except PullError as problem:
+                missing.append(f"{each.digest}: {problem}")
+            else:
+                found += 1
+                yield each.digest, pulled
+        if missing and not found:
+            raise PullError("; ".join(missing[:MOST_TOLD]))
 
     def bring(self, route: Route, size: int) -> bool:
         """

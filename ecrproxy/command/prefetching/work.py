@@ -20,7 +20,7 @@ from ecrproxy.command.prefetching.documents import images_in
 from ecrproxy.command.prefetching.door import Ask, Door, docker_login, own_context, place_of
 from ecrproxy.command.prefetching.images import ForeignImageError, Image, listed_images, parse_image
 from ecrproxy.command.prefetching.platforms import Platform
-from ecrproxy.command.prefetching.pulling import Hands, Plan, Puller, PullError
+from ecrproxy.command.prefetching.pulling import MOST_TOLD, Hands, Plan, Puller, PullError
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
 from ecrproxy.command.terminal import Progress, Terminal, counted, size_in_words
 from ecrproxy.healthcheck import place_from
@@ -218,6 +218,8 @@ def _plan(works: Sequence[Work], crew: Crew, puller: Puller, progress: Progress)
             _fail(work, outcome, progress)
         else:
             work.plan, work.waiting = outcome, set(outcome.blobs)
+            if outcome.missing:
+                _fail(work, PullError(_incomplete(outcome)), progress)
 
 
 def _bring(works: Sequence[Work], crew: Crew, puller: Puller, progress: Progress) -> tuple[int, int]:
@@ -249,6 +251,16 @@ def _bring(works: Sequence[Work], crew: Crew, puller: Puller, progress: Progress
                 sizes = f"{size_in_words(work.brought)} downloaded, {size_in_words(work.there)} cached"
                 progress.say(f"{work.image.name}: {sizes}")
     return brought, there
+
+
+def _incomplete(plan: Plan) -> str:
+    """
+    Say which of an image's manifests are missing.
+    """
+    named = "; ".join(plan.missing[:MOST_TOLD])
+    more = len(plan.missing) - MOST_TOLD
+    of_all = f"{len(plan.missing)} of {plan.manifests + len(plan.missing)} manifests can't be pulled, the rest is"
+    return f"{of_all}: {named}" + (f"; and {more} more" if more > 0 else "")
 
 
 def _fail(work: Work, problem: Exception, progress: Progress) -> None:
