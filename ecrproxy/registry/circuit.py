@@ -1,23 +1,23 @@
 """
-Whether ECR is asked at all while it keeps failing: for one repository, and for all.
+Circuit breakers: while ECR keeps failing, requests for one repository, or all requests, are refused without asking it.
 
 Rules:
 
-- A repository whose questions fail so many times in a row, each after its retries, is left alone: its questions are
-  refused at once, so that what the cache has can be served without waiting. The others do not notice. After a pause
-  one question at a time is the probe.
-- A repository's lists of tags and referrers have a switch of their own: ECR may fail for these calls alone, as where
-  the upstream of a pull-through cache has to be asked for referrers. Their failures are no evidence about pulls,
-  neither here nor for ECR as a whole, unless ECR was not reached; but the daemon asks its own question then.
-  An answer to them says as much of ECR as one to that question does.
-- When several repositories have failed and none was answered meanwhile, or ECR can't be reached at all, it is ECR that
-  is left alone. Then the daemon itself asks, something that is about no repository, until there is an answer.
-- Repositories below one first component are no evidence against ECR, for a client can make up their names, and the
-  upstream of a pull-through cache rule may be what fails. The daemon asks its own question before ECR is left alone.
-- An answer ends it. A failure after a pause makes the next one twice as long, but a pause only spares those who are
-  reached: while ECR can't be reached, pauses stay short.
-- Whether an answer is a failure is for who asks to say: throttling and refusals are none.
-- Whether ECR can be fetched from is another matter, and is told sooner than a circuit opens: see L{Circuit.problem}.
+- If enough requests for a repository fail in a row, each after its retries, its circuit opens: further requests for it
+  are refused at once, so that cached answers can be served without waiting. Other repositories are not affected. After
+  a pause, one request at a time is the probe.
+- A repository's lists of tags and referrers have a circuit of their own, because ECR may fail for these calls alone:
+  through a pull-through cache it asks the upstream registry for referrers. Their failures say nothing about pulls,
+  neither here nor for ECR as a whole, unless ECR could not be reached; but then the daemon sends its own request.
+  A successful answer to a list counts as much as one to that request.
+- If several repositories have failed with no answer in between, or ECR can't be reached at all, the circuit of ECR as a
+  whole opens. The daemon then sends its own request, which concerns no repository, until there is an answer.
+- Repositories below one first component are no evidence against ECR: a client can make up their names, and the upstream
+  of a pull-through cache rule may be what fails. The daemon sends its own request before the circuit of ECR opens.
+- An answer closes a circuit. A failed probe doubles the next pause. A pause only helps a server that is reached, so
+  pauses stay short while ECR can't be reached.
+- The caller decides whether an answer is a failure: throttling and refusals are not.
+- Whether ECR can be fetched from is reported earlier than a circuit opens: see L{Circuit.problem}.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from ecrproxy.registry.retries import TransientError
 log = Logger()
 
 FAILURES: Final = 5
-"""Failures in a row before a repository is left alone; and ECR, where they did not reach it."""
+"""Consecutive failures that open a repository's circuit; and that of ECR, if they did not reach it."""
 REPOSITORIES: Final = 3
 """
-Repositories, each below another first component, that fail with no answer to any between before ECR is left alone;
-where the daemon's own question failed as well, just repositories.
+Repositories that must fail, with no answer in between, before the circuit of ECR opens: each below another first
+component, or any repositories if the daemon's own request failed as well.
 """
 PAUSE: Final = 5.0
 LONGEST_PAUSE: Final = 20.0
-"""Seconds that clients may be refused after ECR is well again; one probe in that time spares ECR enough."""
+"""Seconds that clients may be refused after ECR has recovered; one probe in that time spares ECR enough."""
 ANSWER_SECONDS: Final = 10.0
-"""For so long after an answer, failures of one or two repositories are not taken for ECR's."""
+"""For so many seconds after an answer, failures of one or two repositories do not count as ECR's."""
 KEPT: Final = 1000
 """Maximum number of failing repositories that are remembered."""
 
 
 class CircuitState(enum.Enum):
     """
-    Which questions go.
+    Which requests are sent.
     """
 
     CLOSED = "closed"
@@ -66,7 +66,7 @@ class CircuitState(enum.Enum):
 
 class CircuitOpenError(UnavailableError):
     """
-    ECR keeps failing, and is not asked.
+    ECR keeps failing, so no request is sent.
     """
 
     reason = Reason.CIRCUIT_OPEN
@@ -74,13 +74,13 @@ class CircuitOpenError(UnavailableError):
 
 class Switch:
     """
-    The switch between those who ask and what they ask.
+    One circuit breaker.
 
-    @param who: what is behind it, for people.
-    @param now: tells the time.
-    @ivar state: which questions go now.
+    @param who: what it protects, for messages.
+    @param now: returns the time in seconds.
+    @ivar state: which requests are sent now.
     @ivar problem: the failure that opened it last.
-    @ivar alone: whether ECR answered about others while this kept failing.
+    @ivar alone: whether ECR answered requests for others while this kept failing.
     """
 
     def __init__(self, who: str, now: Callable[[], float]) -> None:
@@ -92,20 +92,20 @@ class Switch:
     @property
     def rest(self) -> float:
         """
-        Seconds until a probe may go.
+        Return the seconds until a probe may be sent.
         """
         return max(0.0, self._until - self._now())
 
     def refusal(self) -> CircuitOpenError:
         """
-        Say that nothing is asked, and when it may be.
+        Return the error for requests that are not sent, with the time of the next attempt.
         """
         wait = {"Retry-After": str(max(1, math.ceil(self.rest)))}
         return CircuitOpenError(503, "UNAVAILABLE", f"{self._who} keeps failing, and is left alone", wait)
 
     def check(self) -> None:
         """
-        Make sure that a question would go.
+        Check that a request would be sent.
 
         @raise CircuitOpenError: if not.
         """
@@ -114,10 +114,10 @@ class Switch:
 
     def enter(self) -> bool:
         """
-        Let a question go.
+        Admit a request.
 
-        @return: whether it is the probe: how that ends must be told.
-        @raise CircuitOpenError: if it must not go.
+        @return: whether it is the probe; its outcome must be reported.
+        @raise CircuitOpenError: if it must not be sent.
         """
         self.check()
         if self.state is CircuitState.CLOSED:
@@ -127,14 +127,14 @@ class Switch:
 
     def answered(self) -> None:
         """
-        Note an answer; the next pause is a short one.
+        Note an answer; the next pause is short.
         """
         self._pause = PAUSE
         self.close()
 
     def close(self) -> None:
         """
-        Let all questions go; unless one is answered first, the next pause is longer than the last.
+        Admit all requests; unless one is answered first, the next pause is longer than the last.
         """
         self._failures = 0
         if self.state is not CircuitState.CLOSED:
@@ -143,9 +143,9 @@ class Switch:
 
     def failed(self, problem: TransientError) -> bool:
         """
-        Note that a question has failed, after all its tries; tell whether that opened the switch.
+        Note that a request has failed after all its attempts; return True if that opened the circuit.
         """
-        if self.state is not CircuitState.CLOSED:  # it was asked before it opened, and says nothing new
+        if self.state is not CircuitState.CLOSED:  # sent before the circuit opened, so it says nothing new
             return False
         self._failures += 1
         if self._failures < FAILURES:
@@ -162,14 +162,15 @@ class Switch:
 
     def probe_left(self) -> None:
         """
-        Note that the probe ended without telling anything, as when who asked has left: the next to ask is the probe.
+        Note that the probe ended without an outcome, for example because its client left: the next request is the
+        probe.
         """
         if self.state is CircuitState.PROBING:
             self.state = CircuitState.OPEN
 
     def open(self, problem: UnavailableError) -> None:
         """
-        Let no question go for a while.
+        Refuse all requests for a while.
         """
         reached = not isinstance(problem, TransientError) or problem.reached
         pause, self.problem = self._pause if reached else PAUSE, problem.message
@@ -185,13 +186,13 @@ class Switch:
 
 class Circuit:
     """
-    The switches between the proxy and ECR: one for all questions, and one for each repository that fails.
+    The circuit breakers between the proxy and ECR: one for all requests, and one for each failing repository.
 
-    @param now: tells the time.
-    @param who: what the log and clients are told that it is.
-    @ivar whole: the one for all; its probe is not a client's question.
-    @ivar answered_at: when ECR answered last, if it ever did.
-    @ivar denials: whether it answers anything but denials.
+    @param now: returns the time in seconds.
+    @param who: the registry's name in the log and for clients.
+    @ivar whole: the circuit of ECR as a whole; its probe is not a client's request.
+    @ivar answered_at: when ECR last answered, if ever.
+    @ivar denials: whether ECR denies everything.
     """
 
     def __init__(self, now: Callable[[], float], who: str = "ECR") -> None:
@@ -211,24 +212,26 @@ class Circuit:
     @property
     def state(self) -> CircuitState:
         """
-        Which questions go, whatever the repository.
+        The state for requests of any repository.
         """
         return self.whole.state
 
     @property
     def open_repositories(self) -> int:
         """
-        Count the repositories, and the lists of repositories, that are left alone, each by itself.
+        Return the number of repositories, and of repositories' lists, whose own circuit is open.
         """
         return sum(part.state is not CircuitState.CLOSED for part in self._parts.values())
 
     def problem(self) -> str | None:
         """
-        Say why nothing can be fetched: ECR is left alone, did not answer the last questions, or denies everything.
+        Return why nothing can be fetched.
 
-        One failed question is enough, for it failed after all its tries, and at little traffic the next may be minutes
-        away. It is not while ECR answered within the last C{ANSWER_SECONDS}, nor if it is about a repository that
-        failed before ECR answered about others: then it takes C{FAILURES} of them.
+        Either the circuit of ECR is open, or the last requests were not answered, or ECR denies everything.
+
+        One failed request is enough, because it failed after all its attempts, and with little traffic the next may be
+        minutes away. It is not enough if ECR answered within the last C{ANSWER_SECONDS}, or if the repository had
+        failed before ECR answered requests for others: then it takes C{FAILURES} of them.
         """
         if self.state is not CircuitState.CLOSED:
             return f"{self._who} keeps failing, and is left alone for a while: {self.whole.problem}"
@@ -242,15 +245,15 @@ class Circuit:
 
     def is_well(self, repository: str) -> bool:
         """
-        Return True if nothing has failed since the last answer: else questions that nobody waits for are not asked.
+        Return True if nothing has failed since the last answer; else requests that no client waits for are not sent.
         """
         return self.state is CircuitState.CLOSED and not self._failures and repository not in self._parts
 
     def check(self, repository: str, *, lists: bool = False) -> None:
         """
-        Make sure that a question about C{repository} would go.
+        Check that a request for C{repository} would be sent.
 
-        @param lists: whether it is about its tags or referrers, here and below.
+        @param lists: whether it is for its tags or referrers, here and below.
         @raise CircuitOpenError: if not.
         """
         if self.state is not CircuitState.CLOSED:
@@ -261,10 +264,10 @@ class Circuit:
 
     def enter(self, repository: str, *, lists: bool = False) -> Switch | None:
         """
-        Let a question about C{repository} go.
+        Admit a request for C{repository}.
 
-        @return: the switch whose probe it is, if it is one: how that ends must be told.
-        @raise CircuitOpenError: if it must not go.
+        @return: the circuit whose probe it is, if any; its outcome must be reported.
+        @raise CircuitOpenError: if it must not be sent.
         """
         self.check(repository, lists=lists)
         part = self._parts.get(_named(repository, lists=lists))
@@ -272,7 +275,7 @@ class Circuit:
 
     def answered(self, repository: str, *, lists: bool = False) -> None:
         """
-        Note that ECR answered a question about C{repository}.
+        Note that ECR answered a request for C{repository}.
         """
         if (part := self._parts.pop(_named(repository, lists=lists), None)) is not None:
             part.answered()
@@ -287,7 +290,7 @@ class Circuit:
 
     def failed(self, repository: str, problem: TransientError, *, lists: bool = False) -> Switch | None:
         """
-        Note that a question about C{repository} has failed, after all its tries; return the switch that this opened.
+        Note that a request for C{repository} has failed after all its attempts; return the circuit that this opened.
         """
         if self.state is not CircuitState.CLOSED:
             return None
@@ -308,37 +311,37 @@ class Circuit:
     @property
     def suspects(self) -> bool:
         """
-        Whether the daemon's own question would tell if ECR is to be left alone.
+        Return True if the daemon's own request would decide whether the circuit of ECR opens.
         """
         return self.state is CircuitState.CLOSED and len(self._evidence) >= REPOSITORIES
 
     def heard_since(self, moment: float) -> bool:
         """
-        Return True if ECR answered any question after C{moment}.
+        Return True if ECR answered any request after C{moment}.
         """
         return any(at is not None and at > moment for at in (self.answered_at, self._vouched_at))
 
     def doubted(self, problem: UnavailableError) -> Switch | None:
         """
-        Note that the daemon's own question has failed while all questions go; return the switch that this opened.
+        Note that the daemon's own request has failed while all are admitted; return the circuit that this opened.
         """
-        if self.state is not CircuitState.CLOSED:  # it was asked before that, and says nothing new
+        if self.state is not CircuitState.CLOSED:  # sent before the circuit opened, so it says nothing new
             return None
         self._doubted, self._last = True, problem.message
         return self._open(problem) if self._convinced() else None
 
     def vouched(self) -> None:
         """
-        Note that ECR answered the daemon's own question while all questions go, or gave a list.
+        Note that ECR answered the daemon's own request while all requests are admitted, or returned a list.
 
-        What failed until now was the fault of its repositories. It remains one: no pull was answered.
+        The failures so far were due to the repositories. They still count for these, because no pull was answered.
         """
         self._vouched_at, self._unreached = self._now(), 0
         self._forget_evidence()
 
     def recovered(self) -> None:
         """
-        Note that ECR answered the daemon's own question: let all questions go again, whatever the repository.
+        Note that ECR answered the daemon's own request: admit all requests again, for every repository.
         """
         self.answered_at = self._now()
         self._parts.clear()
@@ -346,7 +349,7 @@ class Circuit:
 
     def dissolve(self) -> None:
         """
-        Let all questions go, whatever failed.
+        Admit all requests, whatever failed.
         """
         self._parts.clear()
         self._forget_failures()
@@ -354,7 +357,7 @@ class Circuit:
 
     def _convinced(self) -> bool:
         """
-        Return True if the failures since the last answer mean ECR.
+        Return True if the failures since the last answer are ECR's.
         """
         if self._unreached >= FAILURES:
             return True
@@ -385,6 +388,6 @@ class Circuit:
 
 def _named(repository: str, *, lists: bool) -> str:
     """
-    Name a switch, for people too: no repository's name has a blank.
+    Return a circuit's name for messages: a repository's name has no space, unlike other names.
     """
     return f"{repository} (tags and referrers)" if lists else repository

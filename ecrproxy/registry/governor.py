@@ -1,20 +1,22 @@
 """
-Limits the questions to ECR: by the account's quotas, and by how many may be in flight at once.
+Limits requests to ECR: by the account's quotas, and by the number in flight.
 
 Rules:
 
-- A question goes when the quota of its kind allows it and there is a place for it; until then it queues.
-- Places are shared fairly. One repository about which ECR is silent keeps each place for many seconds, so what holds
-  places leaves as many free: see L{Held}. That holds for the first component of a repository's name, under which a
-  client can make up any number of names, and below it for each repository.
+- A request is sent when the quota of its kind permits and there is a place for it; until then it queues.
+- Places are shared fairly. If ECR does not answer for one repository, each of its requests holds a place for many
+  seconds, so whatever holds places leaves as many free: see L{Held}. This applies to the first component of a
+  repository's name, below which a client can make up any number of names, and within it to each repository.
 - Within a kind, first components take turns, and so do the repositories of each. Kinds that compete for places go by
   urgency: manifests first.
-- A question waits in the queue for C{LONGEST_WAIT} at most. One whose quota makes it wait longer is refused at once.
-- What ECR throttles rests for as long as it says: the questions of that kind about the same first component, for it may
-  be the upstream of a pull-through cache rule that throttles. Of a third component at the same time, all of that kind.
-- A question that is cancelled leaves the queue; its place is released, however it ends.
-- A question that nobody waits for never queues: it takes a place if there are plenty, or is refused. Half of what a
-  client's question may have of places and quota stays free of such questions.
+- A request waits in the queue for at most C{LONGEST_WAIT}. If its quota would make it wait longer, it is refused at
+  once.
+- After ECR has throttled a request, requests of that kind for the same first component rest for as long as ECR says: it
+  may be the upstream of a pull-through cache rule that throttles. If a third component is throttled at the same time,
+  all requests of that kind rest.
+- A cancelled request leaves the queue; its place is released, however it ends.
+- A request that no client waits for never queues: it takes a place if there are plenty, otherwise it is refused. It
+  leaves free half of what clients' requests may have of places and quota.
 """
 
 from __future__ import annotations
@@ -40,17 +42,17 @@ if TYPE_CHECKING:
 log = Logger()
 
 TICK: Final = 0.01
-"""Seconds between two looks at the queues: often enough, for a bucket holds ten times as much."""
+"""Seconds between two looks at the queues: often enough, because a bucket holds ten times as much."""
 LONGEST_WAIT: Final = 10.0
 """Maximum seconds in the queue."""
 
 
 class Governor:
     """
-    The places for questions to ECR.
+    The places for requests to ECR.
 
-    @param together: how many questions may be under way at once.
-    @param name: what the log and clients are told that the registry is.
+    @param together: maximum number of requests in flight.
+    @param name: the registry's name in the log and for clients.
     """
 
     def __init__(self, quotas: Quotas, together: int, clock: IReactorTime, name: str = "ECR") -> None:
@@ -60,7 +62,7 @@ class Governor:
         self._buckets = {call: TokenBucket(quotas.of(call), clock.seconds()) for call in Call}
         self._rests = {call: Rests() for call in Call}
         self._queues = {call: Queue() for call in Call}
-        # Those who wait, the oldest first: until when, for what.
+        # Queued requests, the oldest first: when they expire, and what they are for.
         self._waiting: OrderedDict[Deferred[None], tuple[float, Call, str]] = OrderedDict()
         self._timer: IDelayedCall | None = None
         self._expiry: IDelayedCall | None = None
@@ -68,20 +70,20 @@ class Governor:
 
     def waiting(self, call: Call) -> int:
         """
-        Tell how many questions of a kind queue.
+        Return the number of queued requests of a kind.
         """
         return len(self._queues[call])
 
     def refused(self, call: Call) -> int:
         """
-        Tell how many questions of a kind were refused because their queue was full.
+        Return the number of requests of a kind that were refused because their queue was full.
         """
         return self._refused[call]
 
     @asynccontextmanager
     async def place(self, call: Call, repository: str) -> AsyncIterator[None]:
         """
-        Wait for a place for a question about C{repository}, and have it.
+        Wait for a place for a request for C{repository}, and hold it.
 
         @raise QueueFullError: if that takes too long.
         """
@@ -94,7 +96,7 @@ class Governor:
 
     def has_plenty(self, call: Call, repository: str) -> bool:
         """
-        Return True if nobody queues, and a question about C{repository} would leave half of its places free.
+        Return True if nothing queues, and a request for C{repository} would leave half of its places free.
         """
         queued = any(map(len, self._queues.values()))
         now, component = self._clock.seconds(), first_component(repository)
@@ -104,7 +106,7 @@ class Governor:
     @contextmanager
     def spare_place(self, call: Call, repository: str) -> Iterator[None]:
         """
-        Have a place for a question that nobody waits for.
+        Hold a place for a request that no client waits for.
 
         @raise NoPlentyError: if there are not plenty.
         """
@@ -120,18 +122,18 @@ class Governor:
 
     def rest(self, call: Call, repository: str, seconds: float) -> None:
         """
-        Let no question of a kind go for so long that is like one about C{repository}, for ECR has throttled that.
+        Send no requests of a kind for the first component of C{repository} for so long: ECR has throttled one.
         """
         now = self._clock.seconds()
         self._buckets[call].rest(now, self._rests[call].note(first_component(repository), now, seconds))
 
     def send_away(self, refusal: Callable[[], Exception], repository: str | None) -> None:
         """
-        Refuse all that queue, or all that ask about C{repository}: those under way may keep their places for long.
+        Refuse all queued requests, or all those for C{repository}: those in flight may keep their places for long.
         """
         for queue in self._queues.values():
             for about, place in queue.about(repository):
-                if queue.remove(about, place):  # one may leave because of what another does
+                if queue.remove(about, place):  # one may leave because of the outcome of another
                     place.errback(refusal())
 
     def _enter(self, call: Call, repository: str) -> Deferred[None]:
@@ -196,7 +198,7 @@ class Governor:
 
     def _expire(self) -> None:
         """
-        Refuse those who have waited too long. All wait equally long, so one timer for the oldest does for all.
+        Refuse requests that have waited too long. All wait equally long, so one timer for the oldest suffices.
         """
         while self._waiting:
             place, (until, call, repository) = next(iter(self._waiting.items()))
@@ -210,10 +212,10 @@ class Governor:
 
     def _let_go(self) -> None:
         """
-        Let go what may.
+        Admit the requests that may be sent.
 
-        Those who are let go run at once, and may end at once: what they give back is seen by the loop that is
-        already running, and not by one further down the stack.
+        Admitted requests run at once, and may end at once: the loop that is already running sees the places that they
+        release, not one further down the stack.
         """
         if self._letting_go:
             return
@@ -226,7 +228,7 @@ class Governor:
 
     def _next(self) -> Deferred[None] | None:
         """
-        Choose who goes next; none if nobody can, then it is looked again when the quotas let somebody.
+        Return the next request to send; if there is none, look again when the quotas permit one.
         """
         waits: list[float] = []
         now = self._clock.seconds()

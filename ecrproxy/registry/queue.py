@@ -16,7 +16,7 @@ from ecrproxy.registry.bucket import UnavailableError
 
 class QueueFullError(UnavailableError):
     """
-    So many questions wait for ECR that one more would wait too long.
+    So many requests queue for ECR that another would wait too long.
     """
 
     reason = Reason.QUEUE_FULL
@@ -24,7 +24,7 @@ class QueueFullError(UnavailableError):
 
 class NoPlentyError(UnavailableError):
     """
-    There is no place for a question that nobody waits for.
+    There is no place for a request that no client waits for.
     """
 
     reason = Reason.QUEUE_FULL
@@ -32,11 +32,11 @@ class NoPlentyError(UnavailableError):
 
 class Held:
     """
-    Which questions hold places, by the first component of their repositories' names and by repository.
+    The places that requests hold, by the first component of their repositories' names and by repository.
 
-    The dynamic thresholds of shared-memory switches (Choudhury and Hahne, 1998), in two levels: a first component may
+    The dynamic thresholds of shared-memory switches (Choudhury and Hahne, 1998), on two levels: a first component may
     hold no more places than are free, and a repository no more than its first component may still take. So of 128
-    places one component gets 64 at most and one repository 32. A second component gets half of what the first leaves,
+    places one component gets at most 64 and one repository 32. A second component gets half of what the first leaves,
     or as much as the first if they come together; some places are always free for another.
     """
 
@@ -84,12 +84,12 @@ class Held:
 
 
 Waiting = OrderedDict[Deferred[None], None]
-"""The questions about one repository, oldest first; a dict, for any of them may leave."""
+"""The requests for one repository, oldest first; a dict, because any of them may leave."""
 
 
 class Queue:
     """
-    The questions of one kind that wait, by first component and repository; those that went last are at the end.
+    The queued requests of one kind, by first component and repository; those that were served last are at the end.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Queue:
 
     def ahead(self, repository: str) -> int:
         """
-        Return how many questions, at most, go before the next about C{repository}.
+        Return the maximum number of requests that go before the next one for C{repository}.
         """
         component = first_component(repository)
         repositories = self._components.get(component, OrderedDict())
@@ -112,7 +112,7 @@ class Queue:
 
     def add(self, repository: str, place: Deferred[None]) -> None:
         """
-        Queue a question.
+        Queue a request.
         """
         component = first_component(repository)
         self._components.setdefault(component, OrderedDict()).setdefault(repository, OrderedDict())[place] = None
@@ -120,7 +120,7 @@ class Queue:
 
     def remove(self, repository: str, place: Deferred[None]) -> bool:
         """
-        Remove a question; return True if it was there.
+        Remove a request; return True if it was queued.
         """
         component = first_component(repository)
         repositories = self._components.get(component)
@@ -137,11 +137,12 @@ class Queue:
 
     def next(self, held: Held, resting: Container[str]) -> str | None:
         """
-        Choose the repository whose turn it is; none if no question may take a place.
+        Return the repository whose turn it is; None if no request may take a place.
 
-        Only what holds places or rests is passed over, so the search is hardly longer than the number of places.
+        Only repositories that hold places or rest are skipped, so the search is hardly longer than the number of
+        places.
 
-        @param resting: first components that nothing goes about.
+        @param resting: first components for which nothing is sent.
         """
         for component, repositories in self._components.items():
             if component in resting or not held.room(component):
@@ -153,7 +154,8 @@ class Queue:
 
     def pop(self, repository: str) -> Deferred[None]:
         """
-        Remove the oldest question about a repository; its next turn, and that of its first component, come last.
+        Remove the oldest request for a repository; the next turns of the repository and of its first component come
+        last.
         """
         component = first_component(repository)
         repositories = self._components[component]
@@ -165,7 +167,7 @@ class Queue:
 
     def about(self, repository: str | None) -> list[tuple[str, Deferred[None]]]:
         """
-        List the questions, all or those about C{repository}, with what they are about.
+        Return the queued requests, all or those for C{repository}, with their repositories.
         """
         return [
             (name, place)

@@ -1,5 +1,5 @@
 """
-How often ECR may be asked each second, by the kind of call that AWS counts a question as. Pure.
+Requests per second to ECR, by the kind of API call that AWS counts for a request. Pure.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from ecrproxy.oci import Kind
 
 _QUOTA = re.compile(r"([a-z]+)=([0-9]{1,6})")
 PUBLIC_RATES: Final = {True: 1.0, False: 10.0}
-"""Calls a second that ECR Public takes, of each kind: whether asked anonymously (field notes C14)."""
+"""
+Requests per second that ECR Public permits, of each kind: anonymous, and authenticated (AWS documentation, "Amazon ECR
+Public service quotas").
+"""
 LONGEST_REST: Final = 60.0
-"""The most seconds for which ECR is believed that it wants no calls of a kind."""
+"""Maximum seconds for which ECR's wish to receive no requests of a kind is obeyed."""
 COMPONENTS: Final = 3
-"""First components that are throttled at the same time when it is the account that is."""
+"""Number of first components throttled at the same time that means that the account is throttled."""
 
 
 class Call(enum.Enum):
     """
-    A kind of call, the first the most urgent: a client can do nothing without its manifest.
+    A kind of API call, the most urgent first: a client can do nothing without its manifest.
     """
 
     MANIFEST = "manifests"
@@ -34,7 +37,7 @@ class Call(enum.Enum):
 
 def call_of(method: str, kind: Kind) -> Call:
     """
-    Tell which kind of call ECR makes of a question.
+    Return the kind of API call that ECR counts for a request.
     """
     if kind is Kind.BLOB:
         return Call.CHECK if method == "HEAD" else Call.BLOB
@@ -44,12 +47,12 @@ def call_of(method: str, kind: Kind) -> Call:
 @dataclass(frozen=True, slots=True)
 class Quotas:
     """
-    Calls a second that the account may make. AWS's own defaults, but for lists.
+    API calls per second that the account may make: AWS's own defaults, except for lists.
 
     @ivar manifests: BatchGetImage.
     @ivar checks: BatchCheckLayerAvailability: HEAD of blobs.
     @ivar blobs: GetDownloadUrlForLayer: GET of blobs.
-    @ivar lists: tags and referrers; AWS tells no figure for them, this is a careful one.
+    @ivar lists: tags and referrers; AWS documents no quota, this is a cautious one.
     """
 
     manifests: float = 2000
@@ -60,9 +63,9 @@ class Quotas:
     @classmethod
     def parse(cls, text: str) -> Quotas:
         """
-        Read such as C{manifests=2000 blobs=3000}; what is not named keeps its default.
+        Parse C{manifests=2000 blobs=3000}; what is not named keeps its default.
 
-        @raise ValueError: with what would be right.
+        @raise ValueError: with a message that names valid values.
         """
         names = [each.name for each in fields(cls)]
         found: dict[str, float] = {}
@@ -75,15 +78,16 @@ class Quotas:
 
     def share(self, processes: int) -> Quotas:
         """
-        Return the quotas of one of several processes: an even part, so that together they have what one alone has.
+        Return the quotas of one of several processes: an equal share, so that together they have the quota of one
+        process.
 
-        A quota may be less than one call a second then.
+        A share may be less than one call per second.
         """
         return Quotas(**{each.name: getattr(self, each.name) / processes for each in fields(self)})
 
     def of(self, call: Call) -> float:
         """
-        Give the quota of a kind.
+        Return the quota of a kind.
         """
         quota: float = getattr(self, call.value)
         return quota
@@ -91,10 +95,10 @@ class Quotas:
 
 class TokenBucket:
     """
-    Lets calls go at a rate.
+    Limits the rate of calls.
 
-    It holds a tenth of a second's quota and is filled with nine tenths a second, so that in no second more go than
-    the quota says; quotas below ten hold one call, and may be passed by it.
+    It holds a tenth of a second's quota and is refilled with nine tenths per second, so that in no second more calls
+    are made than the quota permits; with quotas below ten it holds one call, and may exceed them by that one.
     """
 
     def __init__(self, quota: float, now: float) -> None:
@@ -104,7 +108,7 @@ class TokenBucket:
 
     def wait(self, now: float) -> float:
         """
-        Tell in how many seconds the next call may go; 0 for now.
+        Return the seconds until the next call; 0 if it may be made now.
         """
         self._level = min(self._capacity, self._level + (now - self._filled) * self.rate)
         self._filled = now
@@ -114,29 +118,29 @@ class TokenBucket:
 
     def has_plenty(self, now: float) -> bool:
         """
-        Return True if a call may go, and half of what the bucket holds would be left.
+        Return True if a call may be made, and half of what the bucket holds would be left.
         """
         return not self.wait(now) and self._level - 1 >= self._capacity / 2
 
     def take(self) -> None:
         """
-        Let a call go.
+        Count a call.
         """
         self._level -= 1
 
     def rest(self, now: float, seconds: float) -> None:
         """
-        Let none go for so long: ECR has said so.
+        Permit no calls for so many seconds, as ECR has requested.
         """
         self._rests_until = max(self._rests_until, now + min(seconds, LONGEST_REST))
 
 
 class Rests:
     """
-    Which first components of names ECR has throttled questions about, and until when; of one kind of question.
+    The first components of names for which ECR has throttled requests, and until when; for one kind of request.
 
-    Its own quota is the account's. But through a pull-through cache rule it may be the upstream that throttles, such as
-    Docker Hub, and that says nothing of other repositories.
+    The quota of the kind is the account's. But through a pull-through cache rule it may be the upstream that throttles,
+    such as Docker Hub, and that does not concern other repositories.
     """
 
     def __init__(self) -> None:
@@ -144,23 +148,24 @@ class Rests:
 
     def left(self, component: str, now: float) -> float:
         """
-        Tell for how many seconds nothing may go about a first component; 0 if anything may.
+        Return the seconds for which nothing may be sent for a first component; 0 if it may.
         """
         return max(0.0, self._until.get(component, now) - now)
 
     def all_left(self, now: float) -> Mapping[str, float]:
         """
-        Tell that for each that rests.
+        Return those seconds for each component that rests.
         """
-        if self._until:  # hardly ever
+        if self._until:  # rare
             self._until = {component: until for component, until in self._until.items() if until > now}
         return {component: until - now for component, until in self._until.items()}
 
     def note(self, component: str, now: float, seconds: float) -> float:
         """
-        Note that nothing may go about a first component for so long.
+        Note that nothing may be sent for a first component for so many seconds.
 
-        @return: for how long nothing at all may go: if enough others rest, until the first of them does no more.
+        @return: for how many seconds nothing at all may be sent: if enough rest, until the first of them no longer
+            does.
         """
         seconds = min(seconds, LONGEST_REST)
         others = self.all_left(now).keys() - {component}
