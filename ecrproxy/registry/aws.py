@@ -1,5 +1,5 @@
 """
-AWS's credentials, and clients of its APIs: botocore, in a thread, with errors that say what to do.
+AWS credentials, and clients of AWS's APIs, through botocore. Everything blocks: call it in threads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final
 from ecrproxy.registry.credential_process import CredentialProcessError, Process
 
 INSTANCE_PROVIDERS: Final = frozenset({"assume-role-with-web-identity", "container-role", "iam-role"})
-"""botocore's names for what gives an instance, a container or a pod its role."""
+"""botocore's names of the providers of an instance's, container's or pod's role."""
 _SOURCES: Final = {
     "assume-role": "a role of the profile",
     "assume-role-with-web-identity": "the pod's web identity (IRSA)",
@@ -26,10 +26,10 @@ _SOURCES: Final = {
     "shared-credentials-file": "AWS's credentials file",
     "sso": "IAM Identity Center",
 }
-"""What botocore's names for what gives credentials mean."""
+"""The sources of credentials in words, by botocore's names."""
 _MAKING: Final = Lock()
-"""Held while a client is made, which asks nobody: the first one loads the models, and the others find them loaded."""
-# What AWS answers to credentials that won't get better by waiting. Names from the APIs of ECR and STS, "Common Errors".
+"""Held while a client is created, which sends nothing: the first loads the models, and the others reuse them."""
+# AWS's errors for credentials that waiting does not mend. Names from the APIs of ECR and STS, "Common Errors".
 _REFUSALS: Final = frozenset(
     {
         "AccessDenied",
@@ -48,14 +48,14 @@ _REFUSALS: Final = frozenset(
     }
 )
 _SESSION: Final = "ecrproxy"
-"""What CloudTrail calls a session of an assumed role."""
+"""The name of an assumed role's session in CloudTrail."""
 CLOCK_WORDS: Final = ("signature expired", "signature not yet current")
-"""What AWS says of a request that was signed at a wrong time."""
+"""AWS's words for a request that was signed at a wrong time."""
 
 
 class CredentialsError(Exception):
     """
-    AWS gives no token to these credentials, and waiting won't change that.
+    AWS rejects these credentials, and waiting won't change that.
     """
 
 
@@ -68,13 +68,13 @@ class TokenUnavailableError(Exception):
 @dataclass(frozen=True, slots=True)
 class Credentials:
     """
-    Which of AWS's credentials to use.
+    Which AWS credentials to use.
 
-    @ivar role: to assume with them: an ARN.
+    @ivar role: ARN of a role to assume with them.
     @ivar external_id: for that role.
-    @ivar profile: of AWS's configuration files.
-    @ivar instance_auth: the role of the instance, container or pod alone.
-    @ivar public: for a token of ECR Public: its API's, and its registry's.
+    @ivar profile: a profile in AWS's configuration files.
+    @ivar instance_auth: use only the role of the instance, container or pod.
+    @ivar public: for ECR Public: its API, and a token for its registry.
     """
 
     role: str | None = None
@@ -87,18 +87,18 @@ class Credentials:
 @contextmanager
 def open_client(region: str, credentials: Credentials) -> Iterator[tuple[Any, str]]:
     """
-    Open botocore's client of ECR, and raise what AWS refuses as below. Blocks.
+    Open botocore's client of ECR, and translate its errors. Blocks.
 
-    @return: with it, where its credentials come from, in words.
+    @return: the client, and the source of its credentials in words.
 
-    @raise CredentialsError: if there are no credentials, or AWS refuses them for good.
+    @raise CredentialsError: if there are no credentials, or AWS rejects them for good.
     @raise TokenUnavailableError: if there is no role now, or AWS answers with another error.
-    @raise Exception: whatever else botocore raises: worth another try.
+    @raise Exception: any other error of botocore: worth another attempt.
     """
     from botocore import exceptions  # noqa: PLC0415 (imported where it delays nothing)
     from botocore.config import Config  # noqa: PLC0415
 
-    # One attempt: retrying is the service's business, and a thread that waits can't be stopped.
+    # One attempt: the service retries, and a thread that waits can't be stopped.
     settings = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 1})
     try:
         session = open_session(credentials.profile, instance_auth=credentials.instance_auth, popen=Process)
@@ -123,10 +123,10 @@ def _source(method: str) -> str:
 
 def assumed(make: Callable[..., Any], credentials: Credentials) -> dict[str, str]:
     """
-    Assume the role, if there is one to assume. Blocks.
+    Assume the role, if any. Blocks.
 
-    @param make: makes a client of an AWS service.
-    @return: what to make others with: the role's keys, good for an hour.
+    @param make: creates a client of an AWS service.
+    @return: arguments for the next clients: the role's keys, valid for an hour.
     """
     if credentials.role is None:
         return {}
@@ -141,7 +141,7 @@ def assumed(make: Callable[..., Any], credentials: Credentials) -> dict[str, str
 
 def unusable() -> tuple[type[Exception], ...]:
     """
-    Name what botocore raises where it finds no credentials, or none that could be tried.
+    Return botocore's exceptions for credentials that are missing or unusable.
     """
     from botocore import exceptions  # noqa: PLC0415
 
@@ -160,9 +160,9 @@ def open_session(profile: str | None = None, *, instance_auth: bool, popen: Call
     """
     Open a session that has credentials. Blocks.
 
-    @param profile: of AWS's configuration files; None for the one of the environment.
-    @param instance_auth: use the role of the instance, container or pod alone.
-    @param popen: runs a C{credential_process}; none for botocore's own, which may ask a person at a terminal.
+    @param profile: a profile in AWS's configuration files; None for the environment's.
+    @param instance_auth: use only the role of the instance, container or pod.
+    @param popen: runs a C{credential_process}; None for botocore's own, which may prompt on a terminal.
     @raise CredentialsError: if there are none.
     @raise TokenUnavailableError: if there is no role now.
     """
@@ -182,9 +182,9 @@ def open_session(profile: str | None = None, *, instance_auth: bool, popen: Call
 @cache
 def _models(search_path: str | None) -> Any:  # noqa: ANN401
     """
-    Return the loader of AWS's service models that all sessions share.
+    Return the loader of AWS's service models, shared by all sessions.
 
-    A session that loads its own models takes 10 MiB and 0.2 s of processor time: fifty roles took 450 MiB at the start.
+    A session that loads its own models takes 10 MiB and 0.2 s of processor time: fifty roles took 450 MiB at startup.
 
     @param search_path: botocore's C{data_path}.
     """
@@ -196,7 +196,7 @@ def _models(search_path: str | None) -> Any:  # noqa: ANN401
 def _only_instance_roles(session: Any) -> None:  # noqa: ANN401
     from botocore.credentials import CredentialResolver  # noqa: PLC0415
 
-    # A machine that boots may have its metadata service up a little later than us.
+    # On a booting machine the metadata service may be up slightly later than the daemon.
     session.set_config_variable("metadata_service_num_attempts", 3)
     chain = session.get_component("credential_provider")
     kept = [provider for provider in chain.providers if provider.METHOD in INSTANCE_PROVIDERS]
@@ -205,9 +205,9 @@ def _only_instance_roles(session: Any) -> None:  # noqa: ANN401
 
 def _run_programs_with(popen: Callable[..., Any], providers: list[Any]) -> list[Any]:
     """
-    Have a C{credential_process} run by C{popen}, a profile's own and that of its C{source_profile}.
+    Run each C{credential_process} by C{popen}, also that of a C{source_profile}.
 
-    botocore lets nobody hand it over: these are its private names, and the tests run real programs through both ways.
+    botocore has no parameter for this: these are its private names, and tests run real programs both ways.
     """
     for each in providers:
         if each.METHOD == "custom-process":
@@ -221,9 +221,9 @@ def _run_programs_with(popen: Callable[..., Any], providers: list[Any]) -> list[
 
 def _none_found(*, instance_auth: bool) -> Exception:
     """
-    Say what it means that there are no credentials.
+    Return the error for missing credentials.
 
-    That an instance has no role looks like a metadata service that is down, throttling or not up yet: it is waited for.
+    An instance without a role looks like a metadata service that is down, throttling or not up yet, so it is retried.
     """
     if instance_auth:
         return TokenUnavailableError(
@@ -238,14 +238,14 @@ def _none_found(*, instance_auth: bool) -> Exception:
 
 def brief(problem: object) -> str:
     """
-    Keep the first line of a message: after it, AWS may repeat the request that was signed, session token included.
+    Return the first line of a message: after it AWS may repeat the signed request, with the session token.
     """
     return str(problem).strip().partition("\n")[0][:300]
 
 
 def _judged(problem: Any) -> Exception:  # noqa: ANN401
     """
-    Tell a refusal for good from one worth another try.
+    Distinguish a final rejection from an error worth another attempt.
     """
     error = problem.response.get("Error", {})
     code, message = error.get("Code", ""), brief(error.get("Message", ""))

@@ -1,16 +1,16 @@
 """
-The token flow of registries other than ECR: a token is asked for each repository, where the registry says.
+The token flow of registries other than ECR: a token for each repository, from the service that the registry names.
 
 Rules:
 
-- What a registry wants is asked once, without a token; it may say something else later, when it refuses a question.
-  If nothing is had there, it is asked once more, without a token: nvcr.io names another realm to who shows an old one,
-  and nobody gets one there without a password.
-  After a token could not be had, it is asked again before the next one is fetched: the token service may have moved.
-- The user and the password go to the realm that the registry names, if that may be followed; tokens to the registry.
-- One question serves all who need a token for the same repository, and it takes C{TOKEN_SECONDS} at most.
+- The registry is asked once, without a token, what it requires; later it may require something else with a refusal.
+  If no token can be had there, the registry is asked again without one: nvcr.io names another realm to clients
+  with an expired token, which issues none without a password.
+  After a token could not be had, the registry is asked again before the next attempt: the service may have moved.
+- The user and password are sent to the realm that the registry names, if it may be followed; tokens to the registry.
+- One request serves all clients that need a token for the same repository, and takes at most C{TOKEN_SECONDS}.
 
-Sources: distribution's "Token Authentication Specification"; RFC 6750 and 7617; field notes C14 for ECR Public.
+Sources: distribution's "Token Authentication Specification"; RFC 6750 and 7617; docs/ecr.rst for ECR Public.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ log = Logger()
 T = TypeVar("T")
 
 TOKEN_SECONDS: Final = 10.0
-"""Seconds that a token may take, retries included: a client that asks for a manifest waits 30 s in all."""
+"""Maximum seconds for a token, retries included: a client that requests a manifest waits 30 s in total."""
 TOGETHER: Final = 32
 """
-Questions for tokens of one registry at the same time. Whoever waits for a turn is answered before that is given up.
+Maximum concurrent token requests to one registry. One that queues is refused before its client gives up.
 """
 _TOKENS_BYTES: Final = 4 * 2**20
-"""Bytes of memory for the tokens of one registry."""
+"""Maximum bytes of memory for the tokens of one registry."""
 _KEPT: Final = 0.9
-"""The part of a token's life in which it is shown: it must not end on its way."""
+"""The fraction of a token's life for which it is used, so that it does not expire on its way."""
 
 
 class Bearer:
     """
-    Shows a registry what it wants.
+    Authorizes requests to a registry as it requires.
 
     @param url: the registry's.
-    @param login: gives the user and password that go to the token service; none for anonymous pulls.
-    @param realms: hosts beyond the registry's own domain where its tokens may be had.
+    @param login: returns the user and password for the token service; None for anonymous pulls.
+    @param realms: hosts outside the registry's own domain that may issue its tokens.
     """
 
     def __init__(self, url: str, wire: Wire, login: Tokens | None = None, realms: Collection[str] = ()) -> None:
@@ -71,9 +71,9 @@ class Bearer:
 
     async def show(self, repository: str) -> str:
         """
-        Return what to show when something of C{repository} is asked for.
+        Return the Authorization header for a request for C{repository}.
 
-        @raise RegistryError: if the token service denies that, or there is no token now.
+        @raise RegistryError: if the token service denies access, or there is no token now.
         @raise TokenUnavailableError: if there is no password.
         """
         wanted = self._wanted or await self._learn()
@@ -91,10 +91,10 @@ class Bearer:
 
     async def renew(self, refused: str, repository: str, challenges: Sequence[str]) -> str:
         """
-        Return what to show instead of C{refused}; the same if there is nothing else.
+        Return what to send instead of C{refused}; the same if there is nothing else.
 
-        @param challenges: what the registry said with its refusal: nothing, where ECR Public no longer takes a token.
-        @raise RegistryError: as L{show} does.
+        @param challenges: the registry's, with its refusal; empty when ECR Public no longer accepts a token.
+        @raise RegistryError: as L{show}.
         @raise TokenUnavailableError: if there is no password.
         """
         said, before = Challenge.read(challenges), self._wanted
@@ -106,7 +106,7 @@ class Bearer:
         if said is None or before is None or before == said:
             self._wanted = said or before
             return await self.show(repository)
-        if token := self._kept(said.scope_of(repository)):  # somebody else has had it renewed
+        if token := self._kept(said.scope_of(repository)):  # another request has had it renewed
             return f"Bearer {token}"
         try:
             shown = await self._what(said, repository)
@@ -115,20 +115,20 @@ class Bearer:
                 raise
             return await self.show(repository)
         if said.scheme == "bearer":
-            self._wanted = said  # no sooner: others would ask in vain there, too
+            self._wanted = said  # not earlier: other requests would fail there, too
         else:
-            await self._learn()  # nothing was had that would show whether it counts for others
+            await self._learn()  # no token was issued that would show whether it applies to others
         return shown
 
     async def show_for_probe(self) -> str:
         """
-        Show nothing: any answer will do.
+        Send no authorization: any answer will do.
         """
         return ""
 
     def _kept(self, scope: str) -> str:
         """
-        Return the token for C{scope}; empty if none is good.
+        Return the token for C{scope}; empty if none is valid.
         """
         token, until = self._tokens.get(scope) or ("", 0.0)
         return token if self._wire.clock.seconds() < until else ""
@@ -155,15 +155,12 @@ class Bearer:
 
     async def _ask(self) -> Challenge:
         """
-        Ask the registry what it wants.
+        Ask the registry what it requires.
         """
         status, _, challenges = await self._get(f"{self._url}/v2/", "", headers_only=True)
         return (Challenge.read(challenges) if status == UNAUTHORIZED else None) or Challenge()
 
     async def _fetch(self, wanted: Challenge, scope: str, repository: str) -> str:
-        """
-        Ask the token service.
-        """
         if not may_follow(wanted.realm, self._url, self._realms):
             said = f"{self._url} has its tokens at {wanted.realm[:200]!r}, which is not of its own domain"
             raise self._failed(f"{said}; if that is right, list its host in the registry's realms")

@@ -162,8 +162,7 @@ class Switch:
 
     def probe_left(self) -> None:
         """
-        Note that the probe ended without an outcome, for example because its client left: the next request is the
-        probe.
+        Note that the probe ended without an outcome, as when its client left: the next request is the probe.
         """
         if self.state is CircuitState.PROBING:
             self.state = CircuitState.OPEN

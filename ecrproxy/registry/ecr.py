@@ -1,9 +1,9 @@
 """
-The registry token: GetAuthorizationToken through botocore in a thread, kept fresh while the daemon runs.
+The registry token: GetAuthorizationToken through botocore in a thread, refreshed while the daemon runs.
 
-The token is good for twelve hours, for every registry that the credentials may read in one region
-(Amazon ECR API reference, GetAuthorizationToken). botocore is imported by the thread that first needs
-it: its half second delays nothing.
+A token is valid for twelve hours, for every registry that the credentials may read in one region
+(Amazon ECR API reference, GetAuthorizationToken). The thread that first needs botocore imports it, so the
+half second that this takes delays nothing.
 """
 
 from __future__ import annotations
@@ -27,25 +27,29 @@ if TYPE_CHECKING:
 log = Logger()
 
 SHORTEST_REFRESH: Final = 60.0
-"""Seconds between two refreshes that the daemon makes by itself, whatever a token says of its own life."""
+"""Minimum seconds between two scheduled refreshes, whatever lifetime a token claims."""
 LONGEST_REFRESH: Final = 6 * 3600.0
-"""Half of the life that ECR gives to each token: this machine's clock may make it longer."""
+"""Maximum seconds until a scheduled refresh: half of the life of ECR's tokens, which a wrong clock could lengthen."""
 FIRST_RETRY: Final = 1.0
 LONGEST_RETRY: Final = 60.0
 PATIENCE: Final = 10.0
-"""Seconds for which a request waits for the first token; nobody waits any more once there was none for so long."""
+"""Seconds for which a request waits for the first token; after as long without one, no request waits."""
 FETCH_SECONDS: Final = 30.0
-"""Deadline for one fetch: a C{credential_process} may never return."""
+"""Deadline of one fetch, in seconds: a C{credential_process} may never return."""
 OVERDUE: Final = 4
-"""Most fetches past their deadline by less than C{OVERDUE_SECONDS}: each keeps a thread until it returns."""
+"""
+Maximum number of fetches that have exceeded their deadline by less than C{OVERDUE_SECONDS}: each occupies a thread.
+"""
 OVERDUE_SECONDS: Final = 600.0
-"""Seconds after which a fetch no longer keeps another from being tried: it may never return."""
+"""Seconds after which an overdue fetch no longer prevents another: it may never return."""
 MOST_OVERDUE: Final = 32
-"""Most fetches past their deadline, however long: after more than an hour no other is tried until one returns."""
+"""
+Maximum number of overdue fetches in total: after more than an hour there are no further attempts until one returns.
+"""
 ASKED_RETRY: Final = 10.0
-"""Shortest time from a failed fetch to the next while requests fail for want of a token."""
+"""Minimum seconds between a failed fetch and the next while requests fail because there is no token."""
 RENEW_SECONDS: Final = 60.0
-"""Shortest time between two refreshes that ECR's rejections cause."""
+"""Minimum seconds between two refreshes caused by ECR's rejections."""
 
 
 _SOURCE: Final = "AWS, or what gives the credentials,"
@@ -55,11 +59,11 @@ _LOOK: Final = "check the way to AWS and the file system of the credentials' fil
 @dataclass(frozen=True, slots=True)
 class Token:
     """
-    What ECR asks of its clients.
+    A token for ECR.
 
-    @ivar secret: base64 of C{AWS:password}, as it goes behind C{Basic}.
+    @ivar secret: base64 of C{AWS:password}, as sent after C{Basic}.
     @ivar expires: seconds since the epoch.
-    @ivar source: where the credentials come from that AWS gave it for, in words.
+    @ivar source: the source of the credentials, in words.
     """
 
     secret: str
@@ -72,9 +76,9 @@ class Token:
 
 def fetch_token(region: str, credentials: Credentials) -> Token:
     """
-    Ask AWS for a token. Blocks: call it in a thread.
+    Fetch a token from AWS. Blocks: call it in a thread.
 
-    @raise Exception: what L{open_client} raises.
+    @raise Exception: as L{open_client}.
     """
     with open_client(region, credentials) as (client, source):
         data = client.get_authorization_token()["authorizationData"]
@@ -84,14 +88,14 @@ def fetch_token(region: str, credentials: Credentials) -> Token:
 
 def next_refresh(expires: float, now: float) -> float:
     """
-    Tell in how many seconds to refresh a token: at half of its remaining life.
+    Return the seconds until a token should be refreshed: half of its remaining life.
     """
     return min(LONGEST_REFRESH, max(SHORTEST_REFRESH, (expires - now) / 2))
 
 
 def next_retry(failures: int, chance: float) -> float:
     """
-    Tell in how many seconds to try again after so many failures in a row: exponential, with full jitter.
+    Return the seconds until the next attempt after consecutive failures: exponential, with full jitter.
 
     @param chance: a random number from 0 to 1.
     """
@@ -100,17 +104,16 @@ def next_retry(failures: int, chance: float) -> float:
 
 class TokenService(Service):
     """
-    Keep the registry token fresh while the daemon runs.
+    Keeps the registry token fresh.
 
-    When to ask again is counted on a clock that nobody sets; the time of the day says only whether a token has expired.
+    Refreshes are scheduled on a monotonic clock; the time of day only decides whether a token has expired.
 
-    @param fetch: asks AWS; fires with a L{Token}.
-    @param clock: counts seconds and calls back.
-    @param now: seconds since the epoch.
-    @param refused: told of credentials that AWS refuses for good before there ever was a token; returns whether that
-        ends the daemon.
-    @param chance: gives random numbers from 0 to 1.
-    @param whose: what the log calls it, where there are several.
+    @param fetch: fetches from AWS; fires with a L{Token}.
+    @param clock: a monotonic clock, with timers.
+    @param now: returns seconds since the epoch.
+    @param refused: called if AWS rejects the credentials before there was a token; returns True if the daemon exits.
+    @param chance: returns random numbers from 0 to 1.
+    @param whose: the name in the log, if there are several.
     """
 
     def __init__(
@@ -127,7 +130,7 @@ class TokenService(Service):
         self._token: Token | None = None
         self._rejected: Token | None = None
         self._renewed = float("-inf")
-        self._overdue: dict[Deferred[Token], float] = {}  # when their time was up
+        self._overdue: dict[Deferred[Token], float] = {}  # when their deadline passed
         self._problem = "AWS has not answered yet"
         self._failures, self._failed_at = 0, 0.0
         self._due, self._started, self._received = 0.0, 0.0, 0.0
@@ -139,7 +142,7 @@ class TokenService(Service):
     def startService(self) -> None:  # noqa: D102
         super().startService()
         self._due = self._started = self._clock.seconds()
-        # Once a second it looks whether a refresh is due: a plain rhythm that no refresh has to rearrange.
+        # Check once a second whether a refresh is due, so that no timer has to be rearranged.
         self._loop.start(1.0)
 
     def stopService(self) -> None:  # noqa: D102
@@ -148,7 +151,7 @@ class TokenService(Service):
 
     def problem(self) -> str | None:
         """
-        Say why requests can't be sent to ECR now, if so.
+        Return why requests can't be sent to ECR now, if so.
         """
         if self._token is None:
             return self._problem
@@ -161,13 +164,13 @@ class TokenService(Service):
     @property
     def expires(self) -> float | None:
         """
-        Tell when the token expires, in seconds since the epoch.
+        The token's expiry, in seconds since the epoch.
         """
         return self._token.expires if self._token is not None else None
 
     def refresh_seconds(self) -> float:
         """
-        Tell in how many seconds the next refresh is due.
+        The seconds until the next refresh.
         """
         return max(0.0, self._due - self._clock.seconds())
 
@@ -186,9 +189,9 @@ class TokenService(Service):
 
     async def renew(self, refused: str) -> str:
         """
-        Return the token to use instead of C{refused}, which ECR rejected; the same if no other can be had now.
+        Return the token to use instead of C{refused}, which ECR rejected; the same if no other is available now.
 
-        One refresh serves all who ask, and none begins within C{RENEW_SECONDS} of the last. While AWS fails, nobody
+        One refresh serves all callers, and none begins within C{RENEW_SECONDS} of the last. While AWS fails, no caller
         waits for its next answer.
 
         @raise TokenUnavailableError: if there is none.
@@ -208,7 +211,7 @@ class TokenService(Service):
 
     async def _wait(self) -> None:
         """
-        Wait for the refresh under way, or due, but no longer than C{PATIENCE}.
+        Wait for the refresh in progress, or due, but at most C{PATIENCE}.
         """
         waiter: Deferred[None] = Deferred(self._waiting.remove)
         self._waiting.append(waiter)
@@ -217,14 +220,14 @@ class TokenService(Service):
             await waiter
         except CancelledError:
             if limit.active():
-                raise  # the client has gone; otherwise the time is up, and who waited sees what there is
+                raise  # the client has disconnected; else the deadline has passed, and the caller uses what there is
         finally:
             if limit.active():
                 limit.cancel()
 
     def _hurry(self) -> None:
         """
-        Bring the next retry forward: a request fails for want of a token.
+        Bring the next attempt forward: a request fails because there is no token.
         """
         if self._failures and self._due != float("inf"):
             self._due = min(self._due, self._failed_at + ASKED_RETRY)
@@ -235,7 +238,7 @@ class TokenService(Service):
 
     def _has_been_overtaken(self) -> bool:
         """
-        Tell whether the token has expired before its refresh is due: a machine that slept counted no seconds.
+        Return True if the token has expired before its refresh is due: a suspended machine counts no seconds.
         """
         if self._token is None or self._failures or self._token.expires > self._now():
             return False
@@ -262,7 +265,7 @@ class TokenService(Service):
 
     def _fetch_in_time(self) -> Deferred[Token]:
         """
-        Fetch a token; fails after C{FETCH_SECONDS}. A token that comes later is used all the same.
+        Fetch a token; fails after C{FETCH_SECONDS}. A token that arrives later is still used.
         """
         began = self._clock.seconds()
         recent = sum(began - each < OVERDUE_SECONDS for each in self._overdue.values())
@@ -322,7 +325,7 @@ class TokenService(Service):
             once=(self._whose, self._problem),
         )
         if self._token is not None:
-            self._wake()  # those who asked for another get the old one
+            self._wake()  # callers that need another token get the old one
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []

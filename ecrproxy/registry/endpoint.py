@@ -1,5 +1,5 @@
 """
-A registry's own endpoint: asked with what it wants to be shown, which goes there and nowhere else.
+A registry's own endpoint: requests with authorization, which is sent nowhere else.
 """
 
 from __future__ import annotations
@@ -32,22 +32,24 @@ from ecrproxy.registry.wire import HEADER_SECONDS, Wire
 log = Logger()
 
 PROBE_SECONDS: Final = 5.0
-"""How long a probe waits for an answer: whoever asks with it may have something old to be served instead."""
+"""
+Seconds that a probe waits for an answer: the request that serves as the probe may have an older answer to fall back to.
+"""
 AHEAD_SECONDS: Final = 10.0
-"""How long a question that nobody waits for may take."""
+"""Maximum seconds of a request that no client waits for."""
 _TOLD_BY_BODY: Final = frozenset({400, 401, 403, 404, 405})
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """
-    What ECR is asked.
+    A request to ECR.
 
-    @ivar accept: the media types that are taken.
-    @ivar query: as it goes behind the C{?}.
-    @ivar span: the Range header; empty for the whole.
-    @ivar limit: the most bytes that the answer may have; none to leave its body to who asks.
-    @ivar ahead: whether nobody waits for the answer.
+    @ivar accept: accepted media types.
+    @ivar query: the query string, without C{?}.
+    @ivar span: the Range header; empty for all.
+    @ivar limit: maximum bytes of the answer; None to leave the body to the caller.
+    @ivar ahead: whether no client waits for the answer.
     """
 
     method: str
@@ -61,7 +63,7 @@ class Question:
     @property
     def is_list(self) -> bool:
         """
-        Return True if tags or referrers are asked for: AWS counts, permits and answers these calls by themselves.
+        Return True if tags or referrers are requested: ECR has quotas, permissions and failures of their own for these.
         """
         return call_of(self.method, self.route.kind) is Call.LIST
 
@@ -69,9 +71,9 @@ class Question:
 @dataclass(frozen=True, slots=True)
 class Reply:
     """
-    What ECR answers.
+    ECR's answer.
 
-    @ivar body: empty where it was not to be read, as that of a HEAD.
+    @ivar body: empty if it was not read, as for HEAD.
     """
 
     response: IResponse
@@ -80,7 +82,7 @@ class Reply:
 
 class Endpoint:
     """
-    One registry, asked with what it wants to be shown.
+    The endpoint of one registry.
 
     @ivar url: the registry's, without a path.
     """
@@ -94,7 +96,7 @@ class Endpoint:
 
     def leave(self) -> None:
         """
-        Ask nothing but what requests in progress ask, which no circuit refuses: no new ones come.
+        Send only what requests in progress need, and refuse none of it by circuit.
         """
         self._left = True
         self._circuit.dissolve()
@@ -102,10 +104,10 @@ class Endpoint:
 
     async def ask(self, question: Question) -> Reply:
         """
-        Ask, again after failures that may pass, and once more with another token if ECR rejects this one.
+        Send a request; retry temporary failures, and once with another token if ECR rejects this one.
 
-        A HEAD that is refused is asked again as GET, for only a body says which refusal it is, and
-        some registries know no HEAD (field notes C5).
+        A HEAD that is refused is repeated as GET, because only a body says which refusal it is, and
+        some registries do not support HEAD (docs/ecr.rst).
 
         @raise RegistryError: if the answer is a refusal, or there is none.
         """
@@ -134,7 +136,7 @@ class Endpoint:
 
     def has_plenty(self, question: Question) -> bool:
         """
-        Return True if a question that nobody waits for would cost nobody anything.
+        Return True if a request that no client waits for would delay no other.
         """
         repository = question.route.repository.name
         well = not self._left and self._circuit.is_well(repository)
@@ -142,11 +144,12 @@ class Endpoint:
 
     async def _ask_ahead(self, question: Question) -> Reply:
         """
-        Ask what nobody waits for: once, and if ECR is well.
+        Send a request that no client waits for: once, and only if ECR is well.
 
-        That it fails is evidence of nothing: a client's question is told to the circuit, and may be its probe.
+        Its failure is not evidence: only clients' requests are reported to the circuit, and may be its probe.
 
-        @raise RegistryError: if the answer is a refusal, or there is none, or the question would cost somebody a place.
+        @raise RegistryError: if the answer is a refusal, or there is none, or the request would take a place from a
+            client.
         """
         repository = question.route.repository.name
         if not self.has_plenty(question):
@@ -186,13 +189,13 @@ class Endpoint:
 
     def _fail(self, question: Question, problem: TransientError) -> None:
         """
-        Note a failure; where that was one too many, send those away who wait in vain.
+        Note a failure; if it opened a circuit, refuse the requests that now wait in vain.
         """
         if problem.throttled or self._left:
             return
         repository, lists = question.route.repository.name, question.is_list
         opened = self._circuit.failed(repository, problem, lists=lists)
-        if not lists or opened is self._circuit.whole:  # what queues beside a list may be a pull
+        if not lists or opened is self._circuit.whole:  # a pull may queue beside a list
             self._act_on(opened, repository)
         if lists or self._circuit.suspects:
             self._doubt()
@@ -208,7 +211,7 @@ class Endpoint:
 
     def _doubt(self) -> None:
         """
-        Find out whether it is ECR that fails, or just what clients ask about.
+        Find out whether ECR fails, or only what clients request.
         """
         if not (self._doubting or self._left):
             self._doubting = True
@@ -239,7 +242,7 @@ class Endpoint:
 
     async def _probed(self) -> UnavailableError | None:
         """
-        Ask what is about no repository; any answer will do.
+        Send a request that concerns no repository; any answer will do.
 
         @return: why there is none.
         """
@@ -262,7 +265,7 @@ class Endpoint:
 
     async def _try(self, tries: Tries, question: Question, shown: str) -> Reply:
         """
-        Ask once, when there is a place for it.
+        Send a request once, when there is a place for it.
         """
         call, repository = call_of(question.method, question.route.kind), question.route.repository.name
         async with self._governor.place(call, repository):
@@ -275,7 +278,7 @@ class Endpoint:
 
     async def _through_circuit(self, tries: Tries, question: Question, shown: str) -> Reply:
         """
-        Ask, if the circuit lets; tell it what came of that.
+        Send a request, if the circuit permits, and report the outcome to it.
         """
         repository, lists = question.route.repository.name, question.is_list
         probed = self._circuit.enter(repository, lists=lists)
@@ -284,7 +287,7 @@ class Endpoint:
             reply = await self._watched(question, shown, max(PROBE_SECONDS, HEADER_SECONDS - waited))
             self._answered(question, reply)
             return reply
-        tries.give_up()  # a probe is one try, and not a long one
+        tries.give_up()  # a probe is one short attempt
         try:
             reply = await self._send(question, shown, PROBE_SECONDS)
         except TransientError as problem:
@@ -301,7 +304,7 @@ class Endpoint:
     def _answered(self, question: Question, reply: Reply) -> None:
         repository = question.route.repository.name
         self._circuit.answered(repository, lists=question.is_list)
-        if not question.is_list:  # another permission: it says nothing about pulls
+        if not question.is_list:  # a different permission, which says nothing about pulls
             denials = self._circuit.denials
             (denials.denied if reply.response.code == FORBIDDEN else denials.granted)(repository)
 
@@ -311,9 +314,9 @@ class Endpoint:
 
     async def _watched(self, question: Question, shown: str, seconds: float) -> Reply:
         """
-        Ask; C{PROBE_SECONDS} before its time is up, have the daemon ask itself, if ECR has answered nothing meanwhile.
+        Send a request; if ECR answers nothing until C{PROBE_SECONDS} before its deadline, send the daemon's own, too.
 
-        So an ECR that is silent is left alone as soon as clients' questions have failed.
+        So the circuit of a silent ECR opens as soon as clients' requests have failed.
         """
         clock = self._wire.clock
         silence = clock.callLater(max(0.0, seconds - PROBE_SECONDS), self._note_silence, clock.seconds())

@@ -1,15 +1,15 @@
 """
-Where a redirect may lead: not to this machine, its link or its metadata service, by whatever name.
+Where a redirect may lead: not to this machine, its link or its metadata service, under any name.
 
 Rules:
 
-- What counts is the address that is about to be connected to, after every name has been resolved: a name that
-  resolves to something else at the next question, or an odd spelling of an address, changes nothing.
-- An address within which an IPv4 address is written counts as that one, too.
-- That an address is this machine's own shows when it is connected to, before anything is sent: both ends are the same.
-- The registry's own host goes anywhere: it is what the operator chose. While it is on loopback itself, as in tests and
-  behind a tunnel, redirects may lead to loopback too, and to no other forbidden address.
-- Private networks are allowed: VPC endpoints live there.
+- The decision is about the address to connect to, after all names have been resolved: a name that resolves differently
+  next time, or an odd spelling of an address, changes nothing.
+- An address that contains an IPv4 address counts as that one, too.
+- This machine's own address is detected when connected, before anything is sent: both ends are the same.
+- The registry's own host may be anywhere: the operator chose it. If it is on loopback itself, as in tests and
+  behind a tunnel, redirects may lead to loopback too, but to no other forbidden address.
+- Private networks are allowed, because VPC endpoints have private addresses.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _ELSEWHERE: Final = tuple(
         "255.255.255.255/32",
         "fe80::/10",
         "ff00::/8",
-        "fd00:ec2::/32",  # the metadata service and its like, in IPv6
+        "fd00:ec2::/32",  # the metadata service and its neighbours, in IPv6
         "100.100.100.200/32",  # metadata services of other clouds: Alibaba, Azure, Oracle, Google
         "168.63.129.16/32",
         "192.0.0.192/32",
@@ -60,22 +60,22 @@ _EMBEDDING: Final = tuple(
     ip_network(network) for network in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96")
 )
 _LOCAL_NAT64: Final = ip_network("64:ff9b:1::/48")
-"""For prefixes that a network chooses itself: RFC 8215."""
+"""For prefixes that a network chooses: RFC 8215."""
 _NAT64_BYTES: Final = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), (12, 13, 14, 15))
 """Where the IPv4 address is, by the length of such a prefix, /48 to /96: RFC 6052, 2.2."""
 
 
 class ForbiddenAddressError(UnavailableError):
     """
-    ECR redirects to an address that nothing good can come from.
+    ECR redirects to a forbidden address.
     """
 
 
 def is_forbidden(address: str, *, tunnel: bool = False) -> bool:
     """
-    Tell whether C{address} is one that no redirect leads to: loopback, link-local, metadata, unspecified, multicast.
+    Return True if redirects may not lead to C{address}: loopback, link-local, metadata, unspecified, multicast.
 
-    What is no address is forbidden too.
+    Invalid addresses are forbidden, too.
 
     @param tunnel: whether the registry is on loopback itself.
     """
@@ -84,7 +84,7 @@ def is_forbidden(address: str, *, tunnel: bool = False) -> bool:
 
 def is_loopback(address: str) -> bool:
     """
-    Tell whether C{address} is this machine's own; what is no address is.
+    Return True if C{address} is a loopback address, or invalid.
     """
     return _is_in(address, _LOOPBACK)
 
@@ -99,7 +99,7 @@ def _is_in(address: str, networks: Iterable[IPv4Network | IPv6Network]) -> bool:
 
 def _meant(address: IPv4Address | IPv6Address) -> list[IPv4Address | IPv6Address]:
     """
-    Give an address, and the IPv4 address that it leads to if it is made from one.
+    Return an address, and the IPv4 address that it contains, if any.
     """
     meant = [address]
     if isinstance(address, IPv6Address):
@@ -107,7 +107,7 @@ def _meant(address: IPv4Address | IPv6Address) -> list[IPv4Address | IPv6Address
             meant.append(IPv4Address(address.packed[-4:]))
         if address in _LOCAL_NAT64:
             read = [IPv4Address(bytes(address.packed[at] for at in places)) for places in _NAT64_BYTES]
-            meant += [each for each in read if each.packed[0]]  # zeros are what is read at a wrong place
+            meant += [each for each in read if each.packed[0]]  # zeros mean that the position is wrong
         meant += [address.sixtofour] if address.sixtofour is not None else []
         meant += address.teredo or ()
     return meant
@@ -117,7 +117,7 @@ class Guard:
     """
     Decides about each address before it is connected to, and about each connection before it is used.
 
-    @param name: what the log and clients are told that the registry is.
+    @param name: the registry's name in the log and for clients.
     """
 
     def __init__(self, name: str = "ECR") -> None:
@@ -126,30 +126,32 @@ class Guard:
 
     def pass_registry(self, address: str) -> None:
         """
-        Let the registry's host be connected to, and note whether others may be on loopback.
+        Permit the registry's host, and note whether redirects may lead to loopback.
         """
         self._is_tunnel = is_loopback(address)
 
     def pass_target(self, address: str) -> None:
         """
-        Let a redirect's target be connected to.
+        Permit the target of a redirect.
 
-        @raise ForbiddenAddressError: if it is not to be.
+        @raise ForbiddenAddressError: if it is forbidden.
         """
         if is_forbidden(address, tunnel=self._is_tunnel):
             raise self._forbidden(address)
 
     def met_registry(self, here: str, there: str) -> None:
         """
-        Note whether the registry's host is this machine, by an address that is not loopback: others may be so, too.
+        Note whether the registry's host is this machine, under an address that is not loopback.
+
+        Redirects may lead there, too.
         """
         self._is_here = here == there and not is_loopback(there)
 
     def met_target(self, here: str, there: str) -> None:
         """
-        Let a connection to a redirect's target be used.
+        Permit a connection to the target of a redirect.
 
-        @param here: the address that this machine has on it.
+        @param here: this machine's address on the connection.
         @raise ForbiddenAddressError: if it leads back to this machine.
         """
         if here == there and not self._is_here and not is_loopback(there):
@@ -163,9 +165,9 @@ class Guard:
 
 class _Meeting(ClientFactory):
     """
-    Has a connection judged by its two ends before there is a protocol for it, and so before anything is sent.
+    Judges a connection by its two ends before it has a protocol, and so before anything is sent.
 
-    @param met: is told the address here and the one there, and raises if the connection is not to be used.
+    @param met: called with both addresses; raises if the connection must not be used.
     """
 
     noisy = False
@@ -181,7 +183,7 @@ class _Meeting(ClientFactory):
 
     def buildProtocol(self, addr: Any) -> Any:  # noqa: ANN401
         """
-        Make the protocol; none, which closes the connection, if it is not to be used.
+        Create the protocol; return None, which closes the connection, if it must not be used.
         """
         connector: Any = self._connector
         try:
@@ -195,10 +197,10 @@ class _Meeting(ClientFactory):
 @implementer(IReactorPluggableNameResolver)
 class GuardedReactor:
     """
-    A reactor whose connections are asked for permission: for an agent's endpoints.
+    A reactor that asks before connecting: for an agent's endpoints.
 
-    @param ask: is told the address, and raises if there is to be no connection.
-    @param met: is told the addresses of a connection's ends, and raises if it is not to be used.
+    @param ask: called with the address; raises if it must not be connected to.
+    @param met: called with the addresses of both ends; raises if the connection must not be used.
     """
 
     def __init__(self, reactor: Any, ask: Callable[[str], None], met: Callable[[str, str], None]) -> None:  # noqa: ANN401
@@ -209,7 +211,7 @@ class GuardedReactor:
 
     def connectTCP(self, host: str, port: int, factory: Any, *rest: Any, **named: Any) -> Any:  # noqa: ANN401
         """
-        Connect to an address, if it may be.
+        Connect to an address, if permitted.
         """
         self._ask(host)
         return self._reactor.connectTCP(host, port, _Meeting(factory, self._met), *rest, **named)

@@ -1,5 +1,5 @@
 """
-A user and a password of a registry other than ECR.
+User and password for a registry other than ECR.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 log = Logger()
 
 LONGEST: Final = 8 * 2**10
-"""Bytes that a password may have: it goes in a header."""
+"""Maximum bytes of a password: it is sent in a header."""
 READ_SECONDS: Final = 5.0
-"""Seconds that reading a password may take."""
+"""Maximum seconds to read a password."""
 
 
 class Login:
     """
-    A user whose password is in a file, read each time that it is needed: what rotates it writes the file anew.
+    A user whose password is in a file, read whenever it is needed, because it may be rotated.
 
-    One thread at a time reads it, which is nobody else's: where the file system hangs, other passwords can be read.
+    Each login reads in a thread of its own: if one file system hangs, other passwords can still be read.
 
-    @param in_thread: calls what reads the file.
+    @param in_thread: calls the function that reads the file.
     """
 
     def __init__(self, username: str, file: Path, in_thread: InThread, clock: IReactorTime) -> None:
@@ -52,14 +52,14 @@ class Login:
 
     def _missing(self, why: str) -> TokenUnavailableError:
         """
-        Log why there is no password. Clients are told that there is none: where its file is, is not for them.
+        Log why there is no password. Clients do not learn where its file is.
         """
         log.error("No password for {user}: {why}", user=self._username, why=why, once=(str(self._file), why))
         return TokenUnavailableError("its password can't be read; the proxy's log says why")
 
     async def renew(self, refused: str) -> str:  # noqa: ARG002
         """
-        Return what the file has now.
+        Return the current login.
 
         @raise TokenUnavailableError: if the file can't be read, or has no password.
         """
@@ -89,7 +89,7 @@ def read_password(file: Path) -> bytes:
 
 def why_unread(file: Path, problem: Exception) -> str:
     """
-    Say why there is no password.
+    Return why there is no password.
     """
     if isinstance(problem, ValueError):
         return str(problem)

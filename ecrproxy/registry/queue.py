@@ -154,8 +154,9 @@ class Queue:
 
     def pop(self, repository: str) -> Deferred[None]:
         """
-        Remove the oldest request for a repository; the next turns of the repository and of its first component come
-        last.
+        Remove the oldest request for a repository.
+
+        The next turns of the repository and of its first component come last.
         """
         component = first_component(repository)
         repositories = self._components[component]

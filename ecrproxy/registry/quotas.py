@@ -78,10 +78,9 @@ class Quotas:
 
     def share(self, processes: int) -> Quotas:
         """
-        Return the quotas of one of several processes: an equal share, so that together they have the quota of one
-        process.
+        Return the quotas of one of several processes: an equal share.
 
-        A share may be less than one call per second.
+        Together they have the quota of one process. A share may be less than one call per second.
         """
         return Quotas(**{each.name: getattr(self, each.name) / processes for each in fields(self)})
 

@@ -1,5 +1,5 @@
 """
-What ECR says when it refuses, and what that means to the proxy and to its clients.
+ECR's refusals: what they mean for the proxy and for its clients.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from ecrproxy.registry.bucket import UnavailableError
 
 log = Logger()
 
-# Codes that a 400 about the token may have; an unreadable token is answered with a text that is no registry JSON.
+# Error codes of a 400 about the token; for an unreadable token ECR sends text that is not the spec's JSON.
 _TOKEN_CODES: Final = frozenset({"", "DENIED", "UNAUTHORIZED"})
 _TOKEN_WORDS: Final = re.compile(r"\bauthorization token\b")
 
 
 class NoListError(UnavailableError):
     """
-    A 404 came for referrers, and no registry's JSON: the registry does not know them, or something else has answered.
+    A 404 for referrers without the spec's JSON: the registry does not know them, or something else has answered.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """
-    A refusal in the registry's words.
+    A registry's refusal.
 
-    @ivar name: what the log and clients are told that the registry is.
+    @ivar name: the registry's name in the log and for clients.
     @ivar code: the distribution spec's; empty if the answer is not the spec's JSON.
     """
 
@@ -47,7 +47,7 @@ class Refusal:
     @classmethod
     def of(cls, response: IResponse, body: bytes, name: str = "ECR") -> Refusal:
         """
-        Read an answer that is none.
+        Parse an answer that is not a success.
         """
         challenged = response.headers.hasHeader("WWW-Authenticate")
         return replace(cls.read(response.code, body, challenged=challenged), name=name)
@@ -55,30 +55,30 @@ class Refusal:
     @classmethod
     def read(cls, status: int, body: bytes, *, challenged: bool) -> Refusal:
         """
-        Read the parts of such an answer.
+        Parse the parts of such an answer.
         """
         code, message = "", body[:1000].decode("utf-8", "replace").strip()
         try:
             first = json.loads(body)["errors"][0]
             code, message = str(first.get("code") or ""), str(first.get("message", "")).strip()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            pass  # a plain text, as ECR sends some: the text is the message then
+            pass  # plain text, which ECR sends at times, is the message
         return cls(status, code, message, challenged=challenged)
 
     @property
     def is_registry_error(self) -> bool:
         """
-        Tell whether the answer is an error of the distribution spec; if not, something else may have answered for ECR.
+        Return True if the answer is an error of the distribution spec; if not, something else may have answered.
         """
         return bool(self.code)
 
     @property
     def is_about_token(self) -> bool:
         """
-        Tell whether another token may help.
+        Return True if another token may help.
 
         Expired tokens are a 403 whose message says so, unreadable ones a 400 without challenge. A 403 of IAM is about
-        permission, which no token changes, and a 400 with any other code about the request (field notes C3).
+        permission, which no token changes, and a 400 with any other code about the request (docs/ecr.rst).
         """
         said = self.message.lower()
         match self.status:
@@ -87,25 +87,25 @@ class Refusal:
             case 400:
                 return not self.challenged and (self.code in _TOKEN_CODES or bool(_TOKEN_WORDS.search(said)))
             case 403:
-                # ECR says it in plain text too.
+                # ECR also says it in plain text.
                 words = re.compile(r"\btoken\b") if self.is_registry_error else _TOKEN_WORDS
                 return bool(words.search(said)) and "not authorized to perform" not in said
         return False
 
     def of_one(self, shown: str) -> Refusal:
         """
-        Return what it means where C{shown}, just given by the token service, is for one repository alone: a denial.
+        Return the refusal if C{shown}, a token just issued, is for one repository alone: then it is a denial.
 
-        Docker Hub answers 401 about what is not there, or is another's, whoever asks.
+        Docker Hub answers 401 for repositories that don't exist, or are private, to every client.
         """
         return replace(self, status=403) if self.status == 401 and shown.startswith("Bearer ") else self  # noqa: PLR2004
 
     @property
     def _rejection(self) -> str:
         """
-        Tell a client of a rejected token.
+        Return the error for a rejected token.
 
-        A 400 may be about something else after all, so its text is passed on; 401 and 403 may name AWS identities.
+        A 400 may be about something else, so its text is passed on; 401 and 403 may name AWS identities.
         """
         if self.status == 400:  # noqa: PLR2004
             return f"{self.name} answers 400, as to a token that it can't read: {self.message}"
@@ -113,7 +113,7 @@ class Refusal:
 
     def raise_for(self, route: Route) -> NoReturn:
         """
-        Raise what the client is told.
+        Raise the error for the client.
         """
         if self.is_about_token:
             log.error(
@@ -143,7 +143,7 @@ class Refusal:
                 )
                 said = f"{self.name} denies the proxy access to {route.repository.name}; its log says why"
                 raise RegistryError(403, "DENIED", said, reason=Reason.ECR_DENIED)
-            # Clients fall back to tags where referrers are refused so, and ask for fewer tags (Renovate) at a 405.
+            # Clients fall back to tags when referrers are refused so, and Renovate requests fewer tags after a 405.
             case 405 | 406 if route.kind in (Kind.REFERRERS, Kind.TAGS):
                 said = self.message or f"{self.name} lists no {route.kind.value}"
                 raise RegistryError(self.status, self.code or "UNSUPPORTED", said)
@@ -154,7 +154,7 @@ class Refusal:
 
 def stranger(name: str, status: int, route: Route) -> UnavailableError:
     """
-    Log that something else has answered for the registry C{name}, and return what the client is told.
+    Log that something else has answered for the registry C{name}, and return the error for the client.
     """
     log.error(
         "Something other than {name} answered {status} for {path}: the answer is not a registry's JSON;"
