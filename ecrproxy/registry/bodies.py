@@ -1,8 +1,8 @@
 """
-Bodies that nobody wants whole: of redirects, of errors, and of answers that are not what was asked for.
+Bodies that are not needed: of redirects, errors, and unexpected answers.
 
-Each is read up to C{ERROR_LIMIT} bytes and for C{SECONDS}. One that ends in time leaves its connection to the next
-request; any other is closed, so that an upstream that never ends a body holds no socket of ours.
+Each is read up to C{ERROR_LIMIT} bytes and for C{SECONDS}. If it ends in time, its connection is used for the next
+request; otherwise it is closed, so that an upstream that never ends a body does not hold a socket.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ SECONDS: Final = 5.0
 
 def discard(response: IResponse, clock: IReactorTime) -> None:
     """
-    Do without a body.
+    Read and discard a body.
     """
     response.deliverBody(_Excerpt(clock, keep=False))
 
 
 def excerpt(response: IResponse, clock: IReactorTime) -> Deferred[bytes]:
     """
-    Read the start of a body: whatever came of it within the limits. Never fails.
+    Return the start of a body, as far as it arrives within the limits. Never fails.
     """
     reading = _Excerpt(clock, keep=True)
     response.deliverBody(reading)

@@ -1,5 +1,5 @@
 """
-The bytes of a blob, part by part, from where ECR says that they lie.
+A blob's bytes, range by range, from the URL that ECR gives.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 class UnavailableError(RegistryError):
     """
-    ECR, or a bucket, is silent or failing: another time it may answer.
+    ECR, or a bucket, does not answer or fails; it may answer later.
     """
 
     reason = Reason.FAILING
@@ -44,9 +44,9 @@ class UnavailableError(RegistryError):
 
 class RefusedAnswerError(UnavailableError):
     """
-    An answer came, and is not passed on: it is not what was asked for, or not what its digest names.
+    An answer that is not passed on: it is not what was requested, or does not match its digest.
 
-    @ivar named: the digest that ECR named for it, as it came; empty if it named none.
+    @ivar named: the digest that ECR named for it, unparsed; empty if none.
     """
 
     named = ""
@@ -54,14 +54,14 @@ class RefusedAnswerError(UnavailableError):
 
 def is_passed_on(failure: Failure, number: int) -> bool:
     """
-    Return True if a failure of one registry leaves it to others to answer: a refusal of the first does not.
+    Return True if others may answer after one registry's failure: not after a refusal of the first.
     """
     return failure.check(RegistryError if number else UnavailableError) is not None
 
 
 def is_passed_on_always(failure: Failure, _: int) -> bool:
     """
-    Return True if a failure leaves it to others to answer, where the refusal of one says nothing about them.
+    Return True if others may answer after one registry's failure, when its refusals do not concern them.
     """
     return failure.check(RegistryError) is not None
 
@@ -71,18 +71,18 @@ _FROM_THE_START: Final = "bytes=0-"
 _SPAN = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 REDIRECT_STATUSES: Final = (301, 302, 303, 307, 308)
 REFUSED_STATUSES: Final = (400, 401, 403, 404, 410)
-"""What a bucket answers to a presigned URL that is no good, or no longer."""
+"""A bucket's statuses for a presigned URL that is invalid or has expired."""
 TRICKLE: Final = 1024
-"""Bytes that a body must bring within the stall time: fewer are as good as none."""
+"""Minimum bytes of a body within the stall time; fewer count as none."""
 SOONER_SECONDS: Final = 5.0
-"""The stall time of a body where another registry may bring the rest."""
+"""Stall time, in seconds, of a body whose rest another registry may send."""
 
 BEGUN: Final = 8 * 2**10
 BEGUN_SECONDS: Final = 10.0
 """
-Bytes that a blob must bring, and in how many seconds, before other content is evicted for it.
+The bytes that a blob must bring, and within how many seconds, before other content is evicted for it.
 
-What does not come so fast is not kept, and is fetched for each client: a slow link that a hundred blobs share must do.
+A slower blob is not kept, but fetched for each client. A slow link shared by a hundred blobs must suffice.
 """
 
 log = Logger()
@@ -90,35 +90,35 @@ log = Logger()
 
 class Sink(Protocol):
     """
-    Where a blob's bytes go.
+    Receives a blob's bytes.
     """
 
     def arrived(self, data: bytes) -> None:
         """Take bytes."""
 
     def ended(self, problem: Failure | None) -> None:
-        """Note the end, C{problem} if it is not a good one."""
+        """Note the end; C{problem} if it failed."""
 
 
 class Locator(Protocol):
     """
-    Who knows where a blob lies: see C{upstream.Upstream}.
+    Locates a blob: see C{upstream.Upstream}.
     """
 
     clock: IReactorTime
     stall_seconds: float
-    """In how many seconds a body must bring C{TRICKLE} bytes."""
+    """Seconds within which a body must bring C{TRICKLE} bytes."""
     name: str
-    """What the log calls the registry."""
+    """The registry's name in the log."""
 
     async def locate(self, route: Route, span: str = "", *, ahead: bool = False) -> tuple[str, IResponse | None]:
-        """Ask where, or for bytes of what the registry itself sends."""
+        """Ask for the URL, or, if the registry itself sends the blob, for its bytes."""
 
     async def fetch(self, url: str, route: Route, span: str, *, ahead: bool = False) -> tuple[str, IResponse]:
-        """Ask for bytes there."""
+        """Request bytes from the URL."""
 
     async def pause(self, breaks: int) -> None:
-        """Wait before asking again for bytes that did not come."""
+        """Wait before requesting again bytes that did not come."""
 
 
 @dataclass(slots=True, eq=False, repr=False)  # its URL is a secret
@@ -126,9 +126,9 @@ class _Source:
     """
     A registry that has the blob.
 
-    @ivar url: where it lies, once the registry has said so.
-    @ivar own: whether the registry itself sends it, and so wants to be shown a token for each part.
-    @ivar barren: whether the last body that came from there broke off with next to nothing, or stalled; or none came.
+    @ivar url: the blob's URL, once the registry has given it.
+    @ivar own: whether the registry itself sends the blob, and so needs a token for each range.
+    @ivar barren: whether its last body broke off with next to nothing, or stalled, or none came.
     """
 
     upstream: Locator
@@ -146,17 +146,17 @@ class _Source:
 
 class Blob:
     """
-    Where a blob's bytes come from, part by part if the bucket gives parts.
+    The source of a blob's bytes: range by range if the bucket supports ranges.
 
-    @param url: where the blob lies, if ECR has said so already.
-    @ivar others: other registries whose clients wait for it, and as what they have it: the next parts come from one of
-        them where this one gives none, or is slow. More may be added.
-    @ivar copies: the same of a registry and its replicas.
-    @ivar size: in bytes, if upstream said.
-    @ivar ahead: whether nobody waits for it: then it is asked for once, if that costs nobody a place.
-    @ivar first: what was asked for first.
-    @ivar ranged: whether the bucket gives parts.
-    @ivar is_page: whether what came first calls itself a page for people, and not a part of anything.
+    @param url: the blob's URL, if ECR has given it already.
+    @ivar others: other registries whose clients wait for the blob, with their routes: further ranges are requested from
+        them if this registry sends nothing, or is slow. More may be added.
+    @ivar copies: the registry's replicas, used likewise.
+    @ivar size: in bytes, if known.
+    @ivar ahead: whether no client waits for it: then it is requested once, and only if that delays no other.
+    @ivar first: the first range.
+    @ivar ranged: whether the bucket supports ranges.
+    @ivar is_page: whether the first answer claims to be a page for people, and not a range.
     """
 
     first: Stretch
@@ -173,7 +173,7 @@ class Blob:
 
     async def begin(self, start: int, stop: int | None) -> None:
         """
-        Ask for the bytes from C{start} to C{stop}, or for all from there on.
+        Request the bytes from C{start} to C{stop}, or from C{start} on.
         """
         source = self._source
         response = await _ask(source, _span(start, stop) if start or stop is not None else "", ahead=self.ahead)
@@ -188,9 +188,9 @@ class Blob:
 
     async def open(self, start: int, stop: int | None, breaks: int = 0) -> Stretch:
         """
-        Ask for the bytes from C{start} to C{stop}.
+        Request the bytes from C{start} to C{stop}.
 
-        @param breaks: how often in a row they were asked for, and none came: then the next time can wait.
+        @param breaks: number of consecutive requests that brought nothing; then wait before the next.
         """
         if breaks and not self._is_replaceable(self._source):
             await self._source.upstream.pause(breaks)
@@ -217,20 +217,20 @@ class Blob:
     @property
     def sources(self) -> int:
         """
-        Tell how many registries may have it.
+        The number of registries that may have it.
         """
         return len(self._known())
 
     def look_again(self) -> None:
         """
-        Ask who has come to C{others}, too, where those before are slow.
+        Ask the registries that have been added to C{others}, too, where those before are slow.
         """
         for each in list(self._opening):
             each()
 
     def _candidates(self) -> list[_Source]:
         """
-        List the registries to ask, in order: the one that was asked last, then the others; barren ones come last.
+        Return the registries to ask, in order: the last one used, then the others; barren ones come last.
         """
         found = self._known()
         if all(each.barren for each in found):  # the others may send again by now
@@ -240,7 +240,7 @@ class Blob:
 
     def _known(self) -> list[_Source]:
         """
-        List all registries that may have it, the one that was asked last before the others.
+        Return all registries that may have it, the last one used first.
         """
         for upstream, route in (*((each, self._route) for each in self.copies), *self.others.values()):
             self._sources.setdefault(upstream, _Source(upstream, route))
@@ -248,13 +248,13 @@ class Blob:
 
     def _is_replaceable(self, source: _Source) -> bool:
         """
-        Return True if another registry may bring what C{source} does not.
+        Return True if another registry may send what C{source} does not.
         """
         return any(each is not source and not each.barren for each in self._known())
 
     def _turn_to(self, source: _Source, problem: BaseException | None) -> None:
         """
-        Have what is asked for from now on come from C{source}.
+        Make C{source} the first choice for further requests.
         """
         if source is not self._source:
             why = problem.message if isinstance(problem, RegistryError) else "it is slow, or sent nothing"
@@ -281,7 +281,7 @@ class Blob:
         self, source: _Source, response: IResponse, start: int, stop: int | None
     ) -> tuple[int | None, Stretch]:
         """
-        Read the whole's size and what of it comes; a bucket that knows no ranges sends all from the first byte on.
+        Return the blob's size and the range in the answer; a bucket without ranges sends all bytes from the first on.
         """
         host, clock = urlsplit(source.url).hostname or "", source.upstream.clock
         replaceable = partial(self._is_replaceable, source)
@@ -302,7 +302,7 @@ class Blob:
 
 async def _ask(source: _Source, span: str, *, ahead: bool) -> IResponse:
     """
-    Ask for bytes; replace the URL, once, if the bucket refuses it, as it does when the URL has expired.
+    Request bytes; renew the URL once if the bucket refuses it, as after its expiry.
     """
     known = source.url and not source.own
     response = await (_fetch(source, span, ahead=ahead) if known else _locate(source, span, ahead=ahead))
@@ -320,7 +320,7 @@ async def _locate(source: _Source, span: str, *, ahead: bool) -> IResponse:
         return await _fetch(source, span, ahead=ahead)
     if not _offers_parts(direct) or not span or span.startswith(_FROM_THE_START):
         return direct
-    discard(direct, source.upstream.clock)  # else all that is before the part would come, too
+    discard(direct, source.upstream.clock)  # otherwise everything before the range would come, too
     return await _locate(source, span, ahead=ahead)
 
 
@@ -331,7 +331,7 @@ async def _fetch(source: _Source, span: str, *, ahead: bool) -> IResponse:
 
 async def _see_begin(stretch: Stretch, source: _Source) -> None:
     """
-    Wait for the first bytes of one that has stopped before.
+    Wait for the first bytes of a source that stopped before.
 
     @raise UnavailableError: if they don't come soon.
     """
@@ -347,7 +347,7 @@ async def _see_begin(stretch: Stretch, source: _Source) -> None:
 
 async def _refusal(response: IResponse, clock: IReactorTime, host: str, what: str) -> str:
     """
-    Add the bucket's own words to C{what} it did; log them.
+    Add the bucket's error to C{what}, and log it.
     """
     said = said_by_bucket(await excerpt(response, clock))
     if said:
@@ -363,12 +363,12 @@ async def _refusal(response: IResponse, clock: IReactorTime, host: str, what: st
 @dataclass(frozen=True, slots=True)
 class Watch:
     """
-    What ends a body that sends nothing, or next to nothing.
+    Ends a body that sends nothing, or next to nothing.
 
-    @ivar seconds: in which it must bring C{TRICKLE} bytes.
-    @ivar host: who sends it.
-    @ivar note: called when a body has ended: whether it was to blame for bringing nothing.
-    @ivar replaceable: tells whether somebody else may bring the rest: then C{SOONER_SECONDS} count.
+    @ivar seconds: seconds within which it must bring C{TRICKLE} bytes.
+    @ivar host: the host that sends it.
+    @ivar note: called when a body has ended, with whether it brought next to nothing.
+    @ivar replaceable: returns True if another source may send the rest: then C{SOONER_SECONDS} apply.
     """
 
     clock: IReactorTime
@@ -380,11 +380,11 @@ class Watch:
 
 class Stretch:
     """
-    Bytes of a blob that are about to come.
+    A range of a blob that is about to arrive.
 
-    @ivar start: the offset of the first.
-    @ivar stop: the offset behind the last, if upstream said.
-    @ivar skip: how many bytes come before them that nobody asked for.
+    @ivar start: the offset of its first byte.
+    @ivar stop: the offset after its last byte, if upstream said.
+    @ivar skip: number of bytes before it that were not requested.
     """
 
     def __init__(self, response: IResponse, watch: Watch, start: int, stop: int | None, *, skip: int = 0) -> None:
@@ -394,7 +394,7 @@ class Stretch:
 
     async def begin(self) -> bool:
         """
-        Wait for the first C{BEGUN} bytes, or all if there are fewer; they are kept until the stretch is delivered.
+        Wait for the first C{BEGUN} bytes, or all if there are fewer; they are kept until L{deliver}.
 
         @return: whether they came within C{BEGUN_SECONDS}.
         """
@@ -404,7 +404,7 @@ class Stretch:
 
     def deliver(self, sink: Sink) -> BlobTransfer:
         """
-        Let the bytes come.
+        Deliver the bytes.
         """
         if self._begun is not None:
             return self._begun.hand_over(sink)
@@ -414,7 +414,7 @@ class Stretch:
 
     def drop(self) -> None:
         """
-        Do without them.
+        Discard the bytes.
         """
         if self._begun is not None:
             self._begun.transfer.abort()
@@ -424,7 +424,7 @@ class Stretch:
 
 class _Begun:
     """
-    The first bytes of a stretch, until somebody takes it.
+    The first bytes of a range, until L{hand_over}.
     """
 
     def __init__(self, watch: Watch, skip: int) -> None:
@@ -459,7 +459,7 @@ class _Begun:
 
     def hand_over(self, sink: Sink) -> BlobTransfer:
         """
-        Pass on what came, and what comes: soon, as from the network, for readers have yet to follow the transfer.
+        Pass on the bytes so far, and those to come: not at once, because readers have yet to follow the download.
         """
         self._clock.callLater(0, self._pass_on, sink)
         return self.transfer
@@ -478,9 +478,9 @@ class _Begun:
 
 class BlobTransfer(TwistedProtocol):
     """
-    A body on its way into a L{Sink}; given up when it brings nothing, or next to nothing, for too long.
+    A body that is delivered to a L{Sink}, and ended if it brings nothing, or next to nothing, for too long.
 
-    @ivar paused: whether it is to send nothing for now.
+    @ivar paused: whether it should send nothing for now.
     """
 
     paused = False
@@ -509,14 +509,14 @@ class BlobTransfer(TwistedProtocol):
         self._wait_no_more()
         whole = reason.check(ResponseDone, PotentialDataLoss)
         nothing = self._came < (1 if whole else TRICKLE)
-        if not (nothing and self._left and not self._stalled):  # else nobody waited for what it brings
+        if not (nothing and self._left and not self._stalled):  # otherwise nothing waited for its bytes
             self._watch.note(barren=self._stalled or nothing)
         if self._stalled:
             sent = f"no more than {self._since} bytes" if self._since else "nothing"
             what = f"{self._watch.host} has sent {sent} for {self._waited:g} s"
             reason = Failure(UnavailableError(504, "UNAVAILABLE", what))
         elif whole:
-            self.sink.ended(None)  # that it is whole is for the digest to say
+            self.sink.ended(None)  # the digest decides whether it is complete
             return
         else:
             what = f"{self._watch.host} broke off: {describe(reason.value)}"
@@ -525,7 +525,7 @@ class BlobTransfer(TwistedProtocol):
 
     def pause(self) -> None:
         """
-        Send nothing for now.
+        Pause the connection.
         """
         self.paused = True
         self._wait_no_more()
@@ -533,7 +533,7 @@ class BlobTransfer(TwistedProtocol):
 
     def resume(self) -> None:
         """
-        Go on.
+        Resume it.
         """
         self.paused = False
         self._wait()
@@ -541,7 +541,7 @@ class BlobTransfer(TwistedProtocol):
 
     def abort(self) -> None:
         """
-        Send nothing more, ever.
+        Close it.
         """
         self._left = True
         self._hang_up()
@@ -567,7 +567,7 @@ class BlobTransfer(TwistedProtocol):
 
     def _doubt(self) -> None:
         """
-        Give it up if its time is over; it may be so sooner than it was when the body began.
+        End the body if its time is over, which may be earlier than when it began.
         """
         self._waited += self._step
         if self._waited < self._watch.seconds and not self._watch.replaceable():
@@ -579,7 +579,7 @@ class BlobTransfer(TwistedProtocol):
 
 def _offers_parts(response: IResponse) -> bool:
     """
-    Tell whether a bucket that was asked for all would give parts.
+    Return True if a bucket that was asked for everything supports ranges.
     """
     asked_for_all = not response.request.headers.hasHeader(b"Range")
     return asked_for_all and (header(response, "Accept-Ranges") or "").strip().lower() == "bytes"
@@ -591,7 +591,7 @@ def _span(start: int, stop: int | None) -> str:
 
 def first_cause(problem: BaseException | None) -> BaseException | None:
     """
-    Tell what led to a network's trouble.
+    Return the first cause of a network error.
     """
     while isinstance(problem, ResponseFailed) and problem.reasons:
         problem = problem.reasons[0].value
@@ -600,7 +600,7 @@ def first_cause(problem: BaseException | None) -> BaseException | None:
 
 def describe(problem: BaseException | None) -> str:
     """
-    Name a network's trouble in a line, by its first cause.
+    Describe a network error in a line, by its first cause.
     """
     problem = first_cause(problem)
     text = _words_of(problem).strip().rstrip(".") or type(problem).__name__
@@ -609,7 +609,7 @@ def describe(problem: BaseException | None) -> str:
 
 def _words_of(problem: BaseException | None) -> str:
     """
-    Say what Twisted and pyOpenSSL write in terms of their own code; of what the system said, the system's words.
+    Describe an error of Twisted or pyOpenSSL in common words; an error of the system in the system's words.
     """
     match problem:
         case NotConnectedError():
@@ -626,10 +626,10 @@ def _words_of(problem: BaseException | None) -> str:
 
 def told_part(content_range: str | None, start: int, stop: int | None) -> tuple[int, int] | None:
     """
-    Read from a Content-Range where a part ends that begins at C{start}, and how large the whole is: RFC 9110, 14.4.
+    Parse a Content-Range: the end of the range from C{start}, and the size of the whole: RFC 9110, 14.4.
 
-    @param stop: the end of what was asked for; None for all from C{start} on.
-    @return: None if it is another part, longer than what was asked for, reversed, or outside of the whole.
+    @param stop: the end of the requested range; None for everything from C{start} on.
+    @return: None for another range, one longer than requested, reversed, or outside the whole.
     """
     found = _SPAN.fullmatch(content_range or "")
     if found is None:
@@ -642,7 +642,7 @@ def told_part(content_range: str | None, start: int, stop: int | None) -> tuple[
 
 def told_length(response: IResponse) -> int | None:
     """
-    Read the Content-Length of an answer to a HEAD; None without one, or for what is no number of bytes.
+    Parse the Content-Length of an answer to a HEAD; None if there is none, or it is not a number.
     """
     length = header(response, "Content-Length") or ""
     return int(length) if _COUNT.fullmatch(length) else None
@@ -650,7 +650,7 @@ def told_length(response: IResponse) -> int | None:
 
 def header(response: IResponse, name: str) -> str | None:
     """
-    Give the last value of a header of an answer.
+    Return the last value of a header.
     """
     values = header_values(response, name)
     return values[-1] if values else None
@@ -658,14 +658,14 @@ def header(response: IResponse, name: str) -> str | None:
 
 def header_values(response: IResponse, name: str) -> list[str]:
     """
-    Give all values of a header, which may be any bytes: RFC 9110, 5.5. Asked for by text, Twisted takes them for UTF-8.
+    Return all values of a header, which may be any bytes: RFC 9110, 5.5. Twisted would decode them as UTF-8.
     """
     return [value.decode("latin-1") for value in response.headers.getRawHeaders(name.encode("ascii"), [])]
 
 
 def is_page(response: IResponse) -> bool:
     """
-    Tell whether an answer calls itself HTML, and names no content: an intermediary's page, not the registry's word.
+    Return True if an answer is HTML and names no content: an intermediary's page, not the registry's answer.
     """
     media_type = (header(response, "Content-Type") or "").partition(";")[0].strip().lower()
     return media_type in ("text/html", "application/xhtml+xml") and header(response, "Docker-Content-Digest") is None

@@ -1,9 +1,9 @@
 """
-Connections to the registry and its buckets: to whom they are made, how many are kept, what is taken for an answer.
+Connections to the registry and its buckets: permitted addresses, idle connections, invalid answers.
 
-Twisted's client is lenient where a proxy must not be: it parses headers without end, prefers one of two lengths that
-contradict each other, and goes on using a connection whose last answer had bytes behind its body. Here such an answer
-ends its own request, and its connection with it; nothing else.
+Twisted's client is lenient where a proxy must not be: it parses endless headers, accepts two lengths that
+contradict each other, and reuses a connection that has sent bytes after a body. Here such an answer
+fails its own request and closes its connection, and affects nothing else.
 """
 
 from __future__ import annotations
@@ -41,45 +41,45 @@ IDLE_CONNECTIONS: Final = 32
 """Idle upstream connections kept for each host."""
 IDLE_SECONDS: Final = 90
 SILENT_SECONDS: Final = 4.0
-"""Seconds without an answer after which connections that have been idle all the while are left; a probe has more."""
+"""Seconds without an answer after which connections that have been idle since are closed; a probe waits longer."""
 HEADERS_LIMIT: Final = 16 * 2**10
-"""The most bytes before a body, interim answers included: twice what nginx takes, whose proxies ECR is used with."""
+"""Maximum bytes before a body, interim answers included: twice the limit of nginx, whose proxies ECR is used with."""
 INTERIM_LIMIT: Final = 5
-"""The most interim answers to one request, as Go's client takes: Twisted logs each."""
+"""Maximum number of interim answers to a request, as in Go's client: Twisted logs each."""
 CHUNKED_AT_ONCE: Final = 16 * 2**10
-"""Bytes of a chunked body that are decoded before it is judged: a chunk costs as much time as hundreds of its bytes."""
+"""Bytes of a chunked body that are decoded before it is judged: a chunk costs as much time as hundreds of bytes."""
 WORTH: Final = 3 / 4
-"""The least part of them that must be content: chunks of 18 bytes on average, each with the 6 that frame it."""
+"""Minimum fraction of them that must be content: chunks of 18 bytes on average, with 6 bytes of framing each."""
 _LENGTH: Final = re.compile(rb"[ \t]*[0-9]{1,18}[ \t]*")
 
 
 class OddAnswerError(Exception):
     """
-    An answer that HTTP does not allow, or allows to be refused.
+    An answer that violates HTTP, or that HTTP permits to refuse.
     """
 
 
 class StrictClient(HTTP11ClientProtocol):
     """
-    A client's connection that takes no odd answers.
+    A client connection that rejects invalid answers.
     """
 
     _left = 0
-    """How many bytes of headers may still come."""
+    """Bytes of headers that may still come."""
     _interim = 0
     _pieces: list[bytes] | None = None
-    """The chunks that are decoded and not yet delivered, if the body is chunked."""
+    """Chunks that are decoded but not delivered, if the body is chunked."""
 
     def makeConnection(self, transport: Any) -> None:  # noqa: ANN401
         """
-        Begin to use a connection, which is closed at once when it is closed.
+        Start using a connection; make closing it immediate.
 
-        Over TLS, C{loseConnection} waits for the peer to agree, for ever if the peer is silent. Nothing that a
-        connection still brings is wanted by then, and no request is sent in more than one write. The pool closes
-        connections, too, that the peer has closed long ago; TLS has nothing left to abort then.
+        Over TLS, C{loseConnection} waits for the peer to agree, forever if the peer is silent. Nothing that a
+        connection still sends is needed by then, and each request is sent in one write. The pool also closes
+        connections that the peer has closed long ago; TLS has nothing left to abort then.
 
-        Where nobody acknowledges the request, the kernel gives the connection up; Twisted asks again over a new one
-        what was asked over one that had been idle.
+        If the peer does not acknowledge the request, the kernel ends the connection; Twisted repeats on a new one
+        a request that was sent on an idle one.
         """
 
         def close() -> None:
@@ -117,7 +117,7 @@ class StrictClient(HTTP11ClientProtocol):
 
     def dataReceived(self, data: bytes) -> None:
         """
-        Take what came; headers only as many as there may be.
+        Parse data, limiting the size of headers.
         """
         while data and self._parser is not None and self._parser.state in (STATUS, HEADER):
             if not self._left:
@@ -137,7 +137,7 @@ class StrictClient(HTTP11ClientProtocol):
 
     def _gather(self, decoder: _ChunkedTransferDecoder) -> None:
         """
-        Deliver the chunks of one read together: what takes them has much to do for each delivery.
+        Deliver the chunks of one read together, because each delivery is costly.
         """
         self._pieces, self._deliver_all, finish = [], decoder.dataCallback, decoder.finishCallback
 
@@ -175,13 +175,13 @@ class StrictClient(HTTP11ClientProtocol):
     def _finishResponse(self, rest: bytes) -> None:
         request = self._currentRequest
         if rest and request is not None:
-            request.persistent = False  # who knows to which request these bytes belong: the connection is closed
+            request.persistent = False  # these bytes may belong to any request, so the connection is closed
         super()._finishResponse(rest)
 
 
 class _Factory(_HTTP11ClientFactory):
     """
-    Makes connections that are strict, and are not announced in the log.
+    Creates strict connections that are not logged.
     """
 
     noisy = False
@@ -192,12 +192,12 @@ class _Factory(_HTTP11ClientFactory):
 
 class Pool(HTTPConnectionPool):
     """
-    Keeps connections for the next request.
+    Keeps connections for further requests.
     """
 
     def distrust(self, key: tuple[bytes, bytes, int], since: float) -> None:
         """
-        Close the connections to a place, C{key}, that have been idle since that time or longer.
+        Close the connections to C{key} that have been idle at least since C{since}.
         """
         for connection in [*self._connections.get(key, ())]:
             end = self._timeouts[connection]
@@ -216,10 +216,10 @@ class Pool(HTTPConnectionPool):
 
 def connection_pool(reactor: IReactorTime, *, persistent: bool = True) -> Pool:
     """
-    Make what keeps connections for the next request.
+    Create the pool of connections.
     """
     pool = Pool(reactor, persistent)  # type: ignore[no-untyped-call]
-    # There is no public way; and two lines a connection in the log drown all others.
+    # There is no public way; two log lines per connection would hide everything else.
     pool._factory = _Factory  # noqa: SLF001
     pool.maxPersistentPerHost, pool.cachedConnectionTimeout = IDLE_CONNECTIONS, IDLE_SECONDS
     return pool
@@ -228,16 +228,16 @@ def connection_pool(reactor: IReactorTime, *, persistent: bool = True) -> Pool:
 @implementer(IAgent)
 class UpstreamAgent:
     """
-    Sends requests to the registry, and to where it redirects, if that is a place to go.
+    Sends requests to the registry and, if permitted, to the targets of its redirects.
 
-    A NAT, firewall or balancer that restarts forgets connections, and tells nobody. While a request waits for its
-    answer, all that have been idle since before it are left: others, and the daemon's own question, get new ones.
+    A NAT, firewall or load balancer that restarts forgets connections without notice. If a request gets no answer, all
+    connections that have been idle since before it are closed, so that others, and the daemon's own, use new ones.
 
     @param registry: the registry's URL.
-    @param forget: told the name of a host that can't be connected to: what it resolved to may be out of date.
-    @param egress: which hosts are reached through a proxy.
-    @param outside: the reactor by which the proxy's own name is resolved.
-    @param name: what the log and clients are told that the registry is.
+    @param forget: called with the name of a host that can't be connected to, because its addresses may be outdated.
+    @param egress: decides which hosts are reached through a proxy.
+    @param outside: the reactor that resolves the proxy's own name.
+    @param name: the registry's name in the log and for clients.
     """
 
     def __init__(
@@ -282,13 +282,13 @@ class UpstreamAgent:
 
     def leave(self) -> None:
         """
-        Keep no connections that nothing is asked over: no new request comes.
+        Keep no idle connections: there are no new requests.
         """
         self._pool.leave()
 
     def _watched(self, asked: Deferred[IResponse], parts: URI) -> Deferred[IResponse]:
         """
-        Leave connections that have been idle all the while, if there is no answer for C{SILENT_SECONDS}.
+        Close connections that have been idle all the while, if there is no answer for C{SILENT_SECONDS}.
         """
         key = parts.scheme, parts.host, parts.port
         silence = self._clock.callLater(SILENT_SECONDS, self._pool.distrust, key, self._clock.seconds())
@@ -306,9 +306,9 @@ class UpstreamAgent:
 
     def _unless_left(self, asked: Deferred[IResponse], host: str) -> Deferred[IResponse]:
         """
-        Have a host's name forgotten that could not be connected to.
+        Forget the addresses of a host that could not be connected to.
 
-        Not where whoever asks has left: while the name is looked up, Twisted tells that as one that does not resolve.
+        Not after the caller has cancelled: during a lookup, Twisted reports that as a name that does not resolve.
         """
         left = False
 
@@ -330,7 +330,7 @@ class UpstreamAgent:
 
 def _host(parts: URI) -> str:
     """
-    Return a URL's host, as an agent reads it.
+    Return a URL's host as an agent parses it.
     """
     host: bytes = parts.host
     return host.decode("latin-1").lower()
@@ -338,7 +338,7 @@ def _host(parts: URI) -> str:
 
 def _judge(status: int, headers: Headers) -> None:
     """
-    Refuse an answer that has no status that there is, or does not say plainly how long it is: RFC 9112, 6.1 and 6.3.
+    Reject an answer with an invalid status, or an ambiguous length: RFC 9112, 6.1 and 6.3.
     """
     if not 100 <= status <= 599:  # noqa: PLR2004
         raise OddAnswerError("a status that is none")

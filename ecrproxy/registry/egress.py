@@ -1,13 +1,13 @@
 """
-Egress proxies: how the registry and its buckets are reached where this machine must not connect to them itself.
+Egress proxies, for machines that must not connect to the registry and its buckets themselves.
 
 Rules:
 
-- C{HTTPS_PROXY} and C{NO_PROXY} are read as botocore reads them for AWS's API; in C{NO_PROXY} networks, ports and C{*}
-  count too, as they do for Go's programs. Only https goes through a proxy, by CONNECT: RFC 9110, 9.3.6.
-- TLS is spoken with the host behind the proxy, and its certificate is verified for that host's name.
-- The proxy resolves that name. So a redirect must lead to a name that no resolver takes for an address.
-- The proxy's own name is resolved by this host, not by chosen servers; no message has its password.
+- C{HTTPS_PROXY} and C{NO_PROXY} are read as botocore reads them for AWS's API; C{NO_PROXY} may also have networks,
+  ports and C{*}, as for Go's programs. Only https goes through a proxy, by CONNECT: RFC 9110, 9.3.6.
+- TLS is with the host behind the proxy, and its certificate is verified for that host's name.
+- The proxy resolves that name. So a redirect must lead to a name that no resolver interprets as an address.
+- The host's own resolver resolves the proxy's name, not the configured servers; no message contains its password.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 log = Logger()
 
 CONNECT_SECONDS: Final = 10
-"""How long the proxy may take to accept a connection."""
+"""Seconds for the proxy to accept a connection."""
 TUNNEL_SECONDS: Final = 15.0
-"""How long it may take after that to reach the host behind it."""
+"""Seconds for it to then reach the host behind it."""
 ANSWER_LIMIT: Final = 16 * 2**10
 _STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})(?: ([ -~]*))?\r?\n")
 _END = re.compile(rb"\r?\n\r?\n")
@@ -59,8 +59,8 @@ class Proxy:
     """
     An egress proxy.
 
-    @ivar secure: whether TLS is spoken with the proxy itself.
-    @ivar authorization: the value of Proxy-Authorization, if there is one.
+    @ivar secure: whether the connection to the proxy itself uses TLS.
+    @ivar authorization: the value of Proxy-Authorization, if any.
     """
 
     host: str
@@ -71,9 +71,9 @@ class Proxy:
     @classmethod
     def parse(cls, text: str) -> Proxy:
         """
-        Read a proxy's URL, or its host and port.
+        Parse a proxy's URL, or its host and port.
 
-        @raise ValueError: if it is none. The error does not repeat it: it may hold a password.
+        @raise ValueError: if it is invalid. The error does not repeat it: it may contain a password.
         """
         url = text.strip() if "://" in text else f"http://{text.strip()}"
         try:
@@ -96,7 +96,7 @@ class Proxy:
 
     def question(self, host: str, port: int) -> bytes:
         """
-        Write the request for a tunnel to a host.
+        Return the request for a tunnel to a host.
         """
         target = _named(host, port)
         lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
@@ -120,7 +120,7 @@ class _Exempt:
     """
     An entry of C{NO_PROXY}.
 
-    @ivar domain: covers itself and all names below it; empty to cover everything.
+    @ivar domain: matches itself and all names below it; empty to match everything.
     @ivar port: None for all.
     """
 
@@ -138,7 +138,7 @@ class _Exempt:
 
 def _exempt(word: str) -> _Exempt | None:
     """
-    Read an entry: an address, a network or a name, which may have C{.} or C{*.} before it and a port behind it.
+    Parse an entry: an address, a network or a name, optionally with C{.} or C{*.} before it and a port after it.
     """
     found = re.fullmatch(r"\[(?P<six>[^]]+)\](?::(?P<p>\d{1,5}))?|(?P<name>[^:]+):(?P<q>\d{1,5})", word)
     host = (found["six"] or found["name"]) if found else word
@@ -156,10 +156,10 @@ def _exempt(word: str) -> _Exempt | None:
 @dataclass(frozen=True, slots=True)
 class Egress:
     """
-    Which hosts are reached through which proxy, and by whom they are certified.
+    Which hosts are reached through which proxy, and the CAs for their certificates.
 
     @ivar proxy: None if there is none.
-    @ivar authorities: the file of CAs that OpenSSL reads.
+    @ivar authorities: OpenSSL's file of CAs.
     """
 
     proxy: Proxy | None = None
@@ -169,9 +169,9 @@ class Egress:
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Egress:
         """
-        Read C{HTTPS_PROXY}, C{NO_PROXY} and C{SSL_CERT_FILE}. Lower-case variables of proxies win, even empty ones.
+        Read C{HTTPS_PROXY}, C{NO_PROXY} and C{SSL_CERT_FILE}. Lower-case names of proxy variables win, even if empty.
 
-        @raise ValueError: if the proxy's URL is none.
+        @raise ValueError: if the proxy's URL is invalid.
         """
         text, authorities = (
             proxy_variable("https_proxy", environ),
@@ -184,7 +184,7 @@ class Egress:
 
     def proxy_for(self, host: str, port: int) -> Proxy | None:
         """
-        Return the proxy through which https to a host goes; None to connect to the host itself.
+        Return the proxy for https to a host; None to connect directly.
         """
         host = host.lower()
         if host == "localhost" or host.endswith(".localhost") or (is_address(host) and ip_address(host).is_loopback):
@@ -194,10 +194,10 @@ class Egress:
 
 def is_plain_name(host: str) -> bool:
     """
-    Return True if no resolver takes a host for an address, nor for the machine that it runs on.
+    Return True if no resolver interprets a host as an address, or as the machine that it runs on.
 
-    The address behind any other name is for the proxy to judge. C{0x7f.1} and C{2130706433} are 127.0.0.1 to
-    getaddrinfo(3); a name's last label is never a number (URL standard, "ends in a number").
+    The proxy decides about the addresses of other names. C{0x7f.1} and C{2130706433} are 127.0.0.1 to
+    getaddrinfo(3); the last label of a name is never a number (URL standard, "ends in a number").
     """
     last = host.rstrip(".").rpartition(".")[2].lower()
     return bool(last) and last != "localhost" and not is_address(host) and not re.match(r"\d|0x", last)
@@ -206,7 +206,7 @@ def is_plain_name(host: str) -> bool:
 @implementer(IReactorPluggableNameResolver)
 class OwnNames:
     """
-    A reactor that keeps the name resolver which it has now, and the addresses that it has found.
+    A reactor that keeps its present name resolver, and the addresses that it has found.
     """
 
     def __init__(self, reactor: Any) -> None:  # noqa: ANN401
@@ -219,7 +219,7 @@ class OwnNames:
 @implementer(IAgentEndpointFactory)
 class Tunnels:
     """
-    Makes connections through a proxy: for an agent that is asked for https URLs alone.
+    Connects through a proxy: for an agent that is used for https URLs only.
 
     @param reactor: resolves the proxy's own name.
     """
@@ -229,7 +229,7 @@ class Tunnels:
 
     def endpointForURI(self, uri: URI) -> Any:  # noqa: ANN401
         """
-        Make an endpoint for the host of a URL.
+        Create an endpoint for the host of a URL.
         """
         proxy = self._proxy
         through: Any = HostnameEndpoint(self._reactor, proxy.host, proxy.port, timeout=CONNECT_SECONDS)
@@ -254,7 +254,7 @@ class _Tunnel:
         """
         Connect to the proxy, and have it connect to the target.
 
-        Fails with L{UnavailableError}, or L{TransientError} for what may pass.
+        Fails with L{UnavailableError}, or with L{TransientError} for a temporary failure.
         """
         return Deferred.fromCoroutine(self._connect(protocolFactory))
 
@@ -274,7 +274,7 @@ class _Tunnel:
 
 class _Opening(Protocol):
     """
-    A connection to a proxy that asks for a tunnel, and carries another protocol once there is one.
+    A connection to a proxy that requests a tunnel, and then carries another protocol.
 
     @ivar opened: fires with that protocol.
     """
@@ -311,7 +311,7 @@ class _Opening(Protocol):
 
     def late(self) -> None:
         """
-        Take the proxy's silence for an answer.
+        End the connection: the proxy has not answered.
         """
         said = f"egress proxy {self._proxy} has not connected to {_named(*self._target)} for {TUNNEL_SECONDS:g} s"
         self._fail(_down(said, 504))
@@ -341,10 +341,10 @@ def _down(said: str, status: int = 502) -> TransientError:
 
 def refusal(proxy: Proxy, target: tuple[str, int], head: bytes) -> UnavailableError | None:
     """
-    Say why a proxy gives no tunnel; None if it gives one.
+    Return why a proxy opens no tunnel; None if it does.
 
     @param head: its answer, without a body.
-    @return: L{TransientError} for what may pass.
+    @return: L{TransientError} for a temporary failure.
     """
     found = _STATUS.match(head)
     status = int(found[1]) if found else 0

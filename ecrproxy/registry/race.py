@@ -1,5 +1,5 @@
 """
-The same question to one after another, until one of them answers.
+The same request to several registries, one after another, until one answers.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ T = TypeVar("T")
 Ask = Callable[[], Coroutine[Any, Any, T]]
 
 SLOW_SECONDS: Final = 3.0
-"""Seconds without an answer after which the next is asked, too; the one before may still answer first."""
+"""Seconds without an answer after which the next registry is asked, too; the first may still answer earlier."""
 
 
 class Race(Generic[T]):
     """
-    Ask one, and the next when it fails or is slow. Each is asked in the context of whoever added it: see L{world}.
+    Asks one registry, and the next when it fails or is slow, each in the context of the code that added it.
 
-    @param passes: returns True if a failure of the one with that number leaves it to the others to answer.
-    @param asking: called with the number of each that is asked.
-    @param together: ask all the others where one fails or is slow: somebody waits for each of them.
-    @ivar won: fires with the first answer, or with what became of the first that was asked. Cancelling it ends all.
+    @param passes: returns True if a failure of the registry with that number leaves the answer to the others.
+    @param asking: called with the number of each registry that is asked.
+    @param together: ask all others at once if one fails or is slow, because a client waits for each of them.
+    @ivar won: fires with the first answer, or with the outcome of the first registry. Cancelling it cancels all.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class Race(Generic[T]):
     @property
     def problem(self) -> BaseException | None:
         """
-        Tell what became of the first that was asked; None if it has not failed.
+        The outcome of the first registry; None if it has not failed.
         """
         return self._failed[0].value if 0 in self._failed else None
 
     def add(self, ask: Ask[T]) -> None:
         """
-        Have another one asked: at once, if those before have had their time.
+        Add another registry; ask it at once, if the others have had their time.
         """
         if not self._over:
             self._left.append(_kept(ask))
@@ -69,7 +69,7 @@ class Race(Generic[T]):
 
     def _next(self) -> None:
         """
-        Ask the next one, if there is any; it has its time, whether another one is left or not.
+        Ask the next registry, if any; it has its full time, whatever becomes of the others.
         """
         if self._limit is not None and self._limit.active():
             self._limit.cancel()
@@ -84,7 +84,9 @@ class Race(Generic[T]):
 
     def _go_on(self) -> None:
         """
-        Ask the next one, for one has failed or is slow; all others, also those that come, if they are asked together.
+        Ask the next registry, because one has failed or is slow.
+
+        Ask all others, also later ones, if they are asked together.
         """
         self._hurried = self._together
         self._next()
@@ -119,6 +121,6 @@ class Race(Generic[T]):
 
 def _kept(ask: Ask[T]) -> Callable[[], Deferred[T]]:
     """
-    Have a question asked in the context that there is now: timers have none.
+    Make a request run in the current context, because timers have none.
     """
     return partial(copy_context().run, lambda: Deferred.fromCoroutine(ask()))

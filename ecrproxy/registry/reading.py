@@ -1,8 +1,8 @@
 """
-Read more at once of what a registry or bucket sends.
+Reads more at once from registries and buckets.
 
-Twisted reads 64 KiB at a time from a socket, and hands on what it reads over TLS record by record, in 16 KiB. Each
-piece then takes the same way through parser, transfer and file, whatever its size.
+Twisted reads at most 64 KiB from a socket, and delivers data over TLS record by record, in 16 KiB. The cost
+per piece in parser, download and file does not depend on its size.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from twisted.internet.tcp import Connection
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 
 READ: Final = 192 * 2**10
-"""Bytes that are read at once: from as many as 256 KiB on, each read would have memory of its own from the system."""
+"""Bytes to read at once: from 256 KiB on, each read would allocate memory from the system."""
 _RECORD: Final = 2**14
 
 
 def read_more(transport: Any) -> None:  # noqa: ANN401
     """
-    Have a connection read up to C{READ} bytes at once.
+    Make a connection read up to C{READ} bytes at once.
     """
     while isinstance(transport, TLSMemoryBIOProtocol):
         tls: Any = transport
@@ -32,7 +32,7 @@ def read_more(transport: Any) -> None:  # noqa: ANN401
 
 class Records:
     """
-    An OpenSSL connection that gives several records at once.
+    An OpenSSL connection that returns several records at once.
     """
 
     def __init__(self, connection: Any) -> None:  # noqa: ANN401
@@ -44,9 +44,10 @@ class Records:
 
     def recv(self, _: int) -> bytes:
         """
-        Return what there is, up to C{READ} bytes, however few are asked for.
+        Return the available data, up to C{READ} bytes, however few are requested.
 
-        @raise Error: what OpenSSL says instead of another record: at once if there is none before, else the next time.
+        @raise Error: OpenSSL's, instead of another record: at once if there is no data before it, otherwise the next
+            time.
         """
         problem, self._problem = self._problem, None
         if problem is not None:

@@ -1,14 +1,14 @@
 """
-A registry and its replicas: other registries into which ECR copies its repositories, under the same names.
+A registry and its replicas: other registries into which ECR replicates its repositories, under the same names.
 
 Rules:
 
-- What is named by its digest may come from any of them: from a replica where the registry fails, throttles or takes
-  longer than C{SLOW_SECONDS}. The digest is verified whoever gave it.
-- When a replica has answered instead, the next questions are put to it after C{SOON_SECONDS}, for C{LATE_SECONDS}. They
-  tell the circuit nothing: a registry that is slow still has to be asked for its tags.
-- A 404 or a denial of the registry is its answer. That of a replica is none: it may not have the copy yet.
-- Tags and lists are the registry's alone. A replica says what it has of a tag when it is asked for that: it may be old.
+- Content named by digest may come from any of them: from a replica if the registry fails, throttles or takes
+  longer than C{SLOW_SECONDS}. The digest is verified in each case.
+- After a replica has answered instead, it is asked after C{SOON_SECONDS} for the next C{LATE_SECONDS}. Its answers are
+  not reported to the circuit: a slow registry must still be asked for its tags.
+- A 404 or a denial of the registry is an answer. That of a replica is not: it may not have the copy yet.
+- Tags and lists come from the registry alone. A replica is asked for a tag only on request: its answer may be old.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ log = Logger()
 T = TypeVar("T")
 
 _WHOLE: Final = 2 * SLOW_SECONDS
-"""The same where a registry and a bucket have to answer: where the blob lies has had its own seconds by then."""
+"""The same if a registry and a bucket have to answer: the registry has had its own seconds by then."""
 
 SOON_SECONDS: Final = 0.5
-"""The same after the registry was slow: time enough for one that answers again."""
+"""The same after the registry was slow: enough for one that answers again."""
 LATE_SECONDS: Final = 30.0
-"""For how long it counts as slow then. One question waits for it after that."""
+"""Seconds for which it then counts as slow. After that, one request waits for it."""
 
 
 class Replicated(Upstream):
@@ -89,7 +89,7 @@ class Replicated(Upstream):
 
     async def blob(self, route: Route, stop: int | None = None, start: int = 0, *, ahead: bool = False) -> Blob:
         """
-        See L{Upstream.blob}. What nobody waits for is not asked of replicas, but for what breaks off.
+        See L{Upstream.blob}. Replicas are not asked for what no client waits for, except for the rest after a break.
         """
         ask = partial(super().blob, route, stop, start, ahead=ahead)
         others = [partial(each.blob, route, stop, start) for each in self.replicas]
@@ -99,7 +99,7 @@ class Replicated(Upstream):
 
     async def locate(self, route: Route, span: str = "", *, ahead: bool = False) -> tuple[str, IResponse | None]:
         """
-        See L{Upstream.locate}: the rest of a blob may lie elsewhere than its beginning.
+        See L{Upstream.locate}: the rest of a blob may be elsewhere than its beginning.
         """
         if ahead:
             return await super().locate(route, span, ahead=ahead)

@@ -1,9 +1,10 @@
 """
-Ask chosen name servers for the registry's and the buckets' names.
+Resolves the names of the registry and the buckets, with configured name servers.
 
-Address literals and names of the hosts file never go there. When the servers don't answer, the host's own resolver
-is asked instead, and for a while nobody waits for them again, unless that one does not know the name: it may be one
-that the chosen servers alone know. While nobody resolves a name, or that takes long, its last addresses are used.
+Address literals and names in the hosts file are never sent to them. If the servers don't answer, the host's own
+resolver is asked instead, and for a while no request waits for the servers again, unless that resolver does not know
+the name: then only the servers may know it. While a name can't be resolved, or slowly, its last known addresses are
+used.
 """
 
 from __future__ import annotations
@@ -34,24 +35,24 @@ if TYPE_CHECKING:
 log = Logger()
 
 TIMEOUTS: Final = (1, 2)
-"""Seconds that each try at a server may take."""
+"""Timeouts of the attempts at a server, in seconds."""
 FRESH_SECONDS: Final = 30.0
-"""How long an answer is used again, as the nginx proxy does (C{valid=30s})."""
+"""Seconds for which an answer is reused, as in the nginx proxy (C{valid=30s})."""
 NAMES: Final = 2000
-"""Most names whose addresses are remembered: clients can make up any number of a wildcard's accounts."""
+"""Maximum number of names whose addresses are kept: clients can make up any number of a wildcard's accounts."""
 SILENT_SECONDS: Final = 10.0
-"""How long servers that did not answer are left alone, while the host's resolver does as well."""
+"""Seconds for which servers that did not answer are not asked, while the host's resolver answers."""
 
 LATE_SECONDS: Final = 1.0
-"""How long anybody waits for a name whose last addresses are known: a resolver asks again after five seconds."""
+"""Maximum seconds to wait for a name whose last addresses are known: a resolver retries after five seconds."""
 DOUBT_SECONDS: Final = 3.0
-"""How long anybody waits for it if there was no connecting to them."""
+"""The same if these addresses could not be connected to."""
 
 
 @implementer(IHostResolution)
 class Resolution:
     """
-    A name that is being resolved.
+    A name resolution.
     """
 
     def __init__(self, name: str) -> None:
@@ -59,17 +60,17 @@ class Resolution:
 
     def cancel(self) -> None:
         """
-        Nothing waits for it to be cancelled.
+        Do nothing.
         """
 
 
 @implementer(IHostnameResolver)
 class ChosenServers:
     """
-    Resolve names by C{servers}, else by the C{system}'s resolver.
+    Resolves names with C{servers}, or else the C{system}'s resolver.
 
-    @param servers: asks the chosen servers.
-    @param local: the names of the hosts file.
+    @param servers: asks the configured servers.
+    @param local: the names in the hosts file.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class ChosenServers:
 
     def forget(self, name: str) -> None:
         """
-        Ask the servers at the next question for C{name}: it couldn't be connected to where it was.
+        Ask the servers again for C{name}: its addresses could not be connected to.
         """
         self._fresh.drop(name)
         self._silent_until = float("-inf")
@@ -144,12 +145,12 @@ class ChosenServers:
 @implementer(IHostnameResolver)
 class SharedLookups:
     """
-    Ask for each name once at a time, and use its last addresses while that has no answer.
+    Shares one lookup of a name between its callers, and uses its last addresses while there is no answer.
 
-    The host's resolver has ten threads, and keeps one for many seconds where no name server answers: a hundred
-    questions for one such name kept all others from being resolved for minutes.
+    The host's resolver has ten threads, and occupies one for many seconds while no name server answers: a hundred
+    lookups of one such name blocked all others for minutes.
 
-    @param names: asks for a name.
+    @param names: resolves a name.
     """
 
     def __init__(self, names: IHostnameResolver, clock: IReactorTime) -> None:
@@ -183,7 +184,7 @@ class SharedLookups:
 
     def forget(self, name: str) -> None:
         """
-        Wait longer for the next answer for C{name}: it couldn't be connected to where it was.
+        Wait longer for the next answer for C{name}: its addresses could not be connected to.
         """
         for question in [each for each in self._last if each[0] == name]:
             last, lookup = self._last.get(question), self._asked.get(question)
@@ -196,7 +197,7 @@ class SharedLookups:
 
     def _be_late(self, question: _Question) -> None:
         """
-        Have nobody wait any longer, if there are other addresses.
+        Answer the callers with the last addresses, if there are any.
         """
         if addresses := self._last_of(question):
             lookup = self._asked[question]
@@ -221,9 +222,9 @@ class SharedLookups:
 @dataclass(frozen=True, slots=True)
 class _Last:
     """
-    What a name resolved to when it last did.
+    The last known addresses of a name.
 
-    @ivar seconds: how long its next answer is waited for.
+    @ivar seconds: how long to wait for its next answer.
     """
 
     addresses: Sequence[IAddress]
@@ -233,10 +234,10 @@ class _Last:
 @dataclass(slots=True)
 class _Lookup:
     """
-    A question that is asked.
+    A lookup in progress.
 
-    @ivar waiting: who has no answer yet.
-    @ivar limit: until then they wait, even if there are other addresses.
+    @ivar waiting: the callers that have no answer yet.
+    @ivar limit: when they get the last addresses, if there are any.
     """
 
     waiting: list[IResolutionReceiver]
@@ -244,7 +245,7 @@ class _Lookup:
 
     def cancel_limit(self) -> None:
         """
-        Have them wait on.
+        Let the callers wait for the answer.
         """
         if self.limit.active():
             self.limit.cancel()
@@ -260,7 +261,7 @@ def _tell(receivers: Sequence[IResolutionReceiver], addresses: Sequence[IAddress
 @implementer(IResolutionReceiver)
 class _Collected:
     """
-    A receiver that calls C{complete} with all addresses.
+    Collects addresses, and calls C{complete} with all of them.
     """
 
     def __init__(self, complete: Callable[[Sequence[IAddress]], None]) -> None:
@@ -280,7 +281,7 @@ class _Collected:
 
     def resolutionComplete(self) -> None:
         """
-        Call with what was collected.
+        Call C{complete}.
         """
         self._complete(self._addresses)
 
@@ -288,7 +289,7 @@ class _Collected:
 @implementer(IResolutionReceiver)
 class _Continued:
     """
-    A receiver that has been told already that its resolution began.
+    A receiver whose resolution has already begun.
 
     @param unknown: completes the resolution if there are no addresses.
     """
@@ -299,7 +300,7 @@ class _Continued:
 
     def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:
         """
-        It did.
+        Do nothing.
         """
 
     def addressResolved(self, address: IAddress) -> None:
@@ -311,7 +312,7 @@ class _Continued:
 
     def resolutionComplete(self) -> None:
         """
-        Pass on that these are all, if there are any.
+        Complete the resolution, if there were addresses.
         """
         if self._found:
             self._receiver.resolutionComplete()
@@ -321,7 +322,7 @@ class _Continued:
 
 def _records(asked: Deferred[Any]) -> Deferred[list[str]]:
     """
-    Read the addresses of an answer; a name that does not exist has none.
+    Return the addresses in an answer; none for a name that does not exist.
     """
 
     def read(result: Sequence[Sequence[Any]]) -> list[str]:
@@ -345,7 +346,7 @@ def _deliver(addresses: Sequence[str], receiver: IResolutionReceiver, port: int)
 
 def hosts_names(hosts: str) -> list[str]:
     """
-    Read the names of a hosts file: hosts(5).
+    Return the names in a hosts file: hosts(5).
     """
     lines = (line.partition("#")[0].split() for line in hosts.splitlines())
     return [name for words in lines for name in words[1:]]

@@ -1,12 +1,12 @@
 """
-Whether and when upstream is asked again after a failure that may pass. Pure.
+Whether and when a request upstream is retried after a temporary failure. Pure.
 
 Rules:
 
-- Only what may pass is tried again: L{TransientError}. All our questions are GET or HEAD: asking twice does no harm.
-- The waits grow exponentially, with full jitter: those who failed together don't come back together.
-- What upstream says in Retry-After is the least that is waited; where that is beyond the budget, there is no other try.
-- The budget tells whether a try begins, it cuts none short: who was silent for long is not asked again.
+- Only temporary failures are retried: L{TransientError}. All requests are GET or HEAD, which may be repeated.
+- Waits grow exponentially, with full jitter, so that requests that failed together are not retried together.
+- Upstream's Retry-After is the minimum wait; if it exceeds the budget, there is no retry.
+- The budget decides whether an attempt begins; it interrupts none. So after a long silence there is no retry.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ecrproxy.registry.bucket import UnavailableError
 
 TRANSIENT_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
 FIRST_WAIT: Final = 1.0
-"""The most seconds before the second try; twice as many before each further one."""
+"""Maximum seconds before the second attempt; doubled before each further one."""
 LONGEST_ASKED: Final = 86400.0
-"""The most seconds that an upstream may ask for in Retry-After; clients are told no more."""
+"""Maximum seconds of a Retry-After that are obeyed; clients are told no more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
     """
-    How often a question may be asked, and for how many seconds after the first time.
+    The number of attempts of a request, and the seconds after the first in which another may begin.
     """
 
     tries: int = 3
@@ -38,9 +38,9 @@ class Budget:
 
 class TransientError(UnavailableError):
     """
-    Upstream failed in a way that may pass: throttled, failing, silent, or not to be reached.
+    A temporary failure upstream: throttled, failing, silent, or unreachable.
 
-    @ivar wait: how many seconds it asked to be left alone, if it did.
+    @ivar wait: seconds of its Retry-After, if any.
     @ivar reached: whether there was a connection.
     """
 
@@ -51,14 +51,14 @@ class TransientError(UnavailableError):
     @property
     def throttled(self) -> bool:
         """
-        Tell whether upstream is well, and asked too often.
+        Return True if upstream is well, but throttles.
         """
         return self.status == 429  # noqa: PLR2004
 
 
 class Tries:
     """
-    How often one question has failed, since when.
+    Counts the failures of one request.
     """
 
     def __init__(self, budget: Budget, began: float) -> None:
@@ -66,19 +66,19 @@ class Tries:
 
     def seconds(self, now: float) -> float:
         """
-        Return the seconds since the first try, or since it began to wait for its turn.
+        Return the seconds since the first attempt, or since the request began to queue.
         """
         return now - self._began
 
     def give_up(self) -> None:
         """
-        Let there be no other try, whatever the budget says.
+        Make no further attempt, whatever the budget permits.
         """
         self._failed = self._budget.tries
 
     def failed(self, problem: TransientError, now: float, chance: float) -> float | None:
         """
-        Count a failure; tell in how many seconds to try again, if at all.
+        Count a failure; return the seconds until the next attempt, or None.
         """
         self._failed += 1
         return next_try(self._budget, self._failed, now - self._began, problem.wait, chance)
@@ -86,11 +86,11 @@ class Tries:
 
 def next_try(budget: Budget, tries: int, elapsed: float, asked: float | None, chance: float) -> float | None:
     """
-    Tell in how many seconds to try again; none if no more.
+    Return the seconds until the next attempt; None for no further one.
 
-    @param tries: how many there were.
-    @param elapsed: how many seconds ago the first began.
-    @param asked: how many seconds upstream asked to be left alone, if it did.
+    @param tries: number of attempts so far.
+    @param elapsed: seconds since the first began.
+    @param asked: seconds of upstream's Retry-After, if any.
     @param chance: a random number from 0 to 1.
     """
     left = budget.seconds - elapsed - (asked or 0.0)
@@ -101,7 +101,7 @@ def next_try(budget: Budget, tries: int, elapsed: float, asked: float | None, ch
 
 def asked_wait(retry_after: str | None, date: str | None) -> float | None:
     """
-    Read a Retry-After as seconds: RFC 9110, 10.2.3. A moment counts from the answer's own Date, not from our clock.
+    Parse a Retry-After, in seconds: RFC 9110, 10.2.3. A date is relative to the answer's Date, not to our clock.
     """
     if retry_after is None:
         return None
@@ -111,14 +111,14 @@ def asked_wait(retry_after: str | None, date: str | None) -> float | None:
         then, now = parsedate_to_datetime(retry_after), parsedate_to_datetime(date or "")
         return min(LONGEST_ASKED, max(0.0, (then - now).total_seconds()))
     except (ValueError, TypeError, OverflowError):
-        return None  # it says nothing that we understand
+        return None  # unintelligible
 
 
 def failure(who: str, status: int, wait: float | None) -> TransientError:
     """
-    Say to the client what it means that C{who} answers with one of C{TRANSIENT_STATUSES}.
+    Return the error for the client after C{who} has answered with one of C{TRANSIENT_STATUSES}.
 
-    @param wait: what C{asked_wait} read.
+    @param wait: from C{asked_wait}.
     """
     later = str(max(1, math.ceil(wait))) if wait is not None else None
     if status == 429:  # noqa: PLR2004

@@ -1,5 +1,5 @@
 """
-The CAs that registries and buckets must have certificates of: the system's, or those of C{SSL_CERT_FILE}.
+The CAs that may certify registries and buckets: the system's, or those of C{SSL_CERT_FILE}.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 log = Logger()
 
 AUTHORITIES: Final = "The CAs of upstream"
-"""What the log calls them."""
+"""Their name in the log."""
 
 
 @implementer(IPolicyForHTTPS)
 class Trust:
     """
-    Begins TLS with upstream. The CAs are read once for all connections: that takes 10 ms and more.
+    Creates TLS connections upstream. The CAs are read once for all connections, because that takes more than 10 ms.
 
-    To read them again takes L{load}, which blocks, and L{use}.
+    They are reloaded by L{load}, which blocks, and L{use}.
 
-    @param path: the file that OpenSSL reads, which need not be there. It may know a directory, too, where it looks for
-        a CA that is not in the file while it verifies a certificate.
-    @raise OSError: if it is no file.
+    @param path: OpenSSL's file of CAs, which may be missing. OpenSSL may also have a directory, where it looks for
+        CAs that are not in the file while it verifies a certificate.
+    @raise OSError: if it is not a regular file.
     """
 
     def __init__(self, path: str) -> None:
@@ -50,7 +50,7 @@ class Trust:
         """
         Read the CAs. Blocks, and changes nothing.
 
-        @return: what L{use} takes.
+        @return: the argument of L{use}.
         """
         seen = self._files.seen()
         try:
@@ -66,7 +66,7 @@ class Trust:
 
     def use(self, loaded: tuple[Sequence[tuple[int, ...]], CertificateOptions | OSError]) -> None:
         """
-        Use what was read for the connections that begin from now on. If it can't be used, all is as it was.
+        Use the CAs that were read for new connections. If they can't be used, nothing changes.
         """
         seen, read = loaded
         self._files.note(seen)
@@ -78,23 +78,23 @@ class Trust:
 
     def changed(self) -> bool:
         """
-        Return True if the file is another than was read. Blocks.
+        Return True if the file has changed since it was read. Blocks.
         """
         return self._files.changed()
 
     def creatorForNetloc(self, hostname: bytes, port: int) -> ClientTLSOptions:  # noqa: ARG002
         """
-        Return what begins connections to a host, whose certificate must name it.
+        Return the TLS settings for a host, whose certificate must name it.
         """
         return ClientTLSOptions(self._options.clientConnectionForTLS, hostname.decode("ascii"))
 
 
 def _require_authorities(path: str) -> None:
     """
-    See that a file has a CA.
+    Check that a file has a CA.
 
-    OpenSSL does without a file that has none, as when somebody is still writing it: then no certificate of upstream's
-    would be good before the next look. At the start it may be empty: all CAs may be in OpenSSL's directory.
+    OpenSSL accepts a file without any, for example one that is being written: then no certificate upstream
+    would be valid until the next check. At startup it may be empty: all CAs may be in OpenSSL's directory.
 
     @raise OSError: if it has none.
     """

@@ -1,12 +1,12 @@
 """
-The registry and its buckets, as a client sees them: manifests, blobs, tags and referrers.
+A registry and its buckets, as a client sees them: manifests, blobs, tags and referrers.
 
 Rules:
 
-- The token goes to the registry's own origin and nowhere else; redirects are followed here, by hand.
-- Requests carry what is listed here and nothing that came from a client.
-- An answer that is none is raised as a L{RegistryError}: L{UnavailableError} where ECR is silent or failing, so that
-  what the cache has may be served instead; any other where ECR has given its answer and that is it.
+- The token is sent only to the registry's own origin; redirects are followed here, explicitly.
+- Requests have only headers and parameters that are listed here, and nothing else from a client.
+- Any other answer than the requested one is raised as a L{RegistryError}: L{UnavailableError} if ECR is silent or
+  failing, so that cached answers may be served instead; another if ECR's answer is final.
 """
 
 from __future__ import annotations
@@ -54,30 +54,37 @@ from ecrproxy.registry.wire import HEADER_SECONDS, Wire
 
 REDIRECTS: Final = 5
 LIST_LIMIT: Final = 4 * 2**20
-"""The most bytes a page of tags or referrers may have: a thousand of the longest tags are 130 KiB."""
+"""Maximum bytes of a page of tags or referrers: a thousand of the longest tags are 130 KiB."""
 TAGS_LIMIT: Final = 1000
-"""The most tags ECR lists a page; it refuses to be asked for more (field notes C8)."""
+"""Maximum number of tags on ECR's pages; it refuses to list more (docs/ecr.rst)."""
 ALL_TAGS: Final = 100_000
-"""Tags that are joined into one list for a client that asks for no page."""
+"""Maximum number of tags that are joined into one list for clients that request no page."""
 ALL_BYTES: Final = 2**24
 """Bytes after which no further page is joined: C{ALL_TAGS} of 128 characters fit. ECR's tags may have 300."""
 JOINABLE: Final = frozenset({"last", "nextToken"})
-"""What a client may say of a list that is joined: where it begins, by the specification's name and by ECR's own."""
+"""
+Parameters that a client may give for a joined list: where it begins, by the specification's name and by ECR's own.
+"""
 JOINS: Final = 3
-"""Lists from the beginning that are joined at the same time, each up to C{ALL_BYTES} in memory; and one other."""
+"""
+Maximum number of lists from the beginning that are joined at the same time, each with up to C{ALL_BYTES}; and one
+other.
+"""
 LIST_SECONDS: Final = 10.0
 """Seconds that a list waits for another of its repository, and then for its place among those that are joined."""
 ALL_PAGES: Final = 1000
-"""The most pages that are joined: enough for C{ALL_TAGS}, if ECR gives a hundred a page whatever it is asked for."""
+"""
+Maximum number of pages that are joined: enough for C{ALL_TAGS}, if ECR returns a hundred per page whatever the request.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """
-    What ECR says of a manifest without giving it.
+    The headers of a manifest.
 
-    @ivar digest: none if it didn't say.
-    @ivar named: the digest that ECR named, as it came; empty if it named none.
+    @ivar digest: None if ECR named none.
+    @ivar named: the digest that ECR named, unparsed; empty if none.
     """
 
     media_type: str
@@ -89,9 +96,9 @@ class Head:
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """
-    A manifest as ECR gave it.
+    A manifest from ECR.
 
-    @ivar named: the digest that ECR named, as it came; empty if it named none.
+    @ivar named: the digest that ECR named, unparsed; empty if none.
     """
 
     content_type: str
@@ -116,15 +123,15 @@ class Page:
 
 class Upstream:
     """
-    One ECR registry and the buckets that it points to.
+    A registry and the buckets that it redirects to.
 
-    @param wire: over which the buckets are asked.
-    @param stall_seconds: in how many seconds a blob's body must bring C{TRICKLE} bytes.
-    @param follows: whether it may redirect manifests and lists as well as blobs, as registry.k8s.io does. ECR doesn't:
-        there a redirect is something else's.
-    @param lists_referrers: whether it is sure to know referrers, as ECR does. Of others, a 404 that is no registry's
-        JSON may say that it doesn't.
-    @ivar name: what the log and clients are told that it is.
+    @param wire: for requests to the buckets.
+    @param stall_seconds: seconds within which a blob's body must bring C{TRICKLE} bytes.
+    @param follows: whether the registry may redirect manifests and lists as well as blobs, as registry.k8s.io does. ECR
+        does not: there, a redirect comes from something else.
+    @param lists_referrers: whether the registry supports referrers, as ECR does. From others, a 404 that is not the
+        spec's JSON may mean that it does not.
+    @ivar name: its name in the log and for clients.
     @ivar replicas: see L{replicas.Replicated}.
     """
 

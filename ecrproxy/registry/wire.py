@@ -1,5 +1,5 @@
 """
-Requests as they go out: of plain bytes, with a limit on the time until headers come, and again after what may pass.
+HTTP requests upstream: without content coding, with a deadline for the headers, retried after temporary failures.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ T = TypeVar("T")
 
 HEADER_SECONDS: Final = 25.0
 """
-Seconds for an upstream's headers, connecting included; for ECR, from the moment a question begins to queue, retries
+Maximum seconds until the headers, connecting included; for ECR, from the time a request begins to queue, retries
 included. containerd waits 30 s for our headers.
 """
 _DOUBLED: Final = 3
-"""After how many breaks the longest wait for more of a body grows no more."""
+"""Number of breaks after which the wait for more of a body no longer grows."""
 
 
 @implementer(IAgent)
 class PlainAgent:
     """
-    An agent beneath treq that asks for bytes as they are, and takes no others.
+    An agent beneath treq that requests bytes without coding, and accepts no others.
 
-    treq asks for gzip whatever it is told and would unpack it unseen; digests, lengths and ranges
-    are those of the bytes as they are. Its cookie jar is one for all: no cookie passes.
+    treq always asks for gzip, and would decode it unseen; digests, lengths and ranges
+    are those of the original bytes. treq's cookie jar is shared by all requests, so cookies are removed.
     """
 
     def __init__(self, agent: IAgent, clock: IReactorTime) -> None:
@@ -68,7 +68,7 @@ class PlainAgent:
 
 
 def _plain(response: IResponse, clock: IReactorTime) -> IResponse:
-    response.headers.removeHeader("Set-Cookie")  # else treq's jar parses and keeps it
+    response.headers.removeHeader("Set-Cookie")  # otherwise treq's jar parses and keeps it
     encoding = header(response, "Content-Encoding")
     if encoding not in (None, "identity"):
         discard(response, clock)
@@ -78,7 +78,7 @@ def _plain(response: IResponse, clock: IReactorTime) -> IResponse:
 
 def _judged(what: str, problem: BaseException | None) -> UnavailableError:
     """
-    Tell a connection that failed, which may pass, from an answer that is none, which an upstream gives for reasons.
+    Distinguish a failed connection, which is temporary, from an invalid answer, which upstream would repeat.
     """
     cause, said = first_cause(problem), f"{what}: {describe(problem)}"
     if not isinstance(cause, ConnectError | ConnectionClosed | DNSLookupError):
@@ -90,10 +90,10 @@ def _judged(what: str, problem: BaseException | None) -> UnavailableError:
 
 def _unless_cancelled(asked: Deferred[T]) -> Deferred[T]:
     """
-    Wait for C{asked}; whoever cancels that sees a C{CancelledError}, and not what becomes of the request then.
+    Wait for C{asked}; a caller that cancels sees a C{CancelledError}, and not the outcome of the request.
 
-    treq tells both its own troubles and a request that was cancelled as a C{ResponseFailed}; one is tried again.
-    A request whose time was up may end as cancelled: that is its failure, and nobody's who waits for it.
+    treq reports both its own failures and a cancelled request as C{ResponseFailed}; the former is retried.
+    A request whose deadline has passed may end as cancelled: that is its failure, not the caller's.
     """
 
     def cancel(waiting: Deferred[T]) -> None:
@@ -114,14 +114,14 @@ def _unless_cancelled(asked: Deferred[T]) -> Deferred[T]:
 
 class Wire:
     """
-    What requests go out over.
+    Sends requests.
 
     @param agent: sends them.
-    @param budget: how often each question may be tried.
-    @param chance: gives random numbers from 0 to 1.
-    @ivar leave: closes connections that are idle, now and later: only requests in progress ask anything from now on.
-    @ivar name: what the log and clients are told that the registry is.
-    @ivar retried: how many tries there were beyond the first ones.
+    @param budget: how often each request may be tried.
+    @param chance: returns random numbers from 0 to 1.
+    @ivar leave: closes idle connections, now and later: only requests in progress need any.
+    @ivar name: the registry's name in the log and for clients.
+    @ivar retried: number of attempts beyond the first ones.
     """
 
     def __init__(
@@ -139,13 +139,13 @@ class Wire:
 
     def tries(self) -> Tries:
         """
-        Begin to count the tries of one question.
+        Start counting the attempts of a request.
         """
         return Tries(self._budget, self.clock.seconds())
 
     async def persist(self, tries: Tries, ask: Callable[[], Awaitable[T]]) -> T:
         """
-        Ask, and again after failures that may pass, as long as C{tries} let.
+        Send a request, and retry it after temporary failures, as long as C{tries} permits.
 
         @raise TransientError: the last failure.
         """
@@ -162,16 +162,16 @@ class Wire:
 
     async def pause(self, breaks: int) -> None:
         """
-        Wait before asking for more of a body that broke off C{breaks} times in a row without bringing anything.
+        Wait before requesting more of a body that broke off C{breaks} times in a row without progress.
         """
         await deferLater(self.clock, self._chance() * FIRST_WAIT * 2.0 ** (min(breaks, _DOUBLED) - 1))
 
     async def request(self, method: str, url: str, headers: Headers, seconds: float = HEADER_SECONDS) -> IResponse:
         """
-        Send a request, once; its redirects are not followed.
+        Send a request once; redirects are not followed.
 
-        @param seconds: how long to wait for the answer's headers.
-        @raise TransientError: if no answer comes, or one that says to try again.
+        @param seconds: deadline for the headers of the answer.
+        @raise TransientError: if there is no answer, or one that says to try again.
         """
         response = await self._sent(method, url, headers, seconds)
         if response.code not in TRANSIENT_STATUSES:
@@ -204,15 +204,15 @@ class Wire:
         Read a small body.
 
         @raise RefusedAnswerError: if it is longer than C{limit}.
-        @raise TransientError: if it does not come to its end.
+        @raise TransientError: if it is incomplete.
         """
         return await self._collected(response, limit)
 
     async def read_beginning(self, response: IResponse) -> bytes:
         """
-        Read a body, or its first C{ERROR_LIMIT} bytes: a long page refuses as well as a short text.
+        Read a body, or its first C{ERROR_LIMIT} bytes: a refusal may be a long page.
 
-        @raise TransientError: if it does not come to its end.
+        @raise TransientError: if it is incomplete.
         """
         return await self._collected(response, ERROR_LIMIT, beginning=True)
 
@@ -224,9 +224,9 @@ class Wire:
 
 class _Collect(TwistedProtocol):
     """
-    Collect a small body: at most so many bytes, in no more than the time of headers.
+    Collects a small body: a limited number of bytes, within the deadline for headers.
 
-    @param beginning: whether the beginning of one that is longer does.
+    @param beginning: whether the beginning of a longer body suffices.
     """
 
     def __init__(self, limit: int, clock: IReactorTime, name: str, *, beginning: bool) -> None:
