@@ -1,5 +1,5 @@
 """
-What a question shows to a registry, so that it is answered.
+The Authorization of requests to a registry.
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ from typing import Protocol
 
 class Tokens(Protocol):
     """
-    Where a secret comes from that goes behind C{Basic}: see C{ecr.TokenService} and C{login.Login}.
+    Source of the secret after C{Basic}: see C{ecr.TokenService} and C{login.Login}.
     """
 
     async def get(self) -> str:
         """Return the secret."""
 
     async def renew(self, refused: str) -> str:
-        """Return another than C{refused}, or the same if there is no other."""
+        """Return another secret than C{refused}, or the same if there is no other."""
 
 
 class Authorization(Protocol):
     """
-    Gives values of the C{Authorization} header: RFC 9110, 11.6.2.
+    Source of C{Authorization} headers: RFC 9110, 11.6.2.
     """
 
     async def show(self, repository: str) -> str:
-        """Return what to show when something of C{repository} is asked for; empty for nothing."""
+        """Return the header for a request for C{repository}; empty for none."""
 
     async def renew(self, refused: str, repository: str, challenges: Sequence[str]) -> str:
-        """Return another than C{refused}, or the same if there is no other."""
+        """Return another header than C{refused}, or the same if there is no other."""
 
     async def show_for_probe(self) -> str:
-        """Return what to show when the registry itself is asked whether it answers; empty for nothing."""
+        """Return the header for the daemon's own request; empty for none."""
 
 
 class Basic:
     """
-    One secret for all repositories, as private registries of ECR take it.
+    One secret for all repositories, as for private registries of ECR.
     """
 
     def __init__(self, tokens: Tokens) -> None:

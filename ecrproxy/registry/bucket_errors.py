@@ -1,8 +1,8 @@
 """
-What a bucket says when it refuses: the Code and Message of S3's XML, as text that may be shown. Pure.
+Code and Message of a bucket's error, S3's XML, as text that may be shown. Pure.
 
-A bucket's words may repeat the request. Nothing that looks like a URL, a signature or a part of a query is kept, and
-no other element of the XML is read: C{CanonicalRequest} and C{StringToSign} are made of the presigned query.
+A bucket's error may repeat the request. Nothing that looks like a URL, a signature or part of a query is kept, and
+no other element of the XML is read: C{CanonicalRequest} and C{StringToSign} contain the presigned query.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 from xml.sax.saxutils import unescape
 
 _READ: Final = 16 * 2**10
-"""Bytes of an error that are looked at: S3's have some 300, or 2 KiB with a repeated request."""
+"""Maximum bytes of an error that are parsed: S3's have some 300, or 2 KiB with a repeated request."""
 _LENGTH: Final = 300
 _CODE: Final = re.compile(r"<Code>([A-Za-z0-9._-]{1,64})</Code>")
 _MESSAGE: Final = re.compile(r"<Message>([^<]{1,2000})</Message>")
@@ -21,7 +21,7 @@ _SECRET: Final = re.compile(r"://|amz-|[a-z]=|%[0-9a-f]{2}|.{200}", re.IGNORECAS
 
 def said_by_bucket(body: bytes) -> str:
     """
-    Read C{Code: Message} from the body of a bucket's error; empty if it has no code.
+    Return C{Code: Message} from the body of a bucket's error; empty if it has no code.
     """
     text = body[:_READ].decode("utf-8", "replace")
     code, message = _CODE.search(text), _MESSAGE.search(text)

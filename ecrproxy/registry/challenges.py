@@ -1,5 +1,5 @@
 """
-What a registry wants to be shown, as it says in C{WWW-Authenticate}: RFC 9110, 11.6.1. Pure.
+A registry's C{WWW-Authenticate}: RFC 9110, 11.6.1; and its token service's answer. Pure.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from ecrproxy.identity import RegistryId
 _WORD: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:\s*(=)\s*(?:\"((?:[^\"\\]|\\.)*)\"|([^\s,\"]*)))?")
 """A scheme, or a parameter and its value."""
 LONGEST_TOKEN: Final = 12 * 2**10
-"""Bytes that a token may have: it goes in a header."""
+"""Maximum bytes of a token: it is sent in a header."""
 DEFAULT_SECONDS: Final = 60
-"""For how long a token is good that does not say so: distribution's "Token Authentication Specification"."""
+"""Lifetime of a token that names none: distribution's "Token Authentication Specification"."""
 LONGEST_SECONDS: Final = 12 * 3600
 _COUNTRY: Final = 2
-"""Letters of a country's domain."""
+"""Length of a country's top-level domain."""
 _SHARED: Final = frozenset(
     {"ac", "co", "com", "edu", "go", "gob", "gouv", "gov", "govt", "mil", "ne", "net", "nom", "or", "org"}
 )
-"""What stands before a country's domain, and is no domain of anybody's."""
+"""Second-level labels that are shared below a country's domain, and so are not an owner's domain."""
 _TOKEN: Final = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Challenge:
     """
-    What a registry wants.
+    What a registry requires.
 
     @ivar scheme: C{basic}, C{bearer}, or empty for nothing.
-    @ivar realm: where tokens are had.
-    @ivar scope: for what all tokens are; empty if each is for a repository.
+    @ivar realm: the URL of its token service.
+    @ivar scope: of all tokens; empty if each token is for a repository.
     """
 
     scheme: str = ""
@@ -48,9 +48,9 @@ class Challenge:
     @classmethod
     def read(cls, values: Iterable[str]) -> Challenge | None:
         """
-        Choose from what a registry says that it takes; none if there is nothing that is known here.
+        Choose one of a registry's challenges; None if none is supported.
 
-        A scope that names a repository is left out: whatever a registry says, a token is for pulls of what is asked.
+        A scope that names a repository is ignored: a token is always for pulls from the requested repository.
         """
         said: list[tuple[str, dict[str, str]]] = []
         for value in values:
@@ -69,13 +69,13 @@ class Challenge:
 
     def scope_of(self, repository: str) -> str:
         """
-        Return what a token must be for.
+        Return the scope of a token for a repository.
         """
         return self.scope or f"repository:{repository}:pull"
 
     def url(self, scope: str) -> str:
         """
-        Return the URL that gives a token for C{scope}; if that is empty, a token that proves a login and nothing else.
+        Return the URL that issues a token for C{scope}; if that is empty, a token that only proves the login.
         """
         parts = urlsplit(self.realm)
         asked = [(name, said) for name, said in (("service", self.service), ("scope", scope)) if said]
@@ -86,7 +86,7 @@ class Challenge:
 @dataclass(frozen=True, slots=True)
 class Pass:
     """
-    A token, and for how many seconds it is good.
+    A token, and its lifetime in seconds.
     """
 
     token: str
@@ -95,9 +95,9 @@ class Pass:
     @classmethod
     def read(cls, body: bytes) -> Pass:
         """
-        Read a token service's answer.
+        Parse a token service's answer.
 
-        @raise ValueError: if it is none.
+        @raise ValueError: if it is invalid.
         """
         try:
             said = json.loads(body)
@@ -116,7 +116,7 @@ class Pass:
 
 def _is_one(realm: str, endpoint: str) -> bool:
     """
-    Return True if both are the same registry, by whatever of its names.
+    Return True if both hosts are the same registry, under any of its names.
     """
     try:
         return RegistryId.of_url(realm) == RegistryId.of_url(endpoint)
@@ -126,19 +126,19 @@ def _is_one(realm: str, endpoint: str) -> bool:
 
 def may_follow(realm: str, endpoint: str, listed: Collection[str]) -> bool:
     """
-    Return True if a user and a password may go to C{realm}.
+    Return True if a user and password may be sent to C{realm}.
 
-    It must be https, or http where the registry itself is; and at the registry's own host, by any of its names, one of
-    the same domain, or one that the operator lists. The domain of C{registry-1.docker.io} is C{docker.io}, that of
-    C{quay.io} itself, as that of C{example.co.uk}.
+    It must be https, or http if the registry itself is; and at the registry's own host, under any of its names, in the
+    same domain, or at a host that the operator lists. The domain of C{registry-1.docker.io} is C{docker.io}, that of
+    C{quay.io} is C{quay.io}, that of C{example.co.uk} is C{example.co.uk}.
 
     @param endpoint: the registry's URL.
-    @param listed: hosts, with their ports if they are not the scheme's own.
+    @param listed: hosts, with their ports if they are not the scheme's default.
     """
     try:
         to, own = urlsplit(realm), urlsplit(endpoint)
         host, its = to.hostname or "", own.hostname or ""
-        _ = to.port  # which may be none that there is
+        _ = to.port  # it may be invalid
     except ValueError:
         return False
     if not host or "@" in to.netloc or not realm.isascii() or to.scheme not in ("https", own.scheme):

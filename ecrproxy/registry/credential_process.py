@@ -1,8 +1,8 @@
 """
-Run a profile's C{credential_process} with a deadline.
+Runs a profile's C{credential_process} with a deadline.
 
-botocore waits for the program for ever. One that hangs, because its vault does, would keep a thread and a process for
-each try.
+botocore waits for the program forever. A program that hangs would occupy a thread and a process for
+each attempt.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import subprocess
 from typing import Any, Final
 
 SECONDS: Final = 25.0
-"""How long the program may take: less than a fetch, so that the fetch fails of it, and says so."""
+"""Deadline in seconds: shorter than that of a fetch, so that the fetch fails with this reason."""
 
 
 class CredentialProcessError(Exception):
     """
-    The program has not answered in time, and was killed.
+    The program did not finish in time, and was killed.
     """
 
 
 class Process(subprocess.Popen[bytes]):
     """
-    What botocore calls to run the program. It has a process group of its own, which is killed with all that it started.
+    Runs the program for botocore, in a process group of its own, which is killed as a whole.
     """
 
     seconds = SECONDS
@@ -36,7 +36,7 @@ class Process(subprocess.Popen[bytes]):
 
     def communicate(self, input: Any = None, timeout: float | None = None) -> Any:  # noqa: A002, ANN401
         """
-        Wait for what the program writes.
+        Wait for the program's output.
 
         @raise CredentialProcessError: if that takes longer than L{SECONDS}.
         """

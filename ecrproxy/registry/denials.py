@@ -1,13 +1,13 @@
 """
-Whether ECR denies the proxy everything: it answers, and nothing can be fetched. Pure.
+Whether ECR denies everything: it answers, and nothing can be fetched. Pure.
 
 Rules:
 
-- A 403 for one repository says nothing about the others: it may have a policy of its own, or a client may ask for what
-  it should not. So only repositories count that ECR has granted before.
-- Any other answer about any repository means that not all is denied.
-- While ECR has granted nothing yet, as after a start with a wrong role, so many denials in a row do, if they are about
-  several repositories: after a start with a full cache, one that is forbidden may be all that is asked about.
+- A 403 for one repository says nothing about the others: it may have its own policy, or a client may request what
+  it should not. So only repositories count to which ECR has granted access before.
+- Any other answer for any repository means that not everything is denied.
+- While ECR has granted nothing yet, as after a start with a wrong role, several denials in a row count, if they are for
+  several repositories: after a start with a full cache, a single forbidden one may be all that is requested.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from collections import OrderedDict
 from typing import Final
 
 REPOSITORIES: Final = 3
-"""Repositories that were granted before and are denied now, with no other answer between; or all of them, if fewer."""
+"""
+Repositories that were granted before and are denied now, with no other answer in between; or all of them, if fewer.
+"""
 DENIALS: Final = 5
 SEVERAL: Final = 2
-"""Denials in a row, and of how many repositories, while nothing was ever granted."""
+"""Number of consecutive denials, and of their repositories, while nothing has been granted."""
 KEPT: Final = 1000
 """Maximum number of granted repositories that are remembered."""
 
@@ -28,7 +30,7 @@ class Denials:
     """
     What ECR has granted, and denied since.
 
-    @param name: what the log and clients are told that the registry is.
+    @param name: the registry's name in the log and for clients.
     """
 
     def __init__(self, name: str = "ECR") -> None:
@@ -39,7 +41,7 @@ class Denials:
 
     def granted(self, repository: str) -> None:
         """
-        Note that ECR answered a question about C{repository} with anything but a 403.
+        Note that ECR answered a request for C{repository} with anything but a 403.
         """
         self._denied.clear()
         self._count = 0
@@ -58,7 +60,7 @@ class Denials:
 
     def problem(self) -> str | None:
         """
-        Say that everything is denied, if so.
+        Return that everything is denied, if so.
         """
         if self._granted:
             enough = len(self._denied) >= min(REPOSITORIES, len(self._granted))

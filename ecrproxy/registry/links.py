@@ -1,7 +1,7 @@
 """
 The Link header of a page: RFC 8288, section 3. Pure.
 
-The header is read once from left to right: the time grows with its length alone, whatever it says.
+The header is read once from left to right, so the time is linear in its length, whatever its content.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-# Each alternative takes what it began with or leaves it for good: none scans the same bytes again at the next position.
+# Each alternative consumes what it began with, or fails for good: none scans the same bytes again at the next position.
 _TOKEN: Final = re.compile(
     r'<(?P<target>[^<>]*)>|"(?P<quoted>(?:[^"\\]|\\.)*)"?|(?P<mark>[,;=])|(?P<word>[^<>",;=\s]+)', re.DOTALL
 )
@@ -17,7 +17,7 @@ _TOKEN: Final = re.compile(
 
 def next_target(header: str) -> str | None:
     """
-    Find the first link whose relation is C{next}; return its target as it came.
+    Return the target of the first link whose relation is C{next}, unparsed.
     """
     target: str | None = None
     name, is_value, is_related = "", False, False
@@ -32,7 +32,7 @@ def next_target(header: str) -> str | None:
             is_value = True
         elif not is_value:
             name = (token["word"] or "").lower()
-        elif name == "rel" and not is_related:  # a second rel counts for nothing
+        elif name == "rel" and not is_related:  # only the first rel counts
             is_related = True
             if target is not None and "next" in _text(token).lower().split():
                 return target

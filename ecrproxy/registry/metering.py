@@ -1,5 +1,5 @@
 """
-Requests upstream, counted: an agent around the agent that sends them.
+Counts requests upstream, and traces them: an agent around the one that sends them.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TRACEPARENT = b"traceparent"
 @implementer(IAgent)
 class MeteredAgent:
     """
-    Counts requests by the kind of their host and by how they came out, and the bytes that came.
+    Counts requests by the kind of their host and their outcome, and the bytes received.
 
     @param registry: the registry's URL; all other hosts are buckets.
-    @param tally: where they are counted, by C{registry} or C{bucket}, the status or C{failed}, and C{label}.
+    @param tally: counts them by C{registry} or C{bucket}, the status or C{failed}, and C{label}.
     @param label: the registry's name in the configuration.
     """
 
@@ -77,7 +77,7 @@ class MeteredAgent:
 
 def _span(kind: str, method: str, host: str) -> tracing.Span | None:
     """
-    Begin the span of a request. A bucket's URL is a secret: only its host is told.
+    Begin the span of a request. A bucket's URL is a secret, so the span has only its host.
     """
     name, _, port = host.partition(":")
     attributes: dict[str, str | int] = {"http.request.method": method, "server.address": name}
@@ -94,7 +94,7 @@ def _end(span: tracing.Span | None, status: int, size: int = 0, *, broken: bool 
 
 class _Metered(proxyForInterface(IResponse)):  # type: ignore[misc]
     """
-    An answer whose body is counted as it comes.
+    An answer whose body is counted as it arrives.
     """
 
     def __init__(self, original: IResponse, moved: Any, span: tracing.Span | None) -> None:  # noqa: ANN401
@@ -107,7 +107,7 @@ class _Metered(proxyForInterface(IResponse)):  # type: ignore[misc]
 
 class _Counting(Protocol):
     """
-    Passes a body on.
+    Counts a body while passing it on.
     """
 
     def __init__(self, inner: Protocol, moved: Any, span: tracing.Span | None, status: int) -> None:  # noqa: ANN401

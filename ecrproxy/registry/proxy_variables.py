@@ -1,5 +1,5 @@
 """
-The variables that name egress proxies, as botocore reads them. Pure, and light: the command imports it each time.
+The variables of egress proxies, as botocore reads them. Pure, and small: the command imports it each time.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ _NEVER_PROXIED: Final = (
     *("169.254.169.254", "[fd00:ec2::254]"),  # EC2's metadata
     *("169.254.170.2", "169.254.170.23", "[fd00:ec2::23]"),  # roles of containers and pods
 )
-"""Hosts that a proxy can't reach for this machine, as they stand in a URL."""
+"""Hosts that must not be reached through a proxy, as written in URLs."""
 
 
 def for_botocore(environ: Mapping[str, str]) -> dict[str, str]:
     """
-    Return the variables with which botocore, too, connects to this machine and its metadata services itself.
+    Return the variables that make botocore, too, connect directly to this machine and its metadata services.
 
-    botocore leaves it to urllib, which exempts nothing by itself: a role would be asked of the proxy's own machine,
-    which has another one. A process that botocore starts for credentials sees them as well.
+    botocore leaves that to urllib, which exempts nothing by itself: the role would be that of the proxy's machine.
+    A C{credential_process} sees these variables as well.
     """
     if not any(proxy_variable(f"{scheme}_proxy", environ).strip() for scheme in ("http", "https")):
         return {}
@@ -30,6 +30,6 @@ def for_botocore(environ: Mapping[str, str]) -> dict[str, str]:
 
 def proxy_variable(name: str, environ: Mapping[str, str]) -> str:
     """
-    Return what a variable says; the one in lower case wins, even if it is empty.
+    Return the value of a variable; the lower-case name wins, even if it is empty.
     """
     return environ[name] if name in environ else environ.get(name.upper(), "")

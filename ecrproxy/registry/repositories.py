@@ -1,7 +1,7 @@
 """
 The names of a registry's repositories: DescribeRepositories through botocore, in a thread.
 
-ECR's registry has a catalog of its own, which can't be continued and is not documented (field notes C9).
+ECR's registry has a catalog, which can't be continued and is not documented (docs/ecr.rst).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Final
 from ecrproxy.registry.aws import Credentials, open_client
 
 PER_PAGE: Final = 1000
-"""Names in an answer of ECR: the most that the API gives."""
+"""Names per page: the API's maximum."""
 PAGES: Final = 100
-"""Most pages: ECR's default quota is 100,000 repositories a region."""
+"""Maximum number of pages: ECR's default quota is 100,000 repositories per region."""
 BYTES: Final = 8 * 2**20
-"""Most bytes of names."""
+"""Maximum bytes of names."""
 SECONDS: Final = 20.0
-"""Seconds after which no further page is asked for."""
+"""Seconds after which no further page is requested."""
 
 
 class TooManyError(Exception):
@@ -34,11 +34,11 @@ def list_repositories(
     """
     Return the names of all repositories of a registry, in ECR's order. Blocks: call it in a thread.
 
-    @param account: whose registry; None for that of the credentials.
-    @param clock: counts seconds.
+    @param account: the registry's account; None for that of the credentials.
+    @param clock: a monotonic clock, in seconds.
     @raise TooManyError: if there are more than C{PAGES} pages, or C{BYTES} of names.
-    @raise TimeoutError: if ECR has not given all pages within C{SECONDS}.
-    @raise Exception: what L{open_client} raises.
+    @raise TimeoutError: if ECR has not returned all pages within C{SECONDS}.
+    @raise Exception: as L{open_client}.
     """
     deadline, size, names, more = clock() + SECONDS, 0, list[str](), dict[str, str]()
     if account is not None:

@@ -152,19 +152,19 @@ class Upstream:
 
     def leave(self) -> None:
         """
-        Note that no new request comes: the registry is configured no longer, or otherwise.
+        Note that there are no new requests: the configuration no longer has the registry, or has changed it.
         """
         self._endpoint.leave()
 
     async def head_manifest(self, route: Route, accept: str) -> Head:
         """
-        Ask which manifest C{route} leads to for a client that takes C{accept}.
+        Return the digest of the manifest that C{route} leads to for a client that accepts C{accept}.
 
-        @raise RegistryError: if none, or ECR can't say.
+        @raise RegistryError: if there is none, or ECR can't answer.
         """
         reply = await self._whole(Question("HEAD", route, accept, limit=MANIFEST_LIMIT))
         response, named = reply.response, header(reply.response, "Docker-Content-Digest") or ""
-        if response.request.method == b"HEAD":  # or ECR refused that, and answered a GET
+        if response.request.method == b"HEAD":  # or ECR refused the HEAD, and answered a GET
             media_type, size = header(response, "Content-Type") or "", told_length(response)
             digest = self._told(named) if named else None
             if size and size <= MANIFEST_LIMIT and media_type.partition(";")[0].strip().lower() in MANIFEST_TYPES:
@@ -178,9 +178,9 @@ class Upstream:
 
     async def manifest(self, route: Route, accept: str) -> Manifest:
         """
-        Fetch a manifest. Its bytes are not verified here, but against what ECR says of them.
+        Fetch a manifest. Its bytes are not verified here: the caller compares them with ECR's digest.
 
-        @raise RegistryError: if there is none, or ECR can't give it.
+        @raise RegistryError: if there is none, or ECR can't return it.
         """
         reply = await self._whole(Question("GET", route, accept, limit=MANIFEST_LIMIT))
         named = header(reply.response, "Docker-Content-Digest") or ""
@@ -195,9 +195,9 @@ class Upstream:
 
     async def blob_size(self, route: Route) -> int:
         """
-        Ask whether the repository holds a blob, and how many bytes it has, without fetching it.
+        Return the size of a blob in bytes, if the repository has it, without fetching it.
 
-        @raise RegistryError: if it doesn't, or ECR can't say.
+        @raise RegistryError: if it doesn't, or ECR can't answer.
         """
         response = (await self._endpoint.ask(Question("HEAD", route))).response
         discard(response, self.clock)
@@ -209,7 +209,7 @@ class Upstream:
             may_be_empty = digest is None or digest == Digest.of(b"", digest.algorithm)
             if size is not None and (size or may_be_empty):
                 return size
-        # The HEAD says nothing usable. A presigned URL is signed for GET alone: one byte is asked for.
+        # The HEAD is unusable. A presigned URL is signed for GET only, so request one byte.
         blob = Blob(self, route, url)
         await blob.begin(0, 1)
         blob.first.drop()
@@ -219,18 +219,18 @@ class Upstream:
 
     def has_plenty(self, route: Route) -> bool:
         """
-        Return True if a blob may be asked for that nobody waits for: see L{Endpoint.has_plenty}.
+        Return True if a blob may be requested that no client waits for: see L{Endpoint.has_plenty}.
         """
         return self._endpoint.has_plenty(Question("GET", route, ahead=True))
 
     async def blob(self, route: Route, stop: int | None = None, start: int = 0, *, ahead: bool = False) -> Blob:
         """
-        Begin to fetch a blob.
+        Start fetching a blob.
 
-        @param stop: up to where to ask for it at first; none for all.
-        @param start: from where on.
-        @param ahead: whether nobody waits for it. Who comes to wait sets C{Blob.ahead}.
-        @raise RegistryError: if there is none, or ECR can't give it.
+        @param stop: the end of the first range; None for everything.
+        @param start: the start of the first range.
+        @param ahead: whether no client waits for it. If one comes, the caller sets C{Blob.ahead}.
+        @raise RegistryError: if there is none, or ECR can't return it.
         """
         blob = Blob(self, route, ahead=ahead)
         await blob.begin(start, stop)
@@ -238,11 +238,11 @@ class Upstream:
 
     async def locate(self, route: Route, span: str = "", *, ahead: bool = False) -> tuple[str, IResponse | None]:
         """
-        Ask where a blob lies.
+        Return a blob's URL.
 
-        @param span: the Range header, for a registry that sends blobs itself; nothing for all.
-        @return: the URL to ask, or, where ECR itself sends it, that answer.
-        @raise RegistryError: if there is none, or ECR can't say.
+        @param span: the Range header, for a registry that sends blobs itself; empty for everything.
+        @return: the URL, or the answer if the registry itself sends the blob.
+        @raise RegistryError: if there is none, or ECR can't answer.
         """
         response = (await self._endpoint.ask(Question("GET", route, span=span, ahead=ahead))).response
         url = self._endpoint.url + route.path
@@ -253,9 +253,9 @@ class Upstream:
 
     async def fetch(self, url: str, route: Route, span: str, *, ahead: bool = False) -> tuple[str, IResponse]:
         """
-        Ask for the bytes at C{url}, following redirects. The token stays behind.
+        Request bytes from C{url}, following redirects. The token is not sent.
 
-        @param span: a Range header, or nothing for all.
+        @param span: a Range header; empty for everything.
         @return: the URL that answered, and its answer.
         """
         headers = Headers({"User-Agent": ["ecrproxy"]})
@@ -274,16 +274,16 @@ class Upstream:
 
     async def pause(self, breaks: int) -> None:
         """
-        Wait before asking again for bytes that did not come C{breaks} times in a row.
+        Wait before requesting again bytes that did not come C{breaks} times in a row.
         """
         await self._wire.pause(breaks)
 
     async def page(self, route: Route) -> Page:
         """
-        Fetch a page of tags or referrers; all tags, where the client doesn't say how many a page may have.
+        Fetch a page of tags or referrers; all tags, if the client gives no page size.
 
-        @raise NoListError: if the registry may know no referrers.
-        @raise RegistryError: if there is none, or ECR can't give it.
+        @raise NoListError: if the registry may not support referrers.
+        @raise RegistryError: if there is none, or ECR can't return it.
         """
         query = upstream_query(route)
         if route.kind is Kind.TAGS and "n" not in query_values(query):
@@ -292,10 +292,12 @@ class Upstream:
 
     async def _all_tags(self, route: Route, query: str) -> Page:
         """
-        Join ECR's pages of tags, for clients that follow no Link; behind C{ALL_TAGS} or C{ALL_BYTES} the Link leads on.
+        Join ECR's pages of tags, for clients that do not follow Link.
 
-        Clients can ask for as many different lists as they like by C{last}, and each costs up to a hundred questions:
-        one at a time is made of a repository. The one from the beginning, which most ask for, waits for none of these.
+        After C{ALL_TAGS} or C{ALL_BYTES} there is a Link.
+
+        With C{last}, clients can request any number of different lists, and each costs up to a hundred requests: these
+        are made one at a time per repository. The list from the beginning, the common one, waits for none of these.
         """
         whole = not query
         turns = self._listing.get((route.repository.name, whole))
@@ -347,7 +349,7 @@ class Upstream:
 
     async def _whole(self, question: Question) -> Reply:
         """
-        Ask; refuse what is no answer to a question for the whole: a part, a redirect, or nothing.
+        Send a request for the whole; refuse ranges, redirects and empty answers.
         """
         reply = await self._endpoint.ask(question)
         if self._follows and reply.response.code in REDIRECT_STATUSES:
@@ -359,7 +361,7 @@ class Upstream:
 
     async def _followed(self, question: Question, response: IResponse) -> Reply:
         """
-        Ask where the registry redirects to. Its token stays behind: who needs one there is refused.
+        Follow the registry's redirect. Its token is not sent: if the target requires one, the request is refused.
 
         @raise RegistryError: if the answer is a refusal, or there is none.
         """
@@ -397,7 +399,7 @@ class Upstream:
 
     def _target(self, url: str, location: str | None) -> str:
         """
-        Resolve a redirect, if it is one to follow.
+        Resolve a redirect, if it may be followed.
         """
         target = resolved(url, location)
         if target is None:
@@ -406,7 +408,7 @@ class Upstream:
 
     def _tags_of(self, page: Page) -> list[str]:
         """
-        Read the tags of a page.
+        Return the tags of a page.
         """
         try:
             tags = json.loads(page.body)["tags"] or []
@@ -426,12 +428,12 @@ class Upstream:
 
 def resolved(url: str, location: str | None) -> str | None:
     """
-    Resolve a redirect; None if it is none to follow.
+    Resolve a redirect; None if it may not be followed.
     """
     try:
         target = urljoin(url, location or "")
         parts = urlsplit(target)
-        _ = parts.port  # which may be none that there is
+        _ = parts.port  # it may be invalid
     except ValueError:
         target, parts = "", urlsplit("")
     steps_down = urlsplit(url).scheme == "https" and parts.scheme != "https"
@@ -449,7 +451,7 @@ def resolved(url: str, location: str | None) -> str | None:
 
 def _listed(tags: list[str]) -> bytes:
     """
-    Write tags as a part of a JSON list: all at once, they would hold up the event loop for a tenth of a second.
+    Write tags as part of a JSON list: a large list at once would stall the event loop for a tenth of a second.
     """
     return json.dumps(tags)[1:-1].encode("ascii")
 
@@ -460,7 +462,7 @@ def _with_n(query: str) -> str:
 
 def _led_on(query: str) -> str:
     """
-    Return the query of what follows a joined list: another one, if that takes all that ECR's link has.
+    Return the query for what follows a joined list: for another one, if that has everything in ECR's link.
     """
     rest = {name: value for name, value in passed_on(query).items() if name != "n"}
     return to_query(rest) if rest.keys() <= JOINABLE else _with_n(query)
@@ -468,12 +470,12 @@ def _led_on(query: str) -> str:
 
 def upstream_query(route: Route) -> str:
     """
-    Choose what of a client's query goes to ECR.
+    Choose the parameters of a client's query that are sent to ECR.
 
-    A page may have any parameter, for ECR's links may. A list that is joined has those of C{JOINABLE}: of others,
-    clients could make up as many lists as they like.
+    A page may have any parameter, as ECR's links may. A joined list has only those of C{JOINABLE}: with others,
+    clients could make up any number of lists.
 
-    @raise RegistryError: if C{n} is no number.
+    @raise RegistryError: if C{n} is not a number.
     """
     values = passed_on(route.query)
     if route.kind is not Kind.TAGS:
