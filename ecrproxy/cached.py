@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -1003,13 +1004,16 @@ class Cache:
 
     async def _forget(self, key: EntryKey, asked: Asked, question: int) -> None:
         since, entry = self._purges, await self._last_known(key)
-        if self._deny(key, asked, question, entry, holds=since == self._purges):
+        denied = self._deny(key, asked, question, entry, holds=since == self._purges)
+        if denied or not (entry and entry.answers):  # an earlier version may know of it what can't be imported yet
             with contextlib.suppress(OSError):
-                await self._disk.writing(self.store.deny, key)
+                await self._disk.writing(self.store.deny, key, denied, question / 1e6)
 
-    def _deny(self, key: EntryKey, asked: Asked, question: int, entry: Entry | None, *, holds: bool = True) -> bool:
+    def _deny(
+        self, key: EntryKey, asked: Asked, question: int, entry: Entry | None, *, holds: bool = True
+    ) -> AbstractSet[frozenset[str]]:
         """
-        Drop the answers that a 404 denies from memory, and hide them. Return True if there were any.
+        Drop the answers that a 404 denies from memory, and hide them. Return their sets of types.
 
         @param entry: the known entry; None if it can't be read, as on a disk that hangs: it may exist.
         @param holds: True to hold the rest of the entry in memory.
@@ -1020,15 +1024,16 @@ class Cache:
             newer = {accept for accept, known in entry.answers.items() if known.is_newer(when, self._now())}
         left = self._order(key).forget(asked.accept, question, types) | newer
         if types and left == types.keys():
-            return False
+            return set()
+        denied = types.keys() - left
         self._entries.drop(key)
         if entry is not None and left and holds:
             self._hold_entry(key, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
         if types:
-            self.store.index.hide_answers(key, types.keys() - left, when)  # even if the thread fails
-        for accept in types.keys() - left:
+            self.store.index.hide_answers(key, denied, when)  # even if the thread fails
+        for accept in denied:
             self._written.drop((key, accept))
-        return bool(types)
+        return denied
 
     def _may_learn(self, repository: Repository, descriptor: Descriptor) -> bool:
         """

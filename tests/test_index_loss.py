@@ -866,7 +866,7 @@ class KillTests(SynchronousTestCase):
         return found
 
 
-class TakeOverTests(DaemonTestCase):
+class EarlierTestCase(DaemonTestCase):
     """
     A cache directory of a version that kept entries in files.
     """
@@ -882,6 +882,12 @@ class TakeOverTests(DaemonTestCase):
             f' "digest": "{digest}", "size": {size}, "confirmed": {self.clock.seconds() - 60}}}]}}'
         )
         return path
+
+
+class TakeOverTests(EarlierTestCase):
+    """
+    It is taken over.
+    """
 
     def test_serves_what_it_has_without_ecr(self) -> None:
         """
@@ -1018,7 +1024,7 @@ class TakeOverTests(DaemonTestCase):
         self.assertEqual({str(each) for each in keys}, listed)
         Inventory(store).remove(keys[2:3], [])
         index.hide_answers(keys[3], [ANY], now[0])
-        store.deny(keys[3])
+        store.deny(keys[3], [ANY], START)
         self.assertEqual([True, True, False, False], [each.exists() for each in paths])
         self.assertEqual([None, None], [store.entry(each) for each in keys[2:]])
         self.assertNotIn("taken over", self.logged())
@@ -1064,6 +1070,67 @@ class TakeOverTests(DaemonTestCase):
         there = [(path.exists(), self.index.totals.files) for _ in scrub(self.daemon.store, lambda: None)]
         self.assertEqual((True, 2), [each for each in there if each[0]][-1])
         self.assertFalse(path.exists())
+
+
+class TakeOverTogetherTests(EarlierTestCase):
+    """
+    It is taken over while others use it.
+    """
+
+    index_in_memory = False
+
+    def test_what_is_purged_or_denied_while_it_is_imported_does_not_come_back(self) -> None:
+        """
+        Its file had been read by then, in a process that was about to write the entry.
+        """
+        index, other = Index(self.root, self.clock.seconds), self.daemon.store
+        self.addCleanup(index.close)
+        keys = [EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", f"v{number}") for number in range(3)]
+        for key in keys:
+            self.plant(key, f"/v2/team/app/manifests/{key.reference}", Digest.of(b"manifest"), 8)
+
+        def later() -> None:
+            index.elsewhere = None
+            Inventory(other).remove([keys[0]], [])
+            other.index.hide_answers(keys[1], [ANY], self.clock.seconds())
+            other.deny(keys[1], [ANY], self.clock.seconds())
+            index.catch_up()
+
+        index.elsewhere = later
+        for _ in take_over(self.root, index):
+            pass
+        self.assertEqual({keys[2]}, {key for key, _, _ in index.entries()})
+
+    def test_what_is_denied_while_nothing_can_be_imported_does_not_come_back(self) -> None:
+        """
+        Another process writes, or the disk is full: nobody knows then what the earlier version knew of the tag.
+        """
+        tag = EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", "v1")
+        self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"manifest"), 8)
+        (database,) = self.root.glob("index-*.sqlite3")
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            self.get("/v2/team/app/manifests/v1")
+        self.index.catch_up(waiting=True)
+        self.start()
+        self.assertEqual({}, self.entries())
+
+    def test_what_can_not_be_imported_is_listed_and_purged(self) -> None:
+        """
+        It is imported later, and would be served then.
+        """
+        store = self.daemon.store
+        tag = EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", "v1")
+        path = self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"manifest"), 8)
+        (database,) = self.root.glob("index-*.sqlite3")
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            survey = Survey.of(Inventory(store).entries(), iter(()))
+        self.assertEqual([str(tag)], [each.name for each in survey.entries])
+        Inventory(store).remove([tag], [])
+        self.assertFalse(path.exists())
+        store.index.catch_up(waiting=True)
+        self.assertEqual([], [each for each in Inventory(store).entries() if "name" in each])
 
 
 class ShutOutTests(DaemonTestCase):

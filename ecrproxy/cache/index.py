@@ -963,10 +963,13 @@ class Index:
         self.wait()
         return self._entry(key)
 
-    def save(self, entries: Sequence[tuple[EntryKey, Entry]]) -> bool:
+    def save(
+        self, entries: Sequence[tuple[EntryKey, Entry]], counts: Callable[[EntryKey], bool] = lambda _: True
+    ) -> bool:
         """
         Save entries in one transaction. Each answer replaces an older one for the same set of types.
 
+        @param counts: asked in the transaction; returns False if an entry must not be saved after all.
         @return: False if they are dropped because too many changes are pending: ECR can be asked again.
         """
         with self._noting:
@@ -974,7 +977,8 @@ class Index:
         if len(self._late) >= LATE_SAVES or waiting >= LATE_ENTRIES:
             return False
         saves = [key for key, _ in entries]
-        self._wait_in_line(_Change(lambda rows: rows.save(entries, self._now()), saves=saves))
+        due = partial(filter, lambda each: counts(each[0]), entries)  # evaluated as they are written, not before
+        self._wait_in_line(_Change(lambda rows: rows.save(due(), self._now()), saves=saves))
         with self._noting:
             for key, entry in entries:
                 for accept in entry.answers.keys() & self._forgotten.get(key, {}).keys():

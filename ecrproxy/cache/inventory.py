@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ from ecrproxy.cache.directory import without_waiting
 from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.locks import share
 from ecrproxy.cache.store import Store
-from ecrproxy.cache.takeover import forget_left, take_over
+from ecrproxy.cache.takeover import forget_left, left, take_over
 from ecrproxy.documents import listed
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Kind
 
@@ -66,11 +67,15 @@ class Inventory:
         Yield the entries of all repositories; manifests with what they list, tags with their moves.
 
         Entries of earlier versions are imported first: they are served already, and must be listed to be removed. This
-        may take minutes; each step yields the number imported.
+        may take minutes; each step yields the number imported. If the index can't be written, they are listed as well.
         """
         for count in take_over(self._store.root, self._store.index):
             yield {"imported": count}
-        for key, entry, used in self._store.index.entries():
+        unwritten = (
+            (key, entry, max(each.when for each in entry.answers.values()))
+            for key, entry in left(self._store.root, self._store.index)
+        )
+        for key, entry, used in itertools.chain(self._store.index.entries(), unwritten):
             yield {
                 "name": str(key),
                 "kind": key.kind.value,

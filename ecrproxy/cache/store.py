@@ -22,7 +22,7 @@ import heapq
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -512,12 +512,17 @@ class Store:
         take_over_one(self.root, self.index, key)
         return self.index.written(key)
 
-    def deny(self, key: EntryKey) -> None:
+    def deny(self, key: EntryKey, accepts: Collection[frozenset[str]], asked: float) -> None:
         """
-        Delete hidden answers of an entry, and what earlier versions knew of it.
+        Delete denied answers of an entry, and what earlier versions knew of it.
+
+        They may have been hidden already, but imported again since: the files go first.
+
+        @param asked: see L{Index.forget_answers}.
         """
         forget_left(self.root, [key])
-        self.index.go_on()
+        if accepts:
+            self.index.forget_answers(key, accepts, asked)
 
     def save(self, *entries: tuple[EntryKey, Entry]) -> bool:
         """

@@ -6,6 +6,8 @@ facts, are recognized by their names. All others may be for any client's key: th
 
 Importing all entries takes a while and runs in the background; requested entries are imported at once.
 A file is removed once its entry is in an index that lasts: until then it may be needed again.
+An entry whose file has gone before it is written is not written: another process has imported it, and it may have been
+purged or denied since.
 An earlier version may run again, or beside this one: newer answers of it about a tag are used.
 """
 
@@ -17,6 +19,7 @@ import itertools
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -92,6 +95,14 @@ def forget_left(root: Path, keys: Iterable[EntryKey]) -> None:
         _remove(itertools.chain.from_iterable(_files_of(folder, key) for key in keys))
 
 
+def left(root: Path, index: Index) -> Iterator[tuple[EntryKey, Entry]]:
+    """
+    Yield entries that could not be imported: the index can't be written. Called in a thread.
+    """
+    for batch in _batches(root / "entries"):
+        yield from (found for found in map(_read, batch) if found is not None and index.entry(found[0]) is None)
+
+
 def _files_of(folder: str, key: EntryKey) -> list[Path]:
     names = [old_name("\0fact", key)]
     if not key.variant:
@@ -106,9 +117,16 @@ def _import(index: Index, paths: Sequence[Path]) -> int | None:
     @return: the number of entries; None if they can't be written.
     """
     index.open()
-    opened, entries = index.opened, [found for found in map(_read, paths) if found is not None]
+    opened, entries, files = index.opened, list[tuple[EntryKey, Entry]](), defaultdict[EntryKey, list[Path]](list)
+    for path in paths:
+        if (found := _read(path)) is not None:
+            entries.append(found)
+            files[found[0]].append(path)
     news = [(key, _news(key, entry, index.entry(key))) for key, entry in entries]
-    saved = index.save([(key, entry) for key, entry in news if entry.answers])
+    saved = index.save(
+        [(key, entry) for key, entry in news if entry.answers],
+        lambda key: any(map(os.path.exists, files[key])),
+    )
     try:
         index.wait()
     except OSError:  # another process is writing, or the disk is full
