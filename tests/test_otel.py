@@ -160,6 +160,16 @@ class SpanTests(TracingTestCase):
         self.assertEqual(3, len({span.trace_id for span in spans}))
         self.assertEqual({b""}, {span.parent_span_id for span in spans})
 
+    def test_any_bytes_or_several_contexts_begin_a_trace(self) -> None:
+        head = b"GET /v2/team/app/manifests/1.0 HTTP/1.1\r\nHost: x\r\n"
+        other = GIVEN.replace(SPAN, SPAN[::-1])
+        for shown in ([b"\xff\x99"], [b"00-\xff"], [GIVEN.encode(), other.encode()]):
+            lines = b"".join(b"traceparent: %b\r\n" % each for each in shown)
+            got = self.daemon.raw(head + lines + b"\r\n")
+            self.assertTrue(got.startswith(b"HTTP/1.1 200 "), (shown, got[:300]))
+        spans = self.spans()["GET manifest"]
+        self.assertEqual([b""] * 3, [span.parent_span_id for span in spans])
+
     def test_what_the_client_does_not_sample_is_not_sent(self) -> None:
         self.get("/v2/team/app/manifests/1.0", traceparent=GIVEN[:-2] + "00")
         self.assertEqual({}, self.spans())

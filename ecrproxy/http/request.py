@@ -112,7 +112,8 @@ class RegistryRequest(Request):
         if self.target.authority:  # RFC 9112, 3.2.2
             self.requestHeaders.setRawHeaders(b"Host", [self.target.authority.encode("latin-1")])
         if site.tracing is not None and self.target.path.startswith("/v2/"):
-            self.span = site.tracing.begin(self.getHeader("traceparent"))
+            contexts = fields(self, b"traceparent")
+            self.span = site.tracing.begin(contexts[0] if len(contexts) == 1 else None)
         super().process()
 
     def getRequestHostname(self) -> bytes:
