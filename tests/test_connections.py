@@ -387,7 +387,8 @@ class TlsTests(DaemonTestCase):
         self.addCleanup(os.environ.pop, "SSL_CERT_FILE")
         os.environ["SSL_CERT_FILE"] = path  # OpenSSL looks there
         self.trust = Trust(path)
-        return UpstreamAgent(self.reactor, self.standin.registry, policy=self.trust)
+        self.forgotten: list[str] = []
+        return UpstreamAgent(self.reactor, self.standin.registry, self.forgotten.append, policy=self.trust)
 
     def show(self, key: str, certificate: str, back: Network) -> None:
         """
@@ -491,6 +492,28 @@ class TlsTests(DaemonTestCase):
             self.assertNeverPlain()
         self.show(self.files_of.key, self.files_of.certificate, self.daemon.back)
         self.assertWhole(self.pull(), self.data)
+
+    def test_a_host_that_is_not_who_it_should_be_is_looked_up_anew(self) -> None:
+        """
+        A name server may have lied, or another machine may have the address by now.
+        """
+        self.assertWhole(self.pull(), self.data)
+        self.assertEqual([], self.forgotten)
+        self.pass_time(IDLE_SECONDS + 70)
+        self.show(*self.wrong("other.test"), self.daemon.back)
+        self.path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', noise('other', 1000))}"
+        self.assertNeverPlain()
+        self.assertEqual({"cache.test"}, set(self.forgotten))
+
+    def test_a_host_that_does_not_speak_tls_is_looked_up_anew(self) -> None:
+        class Plain(Protocol):
+            def dataReceived(self, data: bytes) -> None:
+                assert self.transport is not None
+                self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        self.daemon.back.site = Factory.forProtocol(Plain)
+        self.assertNeverPlain()
+        self.assertEqual({"cache.test"}, set(self.forgotten))
 
     def test_a_server_that_does_not_speak_tls(self) -> None:
         """

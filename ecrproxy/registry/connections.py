@@ -14,6 +14,8 @@ import re
 import socket
 from typing import TYPE_CHECKING, Any, Final
 
+from OpenSSL import SSL
+from service_identity import CertificateError, VerificationError
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.logger import Logger
@@ -24,6 +26,7 @@ from twisted.web.http import _ChunkedTransferDecoder
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
+from ecrproxy.registry.bucket import first_cause
 from ecrproxy.registry.egress import CONNECT_SECONDS, Egress, Tunnels, is_plain_name
 from ecrproxy.registry.guard import ForbiddenAddressError, Guard, GuardedReactor
 from ecrproxy.registry.reading import read_more
@@ -234,7 +237,8 @@ class UpstreamAgent:
     connections that have been idle since before it are closed, so that others, and the daemon's own, use new ones.
 
     @param registry: the registry's URL.
-    @param forget: called with the name of a host that can't be connected to, because its addresses may be outdated.
+    @param forget: called with the name of a host that can't be connected to, or with which TLS fails, because its
+        addresses may be outdated, or another's.
     @param egress: decides which hosts are reached through a proxy.
     @param outside: the reactor that resolves the proxy's own name.
     @param name: the registry's name in the log and for clients.
@@ -306,7 +310,7 @@ class UpstreamAgent:
 
     def _unless_left(self, asked: Deferred[IResponse], host: str) -> Deferred[IResponse]:
         """
-        Forget the addresses of a host that could not be connected to.
+        Forget the addresses of a host that could not be connected to, or where another host answered.
 
         Not after the caller has cancelled: during a lookup, Twisted reports that as a name that does not resolve.
         """
@@ -318,7 +322,7 @@ class UpstreamAgent:
             asked.cancel()
 
         def ended(result: IResponse | Failure) -> None:
-            if isinstance(result, Failure) and not left and result.check(ConnectError, DNSLookupError):
+            if isinstance(result, Failure) and not left and _is_misled(result.value):
                 self._forget(host)
             if not answered.called:
                 answered.callback(result)
@@ -334,6 +338,14 @@ def _host(parts: URI) -> str:
     """
     host: bytes = parts.host
     return host.decode("latin-1").lower()
+
+
+def _is_misled(problem: BaseException | None) -> bool:
+    """
+    Return True if a request failed as it does where a name resolves to a wrong address: nobody is there, or another.
+    """
+    misled = ConnectError, DNSLookupError, SSL.Error, VerificationError, CertificateError
+    return isinstance(first_cause(problem), misled)
 
 
 def _judge(status: int, headers: Headers) -> None:
