@@ -14,12 +14,16 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Received
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
+from twisted.web.iweb import IAgent
+from zope.interface import implementer
 
 from ecrproxy.flights import Flights
+from ecrproxy.metrics import Tally
 from ecrproxy.otel import LAST_SECONDS, OtelTracing
+from ecrproxy.registry.metering import MeteredAgent
 from ecrproxy.tracing import current
 from tests.daemon import Daemon, DaemonTestCase, Reply, at_once
 
@@ -83,6 +87,16 @@ def told(span: Received) -> dict[str, str | int]:
     Return a span's attributes.
     """
     return {each.key: each.value.string_value or each.value.int_value for each in span.attributes}
+
+
+@implementer(IAgent)
+class Silent:
+    """
+    An agent that connects to nothing.
+    """
+
+    def request(self, *_: Any) -> Deferred[Any]:
+        return fail(ConnectionRefusedError())
 
 
 class TracingTestCase(DaemonTestCase):
@@ -179,6 +193,15 @@ class SpanTests(TracingTestCase):
         shown = {each.service: each.headers.get("traceparent") for each in self.standin.asked}
         expected = f"00-{TRACE}-{self.spans()['GET registry'][-1].span_id.hex()}-01"
         self.assertEqual({"registry": expected, "bucket": None}, shown)
+
+    def test_a_host_and_its_port_are_told_whatever_the_form_of_the_address(self) -> None:
+        span = self.tracing.begin(None)
+        agent = MeteredAgent(Silent(), "https://registry.example", Tally(), self.thread, "")
+        shown = current.set(span)
+        agent.request(b"GET", b"https://[2001:db8::1]:5000/layer?X-Amz-Signature=secret").addErrback(lambda _: None)
+        current.reset(shown)
+        (asked,) = self.spans()["GET bucket"]
+        self.assertEqual(("2001:db8::1", 5000), (told(asked)["server.address"], told(asked)["server.port"]))
 
     def test_an_error_is_one(self) -> None:
         self.get("/v2/team/app/manifests/none")

@@ -53,7 +53,7 @@ class MeteredAgent:
         host = urlsplit(uri.decode("latin-1")).netloc.lower()
         kind = "registry" if host == self._host else "bucket"
         began = self._clock.seconds()
-        span = _span(kind, method.decode("ascii"), host)
+        span = _span(kind, method.decode("ascii"), uri.decode("latin-1"))
         if span is not None and kind == "registry" and headers is not None:
             headers = headers.copy()
             headers.setRawHeaders(TRACEPARENT, [span.context.encode("ascii")])
@@ -75,14 +75,14 @@ class MeteredAgent:
         return self._agent.request(method, uri, headers, bodyProducer).addCallbacks(answered, failed)
 
 
-def _span(kind: str, method: str, host: str) -> tracing.Span | None:
+def _span(kind: str, method: str, url: str) -> tracing.Span | None:
     """
     Begin the span of a request. A bucket's URL is a secret, so the span has only its host.
     """
-    name, _, port = host.partition(":")
-    attributes: dict[str, str | int] = {"http.request.method": method, "server.address": name}
-    if port.isdigit():
-        attributes["server.port"] = int(port)
+    parts = urlsplit(url)
+    attributes: dict[str, str | int] = {"http.request.method": method, "server.address": parts.hostname or ""}
+    if parts.port is not None:
+        attributes["server.port"] = parts.port
     return tracing.child(f"{method} {kind}", attributes, outgoing=True)
 
 
