@@ -223,6 +223,11 @@ class SpanTests(TracingTestCase):
             for secret in (b"Amz", b"Signature", b"secret", b"canary", b"Basic"):
                 self.assertNotIn(secret, body)
 
+    def test_a_path_outside_of_every_repository_is_not_named(self) -> None:
+        self.get("/v2/secret-words")
+        (span,) = self.spans()["GET other"]
+        self.assertNotIn("secret-words", str(span))
+
     def test_health_checks_have_none(self) -> None:
         self.get("/healthz")
         self.get("/readyz")

@@ -289,7 +289,8 @@ def _end(span: Span, words: Words, client: str, request_id: str, *, aborted: boo
         "http.request.method": method,
         "http.route": route,
         "http.response.body.size": words.size,
-        "url.path": words.path,
+        # A client that was not admitted must not put its own words there.
+        "url.path": words.path if words.repository else NOBODYS,
         "client.address": client,
         "ecrproxy.request_id": request_id,
         "ecrproxy.cache_status": cache,
