@@ -1101,6 +1101,21 @@ class TakeOverTogetherTests(EarlierTestCase):
             pass
         self.assertEqual({keys[2]}, {key for key, _, _ in index.entries()})
 
+    def test_what_is_imported_once_a_404_has_been_written_does_not_stay(self) -> None:
+        """
+        The answers were hidden and deleted before another process imported them, and their file was still there.
+        """
+        index, other = Index(self.root, self.clock.seconds), self.daemon.store
+        self.addCleanup(index.close)
+        tag = EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", "v1")
+        self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"manifest"), 8)
+        other.index.hide_answers(tag, [ANY], self.clock.seconds())
+        other.index.catch_up(waiting=True)
+        self.assertEqual([1], list(take_over(self.root, index)))
+        other.deny(tag, [ANY], self.clock.seconds())
+        other.index.catch_up(waiting=True)
+        self.assertEqual([], list(index.entries()))
+
     def test_what_is_denied_while_nothing_can_be_imported_does_not_come_back(self) -> None:
         """
         Another process writes, or the disk is full: nobody knows then what the earlier version knew of the tag.
