@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 _HTTPS: Final = 443
-# The names in ECR's credential helper (field notes C11); dual-stack names have dkr-ecr and on.aws.
+# The names in ECR's credential helper (docs/ecr.rst); dual-stack names have dkr-ecr and on.aws.
 _ECR_HOST: Final = re.compile(
     r"([0-9]{12})\.dkr[.-]ecr(?:-fips)?\.([a-z]+(?:-[a-z]+)+-[0-9]+)\."
     r"(amazonaws\.(?:com|com\.cn|eu)|on\.aws|on\.amazonwebservices\.(?:com\.cn|eu)"

@@ -268,7 +268,7 @@ class Manifests:
         Ask ECR to resolve a tag; fetch the manifest if it isn't in the cache.
 
         A tag that was never requested is fetched directly. A manifest is always fetched by its tag: those that ECR
-        converts for a client are not available by digest (field notes C7).
+        converts for a client are not available by digest (docs/ecr.rst).
         """
         route, accept, head = asked.route, asked.accept, None
         if known is not None or asked.head:

@@ -286,7 +286,7 @@ def accepted_types(accept: Sequence[str]) -> frozenset[str]:
     """
     Return the set of manifest types in Accept headers; empty means any.
 
-    Order, spelling and quality values are ignored: ECR only looks whether a type is listed (field notes C7), so clients
+    Order, spelling and quality values are ignored: ECR only looks whether a type is listed (docs/ecr.rst), so clients
     that accept the same types share one answer. Types of no manifest have no effect and are dropped: a client could
     fill the cache with them. RFC 9110, 12.5.1.
     """

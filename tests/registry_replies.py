@@ -136,7 +136,7 @@ class Tokens:
 class Bearers(Tokens):
     """
     The tokens of a registry other than ECR's private ones, and its token service: distribution's "Token Authentication
-    Specification"; ECR Public's quirks by field notes C14.
+    Specification"; ECR Public's quirks by docs/ecr.rst.
 
     @ivar realm: the service's URL.
     @ivar public: whether this is like ECR Public: its tokens are for all repositories, and an expired one is a 400.

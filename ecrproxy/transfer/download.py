@@ -606,7 +606,7 @@ class Download:
     @staticmethod
     def _from_the_start(blob: Blob) -> Stretch | None:
         """
-        Give the blob's first bytes, if they were asked for: others were for a file that can't be gone on with.
+        Return the first response if it begins at byte 0; otherwise drop it: it was for a file that can't be continued.
         """
         if blob.first.start == 0:
             return blob.first
@@ -658,9 +658,9 @@ class Download:
     @property
     def _is_ahead(self) -> bool:
         """
-        Return True if the window may take no more bytes before its readers have taken some.
+        Return True if the window is full: its readers must take some bytes first.
 
-        At the end there is nothing to wait for: a reader of the whole gets its last byte after the verification.
+        At the end there is nothing to wait for: a reader of the whole blob gets its last byte after the verification.
         """
         room = 0 if self._buffered.full else WINDOW
         return self.received - self._window_start > room and self.received != self.size

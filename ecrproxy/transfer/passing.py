@@ -1,7 +1,7 @@
 """
-Pass parts of a blob that is not kept from the bucket straight to one client.
+Passes ranges of a blob that is not cached from the bucket to a single client.
 
-Nothing verifies them here: that takes the whole blob, and clients that request parts verify by themselves.
+They are not verified here: that takes the whole blob, and clients that request ranges verify them themselves.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Passing:
     @property
     def is_let_go(self) -> bool:
         """
-        Tell whether nobody has read anything of it, and nobody can.
+        Return True if the first response was discarded before any of it was read.
         """
         return self._asked is None and self._stream is None
 
@@ -201,14 +201,14 @@ class Passage:
     @property
     def done(self) -> bool:
         """
-        Tell whether all was sent.
+        Return True if all bytes of this part have been sent.
         """
         return self._stream.position >= self._stop
 
     @property
     def failure(self) -> Failure | None:
         """
-        Tell why there will be no more of it.
+        Return why the stream failed; None if it has not.
         """
         return self._stream.failure
 

@@ -139,7 +139,7 @@ class Sending:
 @implementer(IPushProducer)
 class PieceSending(Sending):
     """
-    Send by way of memory, a piece at a time: over TLS, and whatever else is no plain socket.
+    Sends through memory, a piece at a time: over TLS, and to anything else that is not a plain socket.
     """
 
     def __init__(self, request: Request, source: Source, in_thread: InThread, held: Callable[[], int]) -> None:
@@ -220,11 +220,11 @@ class PieceSending(Sending):
 @implementer(IPullProducer)
 class SlotSending(Sending):
     """
-    Send from the transport's own producer slot.
+    Sends from the transport's own producer slot.
 
-    HTTPChannel holds that slot otherwise. A pull producer is called there exactly when what was written before has
-    left: the headers, at first. It hands over what it has and asks for the next turn with C{startWriting}; caught
-    up with a source that grows, it asks for none.
+    HTTPChannel holds that slot otherwise. A pull producer there is called exactly when everything written before has
+    left: first the headers. It sends what it has, and requests its next turn with C{startWriting}; once it has caught
+    up with a source that still grows, it requests none.
     """
 
     def __init__(self, request: Request, source: Source, in_thread: InThread, transport: Connection) -> None:
