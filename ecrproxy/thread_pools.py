@@ -25,8 +25,6 @@ from ecrproxy.threads import SILENT, Bounded, InThread
 
 log = Logger()
 T = TypeVar("T")
-
-
 _NICE = 10
 _STOP_SECONDS: Final = 2.0
 RESTORE_SECONDS: Final = 600.0

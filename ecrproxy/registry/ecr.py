@@ -50,8 +50,6 @@ ASKED_RETRY: Final = 10.0
 """Minimum seconds between a failed fetch and the next while requests fail because there is no token."""
 RENEW_SECONDS: Final = 60.0
 """Minimum seconds between two refreshes caused by ECR's rejections."""
-
-
 _SOURCE: Final = "AWS, or what gives the credentials,"
 _LOOK: Final = "check the way to AWS and the file system of the credentials' files"
 

@@ -14,18 +14,12 @@ from ecrproxy.transfer.gaps import SMALLEST_PART, SPLIT
 
 HIGH_WATER: Final = 4 * 2**20
 """Bytes of a lane that may wait for the disk before the lane is paused: about 20 ms of a fast network."""
-
-
 AHEAD_WATER: Final = 2**20
 """C{HIGH_WATER} of a lane whose bytes no client waits for: a slow disk holds few of them."""
 GATHERED: Final = 2**20
 """Bytes to gather before they are handed out: each batch costs thread switches and wakes every follower."""
-
-
 GATHER_SECONDS: Final = 0.01
 """Maximum time, in seconds, to gather bytes."""
-
-
 BUFFERED: Final = 64 * 2**20
 """Bytes that all transfers together may hold in memory before each connection is paused at its first byte."""
 
