@@ -29,6 +29,12 @@ VALUES_LIMIT = 100_000
 Maximum values in a manifest, estimated before parsing. Python's parser blocks all other threads, and the garbage
 collector scans all objects that it creates: 4 MiB of empty lists stop the process for seconds.
 """
+DIGITS_LIMIT = 300
+"""Maximum digits of an integer. The time to parse one grows with their square, and all threads wait meanwhile."""
+SIGNED_LIMIT = 2**20
+"""Maximum bytes of a manifest whose signatures are read, in the event loop. One of 127 layers has a third of that."""
+SIGNED_VALUES_LIMIT = 10_000
+"""Maximum values in such a manifest: it has two for each layer, one of which is a document in a string."""
 SIZE_LIMIT = 2**62
 """Maximum size, in bytes, in a descriptor: files can't be much larger."""
 
@@ -93,10 +99,12 @@ def _signed_bytes(manifest: bytes) -> bytes:
 
     @raise ValueError: if the manifest says anything else than they do.
     """
-    document = _json_object(manifest)
+    if len(manifest) > SIGNED_LIMIT:
+        raise ValueError("it is too long to be signed")
+    document = _json_object(manifest, most=SIGNED_VALUES_LIMIT)
     form = _json_object(_from_base64(document.pop("signatures")[0]["protected"]))
     signed = manifest[: operator.index(form["formatLength"])] + _from_base64(form["formatTail"])
-    if _json_object(signed) != document:
+    if _json_object(signed, most=SIGNED_VALUES_LIMIT) != document:
         raise ValueError("it has members that are not signed")
     return signed
 
@@ -203,13 +211,34 @@ def _told_apart(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(members)
 
 
-def _json_object(data: bytes, make: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None) -> dict[str, Any]:
-    if sum(map(data.count, (b",", b"[", b"{"))) > VALUES_LIMIT:
-        raise ValueError(f"it has more than {VALUES_LIMIT:,} values")
+def read_json(data: bytes, make: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None) -> Any:  # noqa: ANN401 (any JSON)
+    """
+    Parse JSON of a registry.
+
+    @param make: makes a dict of the members of an object.
+    @raise ValueError: if it is not JSON, or has an integer of more than C{DIGITS_LIMIT} digits.
+    """
     try:
-        document = json.loads(data, object_pairs_hook=make)
+        return json.loads(data, object_pairs_hook=make, parse_int=_integer)
     except (ValueError, RecursionError):
         raise ValueError("it is no JSON") from None
+
+
+def _integer(text: str) -> int:
+    if len(text) > DIGITS_LIMIT:
+        raise ValueError(f"an integer has more than {DIGITS_LIMIT} digits")
+    return int(text)
+
+
+def _json_object(
+    data: bytes,
+    make: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None,
+    *,
+    most: int = VALUES_LIMIT,
+) -> dict[str, Any]:
+    if sum(map(data.count, (b",", b"[", b"{"))) > most:
+        raise ValueError(f"it has more than {most:,} values")
+    document = read_json(data, make)
     if not isinstance(document, dict):
         raise ValueError("it is no JSON object")  # noqa: TRY004
     return document

@@ -10,7 +10,7 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.documents import VALUES_LIMIT, Document, listed
+from ecrproxy.documents import DIGITS_LIMIT, VALUES_LIMIT, Document, listed
 from ecrproxy.identity import Repository
 from ecrproxy.oci import (
     INDEX_TYPES,
@@ -464,6 +464,15 @@ class ManifestTypeTests(SynchronousTestCase):
                 type_of(OCI_MANIFEST, huge)
             with self.assertRaisesRegex(ValueError, "100,000 values"):
                 list(listed(huge, OCI_MANIFEST))
+
+    def test_an_integer_of_thousands_of_digits_is_refused(self) -> None:
+        """
+        Parsing a thousand of these blocks all threads for a tenth of a second.
+        """
+        self.assertEqual(OCI_MANIFEST, type_of(OCI_MANIFEST, b'{"a": %b}' % (b"9" * DIGITS_LIMIT)))
+        for sign in (b"", b"-"):
+            with self.assertRaisesRegex(ValueError, "no JSON"):
+                type_of(OCI_MANIFEST, b'{"a": %b%b}' % (sign, b"9" * (DIGITS_LIMIT + 1)))
 
     def test_what_is_no_manifests_type_is_refused(self) -> None:
         """

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from ecrproxy.documents import SIGNED_LIMIT, SIGNED_VALUES_LIMIT
 from tests.daemon import DaemonTestCase, Reply, noise
 from tests.registry import digest_of
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2, SIGNED, signed_manifest
@@ -110,6 +111,17 @@ class SignedTests(DaemonTestCase):
             fault = self.standin.fail("registry", status=200, headers=headers, body=body)
             for reference in ("old", self.manifest.digest):
                 self.assertRefused(self.get(self.path + reference), 502, "UNAVAILABLE")
+            fault.remove()
+
+    def test_one_that_takes_long_to_parse_is_refused(self) -> None:
+        """
+        It is parsed in the event loop, because only that tells whether the digest is right.
+        """
+        for more, status in (("x" * 2**19, 200), ("x" * SIGNED_LIMIT, 502), ([[]] * SIGNED_VALUES_LIMIT, 502)):
+            manifest = signed_manifest({"schemaVersion": 1, "name": "team/app", "history": more})
+            headers = {"Content-Type": SIGNED, "Docker-Content-Digest": manifest.digest}
+            fault = self.standin.fail("registry", status=200, headers=headers, body=manifest.data)
+            self.assertEqual(status, self.get(self.path + manifest.digest).code)
             fault.remove()
 
 

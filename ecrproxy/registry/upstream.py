@@ -24,7 +24,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
 from ecrproxy.access.turns import QueueTimeoutError, Turns
-from ecrproxy.documents import index_type, is_digest_of
+from ecrproxy.documents import index_type, is_digest_of, read_json
 from ecrproxy.oci import (
     MANIFEST_LIMIT,
     MANIFEST_TYPES,
@@ -411,8 +411,8 @@ class Upstream:
         Return the tags of a page.
         """
         try:
-            tags = json.loads(page.body)["tags"] or []
-        except (ValueError, LookupError, TypeError, RecursionError):
+            tags = read_json(page.body)["tags"] or []
+        except (ValueError, LookupError, TypeError):
             tags = None
         if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
             raise UnavailableError(502, "UNAVAILABLE", f"{self.name}'s answer makes no sense: no list of tags")
