@@ -196,7 +196,7 @@ class Cache:
         if body is None or (is_manifest and document is None):
             return None
         known = self._known(asked, self._entry_at_hand)[0]
-        if known is None or (document is not None and not _fits(document, known.descriptor)):
+        if known is None or (document is not None and not document.may_be(known.descriptor.media_type)):
             return None
         self.store.index.use(digest)
         media_type = known.descriptor.media_type if is_manifest else BLOB_TYPE
@@ -414,7 +414,7 @@ class Cache:
         if known is None or document is None:
             return missing
         # Its media type comes from an index that lists it: if the manifest declares another, ECR decides.
-        return (known, document) if _fits(document, known.descriptor) else Reason.FIRST_USE
+        return (known, document) if document.may_be(known.descriptor.media_type) else Reason.FIRST_USE
 
     async def document(self, digest: Digest) -> Document | None:
         """
@@ -1141,13 +1141,6 @@ def _weight(document: Document) -> int:
     """
     size = len(document.body)
     return size + min(9 * size, FACTS * 1000)
-
-
-def _fits(document: Document, known: Descriptor) -> bool:
-    """
-    Return True if a manifest may be served with the known media type.
-    """
-    return known.media_type in MANIFEST_TYPES and document.own_type in (None, known.media_type)
 
 
 def _listed(body: bytes, media_type: str) -> Sequence[tuple[Kind, Descriptor]]:

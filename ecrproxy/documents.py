@@ -45,10 +45,12 @@ class Document:
     A manifest's bytes and its C{mediaType} field.
 
     @ivar own_type: None without that field.
+    @ivar signed: whether it has signatures inside.
     """
 
     body: bytes
     own_type: str | None
+    signed: bool = False
 
     @classmethod
     def read(cls, body: bytes) -> Document:
@@ -57,10 +59,22 @@ class Document:
 
         @raise ValueError: if C{body} is not a JSON object, or its media type is not a string.
         """
-        own_type = _json_object(body).get("mediaType")
+        document = _json_object(body)
+        own_type = document.get("mediaType")
         if own_type is not None and not isinstance(own_type, str):
             raise ValueError(f"it calls itself {str(own_type)[:80]!r}")
-        return cls(body, own_type or None)
+        return cls(body, own_type or None, "signatures" in document)
+
+    def may_be(self, media_type: str) -> bool:
+        """
+        Return True if cached bytes may be served as C{media_type}.
+
+        What is signed has the digest by which registries name the signed manifest, but no signatures: if it is cached,
+        another repository has it as content of its own.
+        """
+        if media_type == SIGNED_TYPE and not self.signed:
+            return False
+        return media_type in MANIFEST_TYPES and self.own_type in (None, media_type)
 
     def type_as(self, content_type: str) -> str:
         """

@@ -168,7 +168,7 @@ class Manifests:
                 502, "UNAVAILABLE", f"{self._upstream(asked.route).name} does not say which manifest it has"
             )
         document = await self._cache.document(asked.digest) if here else None
-        if document is None:
+        if document is None or (head.media_type == SIGNED_TYPE and not document.signed):
             answer = manifest_answer(CacheStatus.MISS, found, asked, head)
             return answer if asked.head else await self._fetch_by_digest(asked, found)
         descriptor = Descriptor(self._checked_type(asked, head.media_type, document), asked.digest, len(document.body))

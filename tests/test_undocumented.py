@@ -91,6 +91,24 @@ class SignedTests(DaemonTestCase):
             self.assertEqual(self.manifest.data, bytes(reply.body))
         self.assertFalse(self.has(self.manifest.digest))
 
+    def test_what_is_signed_does_not_stand_for_it(self) -> None:
+        """
+        The signed bytes have the same digest. Another repository may have brought them into the cache.
+        """
+        for repository, asked_before in (("team/app", True), ("team/late", False)):
+            pushed = self.standin.push_signed(repository)
+            document = json.loads(pushed.data)
+            del document["signatures"]
+            signed = json.dumps(document, indent=3).encode()
+            path = f"/v2/{repository}/manifests/{pushed.digest}"
+            if asked_before:
+                self.assertWhole(self.get(path), pushed.data, "MISS")
+            self.assertEqual(pushed.digest, self.standin.push_blob("other/app", signed))
+            self.assertWhole(self.get(f"/v2/other/app/blobs/{pushed.digest}"), signed)
+            for _ in range(3):
+                self.assertWhole(self.get(path), pushed.data)
+                self.assertEqual(str(len(pushed.data)), self.head(path).header("Content-Length"))
+
     def test_a_signature_covers_nothing_else(self) -> None:
         """
         Members that are not signed, and signatures of something else, are wrong bytes.
