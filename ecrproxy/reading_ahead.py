@@ -24,6 +24,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ecrproxy import tracing
 from ecrproxy.answers import Asked
 from ecrproxy.cached import SMALL_BLOB, Cache
 from ecrproxy.identity import RegistryId, Repository
@@ -78,6 +79,7 @@ class Pull:
     @ivar begun: whether reading ahead may start layers.
     @ivar unasked: layers that were started but not requested: their bytes and start times.
     @ivar bytes: the bytes of all of them.
+    @ivar span: of the request that began it, if that is traced; timers and others' transfers start the layers.
     """
 
     image: Image
@@ -86,6 +88,7 @@ class Pull:
     begun: bool = False
     unasked: dict[Digest, tuple[int, float]] = field(default_factory=dict)
     bytes: int = 0
+    span: tracing.Span | None = field(default_factory=tracing.current.get)
 
     def add(self, layer: Digest, size: int, since: float) -> None:
         """
@@ -384,6 +387,7 @@ class ReadingAhead:
             return False
 
     async def _open(self, pull: Pull, opening: Opening, route: Route, layer: Descriptor) -> Download | None:
+        tracing.current.set(pull.span)
         if not await self._cache.lacks(layer.digest, layer.size) or self._pulls.get(pull.image) is not pull:
             return None
         if self._transfers.has(layer.digest):

@@ -6,10 +6,14 @@ Without tracing no span exists, and everything here does nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Protocol
+from contextvars import Context, ContextVar
+from typing import Any, Protocol, TypeVar
+
+from twisted.internet.defer import Deferred
+
+T = TypeVar("T")
 
 Attributes = Mapping[str, str | int | float | bool]
 """What a span says about itself: names and values of OpenTelemetry's semantic conventions, and ours, C{ecrproxy.*}."""
@@ -23,7 +27,7 @@ class Span(Protocol):
     @property
     def context(self) -> str:
         """
-        The span's name for another service: a C{traceparent} header (W3C Trace Context, section 3.2).
+        The span's name for another service: a C{traceparent} header (W3C Trace Context, section 3.2), or nothing.
         """
 
     def child(self, name: str, attributes: Attributes, *, outgoing: bool = False) -> Span:
@@ -82,6 +86,13 @@ def link(other: Span | None) -> None:
     span = current.get()
     if span is not None and other is not None and other is not span:
         span.link(other)
+
+
+def apart(work: Coroutine[Any, Any, T]) -> Deferred[T]:
+    """
+    Start work of the daemon itself: it may outlive by hours the request that caused it, and is no part of that.
+    """
+    return Context().run(Deferred.fromCoroutine, work)
 
 
 @contextmanager

@@ -195,6 +195,7 @@ ARROWS: dict[str, set[str]] = {
         "transfer.download",
         "images",
         "registry.queue",
+        "tracing",
     },
     "registries": {
         "identity",

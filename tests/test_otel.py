@@ -23,9 +23,11 @@ from zope.interface import implementer
 from ecrproxy.flights import Flights
 from ecrproxy.metrics import Tally
 from ecrproxy.otel import LAST_SECONDS, OtelTracing
+from ecrproxy.reading_ahead import BEGIN_SECONDS
 from ecrproxy.registry.metering import MeteredAgent
 from ecrproxy.tracing import current
 from tests.daemon import Daemon, DaemonTestCase, Reply, at_once
+from tests.registry_server import noise
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 GIVEN = f"00-{TRACE}-{SPAN}-01"
@@ -80,6 +82,13 @@ class Collector(SpanExporter):
             for span in scope.spans
         ]
         return sorted(found, key=lambda span: span.start_time_unix_nano)
+
+
+def truths(span: Received) -> set[str]:
+    """
+    Return the names of the attributes that are true.
+    """
+    return {each.key for each in span.attributes if each.value.bool_value}
 
 
 def told(span: Received) -> dict[str, str | int]:
@@ -319,3 +328,56 @@ class ExtraTests(DaemonTestCase):
         self.standin.push_image("team/app", "1.0")
         reply: Reply = self.get("/v2/team/app/manifests/1.0")
         self.assertEqual(200, reply.code)
+
+
+class OutageTests(TracingTestCase):
+    def test_the_daemons_own_questions_are_in_no_clients_trace(self) -> None:
+        """
+        They go on until the registry answers, hours later.
+        """
+        self.standin.fail("registry", status=500)
+        for number in range(12):
+            self.daemon.send("GET", f"/v2/team/app{number}/manifests/1", traceparent=GIVEN)
+            self.flush()
+        self.pass_time(30)
+        probes = [each for each in self.standin.asked if each.path == "/v2/"]
+        self.assertTrue(probes)
+        self.assertEqual({None}, {each.headers.get("traceparent") for each in probes})
+
+
+class AheadTests(TracingTestCase):
+    def test_what_is_read_ahead_belongs_to_the_pull_that_began_it(self) -> None:
+        self.start(read_ahead=True)
+        layers = [noise(f"traced{number}", 1_100_000) for number in range(4)]
+        image = self.standin.push_image("team/ahead", "latest", layers=layers)
+        self.get(f"/v2/team/ahead/manifests/{image.digest}")
+        self.standin.hold(image.layers[0])
+        self.daemon.send("GET", f"/v2/team/ahead/blobs/{image.layers[0]}", traceparent=GIVEN)
+        self.flush()
+        self.clock.advance(2 * BEGIN_SECONDS)
+        self.flush()
+        self.standin.release(image.layers[0])
+        self.flush()
+        downloads = self.spans()["download"]
+        ahead = [span for span in downloads if "ecrproxy.read_ahead" in truths(span)]
+        self.assertEqual(len(layers) - 1, len(ahead))
+        self.assertEqual({TRACE}, {span.trace_id.hex() for span in downloads})
+
+
+class UpstreamTests(TracingTestCase):
+    def test_an_address_of_ipv6_and_its_port_are_told(self) -> None:
+        class Silent:
+            def request(self, *_: object) -> Deferred[Any]:
+                return Deferred(lambda asked: asked.errback(ConnectionRefusedError()))
+
+        span = self.tracing.begin(None)
+        current.set(span)
+        self.addCleanup(current.set, None)
+        agent: Any = Silent()
+        for url in ("http://[2001:db8::1]:5000", "https://[2001:db8::2]"):
+            asking = MeteredAgent(agent, url, Tally(), self.clock, "one").request(b"GET", f"{url}/v2/".encode())
+            asking.cancel()
+            self.failureResultOf(asking)
+        shown = [told(each) for each in self.spans()["GET registry"]]
+        expected = [("2001:db8::1", 5000), ("2001:db8::2", None)]
+        self.assertEqual(expected, [(each["server.address"], each.get("server.port")) for each in shown])

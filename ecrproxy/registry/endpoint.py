@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
-from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.web.http import FORBIDDEN
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
+from ecrproxy import tracing
 from ecrproxy.oci import Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.authorization import Authorization
@@ -206,7 +206,7 @@ class Endpoint:
         whole = opened is self._circuit.whole
         self._governor.send_away(opened.refusal, None if whole else repository)
         if whole:
-            probing = Deferred.fromCoroutine(self._probe_until_answered())
+            probing = tracing.apart(self._probe_until_answered())
             probing.addErrback(lambda failure: log.failure("Probing {name}", failure, name=self._wire.name))
 
     def _doubt(self) -> None:
@@ -215,7 +215,7 @@ class Endpoint:
         """
         if not (self._doubting or self._left):
             self._doubting = True
-            asking = Deferred.fromCoroutine(self._ask_itself())
+            asking = tracing.apart(self._ask_itself())
             asking.addErrback(lambda failure: log.failure("Probing {name}", failure, name=self._wire.name))
 
     async def _ask_itself(self) -> None:

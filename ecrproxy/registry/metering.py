@@ -4,9 +4,10 @@ Counts requests upstream, and traces them: an agent around the one that sends th
 
 from __future__ import annotations
 
+import contextlib
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.components import proxyForInterface
@@ -50,13 +51,14 @@ class MeteredAgent:
         """
         Send the request.
         """
-        host = urlsplit(uri.decode("latin-1")).netloc.lower()
-        kind = "registry" if host == self._host else "bucket"
+        url = urlsplit(uri.decode("latin-1"))
+        kind = "registry" if url.netloc.lower() == self._host else "bucket"
         began = self._clock.seconds()
-        span = _span(kind, method.decode("ascii"), uri.decode("latin-1"))
-        if span is not None and kind == "registry" and headers is not None:
+        span = _span(kind, method.decode("ascii"), url)
+        context = span.context if span is not None and kind == "registry" else ""
+        if context and headers is not None:
             headers = headers.copy()
-            headers.setRawHeaders(TRACEPARENT, [span.context.encode("ascii")])
+            headers.setRawHeaders(TRACEPARENT, [context.encode("ascii")])
 
         def answered(response: IResponse) -> IResponse:
             key = kind, str(response.code), self._label
@@ -75,14 +77,14 @@ class MeteredAgent:
         return self._agent.request(method, uri, headers, bodyProducer).addCallbacks(answered, failed)
 
 
-def _span(kind: str, method: str, url: str) -> tracing.Span | None:
+def _span(kind: str, method: str, url: SplitResult) -> tracing.Span | None:
     """
     Begin the span of a request. A bucket's URL is a secret, so the span has only its host.
     """
-    parts = urlsplit(url)
-    attributes: dict[str, str | int] = {"http.request.method": method, "server.address": parts.hostname or ""}
-    if parts.port is not None:
-        attributes["server.port"] = parts.port
+    attributes: dict[str, str | int] = {"http.request.method": method, "server.address": url.hostname or ""}
+    with contextlib.suppress(ValueError):
+        if url.port is not None:
+            attributes["server.port"] = url.port
     return tracing.child(f"{method} {kind}", attributes, outgoing=True)
 
 
