@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
@@ -36,6 +38,9 @@ PATH: Final = "/v1/traces"
 LAST_SECONDS: Final = 5
 """Maximum seconds that the last spans may delay the end of the daemon."""
 _CONTEXT: Final = "traceparent"
+_HEADERS: Final = ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
+_HEADER: Final = re.compile(r"[!#-'*+.0-9A-Z^_`a-z|~-]+[ \t]*=[ !#-+\--:<-\[\]-~]*")
+"""A header as the SDK understands it, W3C Baggage with spaces. It logs what it does not understand, though a secret."""
 
 
 def is_installed() -> bool:
@@ -46,6 +51,23 @@ def is_installed() -> bool:
         return find_spec("opentelemetry.exporter.otlp.proto.http") is not None
     except ModuleNotFoundError:
         return False
+
+
+def complaint(collector: str, environ: Mapping[str, str]) -> str | None:
+    """
+    Return why no traces can be sent, without a secret; None if nothing is known against it.
+    """
+    if not is_installed():
+        return f"PROXY_OTLP_ENDPOINT={collector!r}: traces need OpenTelemetry's SDK: pip install 'ecrproxy[otel]'"
+    for name in _HEADERS:
+        if not all(_is_header(each.strip()) for each in environ.get(name, "").split(",") if each.strip()):
+            return f"{name}: give NAME=VALUE, separated by commas, and other characters of a value as %XX"
+    return None
+
+
+def _is_header(text: str) -> bool:
+    value = unquote(text.partition("=")[2])
+    return _HEADER.fullmatch(text) is not None and value.isascii() and value.isprintable()
 
 
 def exporter(collector: str) -> SpanExporter:
@@ -80,17 +102,26 @@ class OtelTracing(Service):
         Start the thread: not before, because twistd may fork.
         """
         super().startService()  # type: ignore[no-untyped-call]
+        _log_through_ours(self._reactor)
+        try:
+            self._provider = self._made()
+        except Exception as problem:  # noqa: BLE001 (the SDK refuses its variables in many ways; pulls go on)
+            what = f"{type(problem).__name__}: {problem}"
+            log.error("No traces: OpenTelemetry's SDK refuses its settings, OTEL_*: {what}", what=what)
+        else:
+            self._tracer = self._provider.get_tracer("ecrproxy", __version__)
+
+    def _made(self) -> TracerProvider:
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource  # noqa: PLC0415 (an extra)
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
 
-        _log_through_ours(self._reactor)
         instance = f"{socket.gethostname()}-{os.getpid()}"
         about = {"service.name": "ecrproxy", "service.version": __version__, "service.instance.id": instance}
         resource = Resource(about).merge(OTELResourceDetector().detect())
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(self._make_exporter()))
-        self._provider, self._tracer = provider, provider.get_tracer("ecrproxy", __version__)
+        return provider
 
     def stopService(self) -> Deferred[Any] | None:
         """

@@ -56,7 +56,7 @@ from ecrproxy.http.site import RegistrySite
 from ecrproxy.logs.shapes import PRIORITIES, as_json
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
 from ecrproxy.metrics import Figures, Gathered, Row
-from ecrproxy.otel import is_installed
+from ecrproxy.otel import complaint
 from ecrproxy.readiness import Readiness
 from ecrproxy.registry.aws import CredentialsError
 from ecrproxy.registry.egress import Egress
@@ -137,9 +137,9 @@ def _check_tracing(config: Config) -> None:
     """
     @raise ConfigError: if there should be traces, and nothing can send them.
     """
-    if config.otlp_endpoint is not None and not is_installed():
-        what = f"PROXY_OTLP_ENDPOINT={config.otlp_endpoint!r}"
-        raise ConfigError(f"{what}: traces need OpenTelemetry's SDK: pip install 'ecrproxy[otel]'")
+    why = None if config.otlp_endpoint is None else complaint(config.otlp_endpoint, os.environ)
+    if why is not None:
+        raise ConfigError(why)
 
 
 def _load(options: Options, file: Filed) -> Config:

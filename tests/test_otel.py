@@ -4,6 +4,7 @@ Traces: a span for each request, with what it waited for, as a collector receive
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,11 +21,14 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
+from ecrproxy.command.checkup.findings import Verdict
+from ecrproxy.command.checkup.settings import look_at_settings
 from ecrproxy.flights import Flights
 from ecrproxy.metrics import Tally
-from ecrproxy.otel import LAST_SECONDS, OtelTracing
+from ecrproxy.otel import LAST_SECONDS, OtelTracing, complaint
 from ecrproxy.reading_ahead import BEGIN_SECONDS
 from ecrproxy.registry.metering import MeteredAgent
+from ecrproxy.settings.config import Config, given
 from ecrproxy.tracing import current
 from tests.daemon import Daemon, DaemonTestCase, Reply, at_once
 from tests.registry_server import noise
@@ -381,3 +385,67 @@ class UpstreamTests(TracingTestCase):
         shown = [told(each) for each in self.spans()["GET registry"]]
         expected = [("2001:db8::1", 5000), ("2001:db8::2", None)]
         self.assertEqual(expected, [(each["server.address"], each.get("server.port")) for each in shown])
+
+
+class SettingsOfTheSdkTests(DaemonTestCase):
+    """
+    The variables OTEL_*.
+    """
+
+    more_headers = frozenset({"traceparent"})
+
+    def set(self, name: str, value: str) -> None:
+        os.environ[name] = value
+        self.addCleanup(os.environ.pop, name, None)
+
+    def test_one_that_the_sdk_refuses_is_told_and_pulls_go_on(self) -> None:
+        for name, value in (("OTEL_BSP_MAX_QUEUE_SIZE", "0"), ("OTEL_SPAN_LINK_COUNT_LIMIT", "x")):
+            self.set(name, value)
+            tracing = OtelTracing(Collector, at_once, Thread())
+            with capturedLogs() as events:
+                tracing.startService()
+            (line,) = map(formatEvent, events)
+            self.assertIn("No traces: OpenTelemetry's SDK refuses its settings, OTEL_*: ValueError: ", str(line))
+            self.assertIsNone(tracing.begin(None))
+            tracing.stopService()
+            del os.environ[name]
+
+    def test_a_registry_is_told_no_empty_trace_if_the_sdk_is_disabled(self) -> None:
+        self.set("OTEL_SDK_DISABLED", "true")
+        tracing = OtelTracing(Collector, at_once, Thread())
+        tracing.startService()
+        self.addCleanup(tracing.stopService)
+        self.standin.push_image("team/app", "1.0")
+        self.start(tracing=tracing, hot_path=False)
+        self.assertEqual(200, self.get("/v2/team/app/manifests/1.0").code)
+        self.assertEqual({None}, {each.headers.get("traceparent") for each in self.standin.asked})
+
+    def test_headers_that_the_sdk_would_log_are_named_and_not_shown(self) -> None:
+        for wrong in (
+            "api-key: secret",
+            'api-key=sec"ret',
+            "a=1,secret",
+            "api-key=%0d%0asecret",
+            "k=%e2%82%ac",
+            "k=sécret",
+        ):
+            for name in ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"):
+                why = complaint("http://127.0.0.1:4318", {name: wrong})
+                self.assertTrue(why and why.startswith(f"{name}: give NAME=VALUE"), wrong)
+                self.assertNotIn("cret", str(why))
+
+    def test_headers_that_it_understands_are_taken(self) -> None:
+        given = "Authorization=Bearer abc==, api-key = x%2Cy ,,Authorization=Basic%20dTpw"
+        self.assertIsNone(complaint("http://127.0.0.1:4318", {"OTEL_EXPORTER_OTLP_HEADERS": given}))
+
+    def test_the_doctor_finds_them_too(self) -> None:
+        environ = {
+            "PROXY_ECR_ENDPOINT": "https://111122223333.dkr.ecr.eu-west-1.amazonaws.com",
+            "PROXY_CACHE_DIR": "/var/cache/ecr-proxy",
+            "PROXY_OTLP_ENDPOINT": "http://127.0.0.1:4318",
+            "OTEL_EXPORTER_OTLP_HEADERS": "key: secret",
+        }
+        found = list(look_at_settings(Config.load({}, environ), given({}, environ), environ, 2))
+        (failed,) = (each for each in found if each.verdict is Verdict.FAILED)
+        self.assertIn("OTEL_EXPORTER_OTLP_HEADERS: give NAME=VALUE", failed.said)
+        self.assertNotIn("secret", failed.said)

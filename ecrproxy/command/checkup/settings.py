@@ -17,6 +17,7 @@ from ecrproxy.command.terminal import counted
 from ecrproxy.daemon.process import FILES_OF_A_CLIENT, KEPT_FILES, OWN_FILES
 from ecrproxy.daemon.tls import Certificate, CertificateError
 from ecrproxy.files import open_file, unread
+from ecrproxy.otel import complaint
 from ecrproxy.registry.login import read_password, why_unread
 from ecrproxy.settings import contradictions
 from ecrproxy.settings.config import Config, Given
@@ -34,7 +35,10 @@ def look_at_settings(config: Config, given: Given, environ: Mapping[str, str], c
     found = contradictions.look_at_settings(config, given, environ, contradictions.Machine(cores))
     for each in found:
         yield (failed if each.grave else warning)(check, each.said, each.advice)
-    if not found:
+    untraced = None if config.otlp_endpoint is None else complaint(config.otlp_endpoint, environ)
+    if untraced is not None:
+        yield failed(check, untraced, "see docs/howto/traces.rst, or unset PROXY_OTLP_ENDPOINT")
+    if not found and untraced is None:
         yield ok(check, f"{len(SETTINGS)}, without contradictions")
 
 
