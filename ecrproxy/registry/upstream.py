@@ -158,7 +158,9 @@ class Upstream:
 
     async def head_manifest(self, route: Route, accept: str) -> Head:
         """
-        Return the digest of the manifest that C{route} leads to for a client that accepts C{accept}.
+        Request the headers of the manifest that C{route} leads to, for a client that accepts C{accept}.
+
+        By HEAD; if ECR refuses that, by GET, and the digest is computed from the bytes.
 
         @raise RegistryError: if there is none, or ECR can't answer.
         """

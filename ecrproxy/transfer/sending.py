@@ -358,7 +358,10 @@ class SlotSending(Sending):
 
     def _send_file(self, fd: int, offset: int, count: int) -> int:
         """
-        Send bytes of a file and return how many were sent.
+        Take up to C{count} bytes of a file, from C{offset} on, and pass them to the connection.
+
+        @return: how many were taken; over TLS, some may still wait to be written.
+        @raise CutShortError: if the file ends earlier.
         """
         raise NotImplementedError
 
