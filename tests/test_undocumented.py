@@ -157,6 +157,14 @@ class PageTests(DaemonTestCase):
             self.assertEqual((200, ["latest"]), (reply.code, json.loads(reply.body)["tags"]))
             fault.remove()
 
+    def test_a_link_that_is_no_url_is_no_answer(self) -> None:
+        body = json.dumps({"name": "team/app", "tags": ["latest"]}).encode()
+        for link in ("<http://[::1?last=2>; rel=next", "<//[x/?last=2>; rel=next"):
+            fault = self.standin.fail("registry", status=200, headers={"Link": link}, body=body)
+            for query in ("", "?n=1"):
+                self.assertRefused(self.get(f"/v2/team/app/tags/list{query}"), 502, "UNAVAILABLE")
+            fault.remove()
+
     def test_referrers_may_come_whole_or_in_pages(self) -> None:
         path = f"/v2/team/app/referrers/{self.image.digest}"
         body = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}).encode()

@@ -343,7 +343,11 @@ class Upstream:
         response = reply.response
         links = b", ".join(response.headers.getRawHeaders(b"Link", []))
         link = next_target(links.decode("latin-1"))
-        following = urlsplit(link).query if link is not None else None
+        try:
+            following = urlsplit(link).query if link is not None else None
+        except ValueError:
+            said = f"{self.name}'s answer makes no sense: its link to the next page is no URL"
+            raise UnavailableError(502, "UNAVAILABLE", said) from None
         content_type = "application/json"  # ECR calls tags text/plain
         if route.kind is Kind.REFERRERS:
             content_type = self._index_type(header(response, "Content-Type") or "", reply.body)
