@@ -249,7 +249,7 @@ class Cache:
         since = self._purges
         held, missing = self._known(asked, self._entry_at_hand)
         try:
-            with tracing.part(_LOOK_UP, {}):
+            with tracing.part(_LOOK_UP):
                 known, content, missing = await self._disk.reading(self._look_up, asked, held, missing)
         except OSError:
             return Found(held, None, Reason.DISK, since)
@@ -396,7 +396,7 @@ class Cache:
 
         async def look() -> tuple[Confirmed, Document] | Reason:
             parsed = self._own_types.get(asked.digest)
-            with tracing.part(_LOOK_UP, {}):
+            with tracing.part(_LOOK_UP):
                 found = await self._disk.reading(self._look_up_manifest, asked, parsed)
             if not isinstance(found, Reason):
                 self._note(asked, found[0], since)

@@ -83,7 +83,7 @@ class Document:
         @raise ValueError: if that is not a manifest's type, such as that of an HTML page,
             or differs from the manifest's own field (CVE-2021-41190).
         """
-        named = content_type.partition(";")[0].strip().lower()
+        named = _media_type(content_type)
         if named not in MANIFEST_TYPES:
             raise ValueError(f"its Content-Type is {named[:80]!r}, no manifest's")
         if self.own_type not in (None, named):
@@ -99,7 +99,7 @@ def is_digest_of(digest: Digest, manifest: bytes, content_type: str) -> bool:
     """
     if Digest.of(manifest, digest.algorithm) == digest:
         return True
-    if content_type.partition(";")[0].strip().lower() != SIGNED_TYPE:
+    if _media_type(content_type) != SIGNED_TYPE:
         return False
     try:
         return Digest.of(_signed_bytes(manifest), digest.algorithm) == digest
@@ -123,6 +123,10 @@ def _signed_bytes(manifest: bytes) -> bytes:
     return signed
 
 
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
 def _from_base64(text: str) -> bytes:
     return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
@@ -133,7 +137,7 @@ def index_type(content_type: str, body: bytes) -> str:
 
     @raise ValueError: if it is not an index.
     """
-    named = content_type.partition(";")[0].strip().lower()
+    named = _media_type(content_type)
     if named in INDEX_TYPES:
         return named
     if not isinstance(_json_object(body).get("manifests"), list):

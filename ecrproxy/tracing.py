@@ -96,11 +96,11 @@ def apart(work: Coroutine[Any, Any, T]) -> Deferred[T]:
 
 
 @contextmanager
-def part(name: str, attributes: Attributes) -> Iterator[None]:
+def part(name: str) -> Iterator[None]:
     """
     Do a part of the current work.
     """
-    span = child(name, attributes)
+    span = child(name, {})
     failed = True
     try:
         yield
