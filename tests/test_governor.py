@@ -309,12 +309,23 @@ class GovernorTests(SynchronousTestCase):
         self.pass_time(0.2)
         self.assertEqual(["own", "hub"], self.names())
 
-    def test_three_throttled_prefixes_are_the_account(self) -> None:
+    def test_all_rules_throttled_at_once_refuse_nothing_else(self) -> None:
+        """
+        A registry may have fifty pull-through cache rules, whose upstream may be the same.
+        """
+        self.govern(MANY)
+        for number in range(50):
+            self.governor.rest(Call.MANIFEST, f"rule-{number}/library/nginx", 3600)
+        self.successResultOf(self.ask(Call.MANIFEST, "own", "team/app"))
+        self.failureResultOf(self.ask(Call.MANIFEST, "hub", "rule-49/library/redis"), QueueFullError)
+
+    def test_more_throttled_prefixes_than_rules_are_the_account(self) -> None:
         """
         Then the whole kind rests, until the first of them may be asked about again.
         """
         self.govern(MANY)
-        self.governor.rest(Call.MANIFEST, "docker-hub/library/nginx", 3600)
+        for number in range(49):
+            self.governor.rest(Call.MANIFEST, f"rule-{number}/library/nginx", 3600)
         self.governor.rest(Call.MANIFEST, "team/app", 4)
         self.successResultOf(self.ask(Call.MANIFEST, "first", "other/app"))
         self.governor.rest(Call.MANIFEST, "third/app", 6)

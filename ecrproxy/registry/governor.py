@@ -12,8 +12,8 @@ Rules:
 - A request waits in the queue for at most C{LONGEST_WAIT}. If its quota would make it wait longer, it is refused at
   once.
 - After ECR has throttled a request, requests of that kind for the same first component rest for as long as ECR says: it
-  may be the upstream of a pull-through cache rule that throttles. If a third component is throttled at the same time,
-  all requests of that kind rest.
+  may be the upstream of a pull-through cache rule that throttles. If more components are throttled at the same time
+  than a registry has rules, all requests of that kind rest.
 - A cancelled request leaves the queue; its place is released, however it ends.
 - A request that no client waits for never queues: it takes a place if there are plenty, otherwise it is refused. It
   leaves free half of what clients' requests may have of places and quota.

@@ -20,8 +20,11 @@ Public service quotas").
 """
 LONGEST_REST: Final = 60.0
 """Maximum seconds for which ECR's wish to receive no requests of a kind is obeyed."""
-COMPONENTS: Final = 3
-"""Number of first components throttled at the same time that means that the account is throttled."""
+COMPONENTS: Final = 51
+"""
+Number of first components throttled at the same time that means that the account is throttled: one more than a registry
+may have pull-through cache rules (AWS documentation, "Amazon ECR service quotas").
+"""
 
 
 class Call(enum.Enum):
