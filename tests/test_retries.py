@@ -241,9 +241,9 @@ class AgainTests(UpstreamTestCase):
 
     def test_silence_is_not_asked_again_beyond_the_budget(self) -> None:
         """
-        An ECR silent for 30 s has used its time: 504. With a larger budget it is asked again.
+        An ECR that is silent after three attempts has used its time: 504. With a larger budget it is asked twice more.
         """
-        for seconds, asked in ((10.0, 1), (100.0, 3)):
+        for seconds, asked in ((10.0, 3), (100.0, 5)):
             self.start(budget=Budget(3, seconds))
             self.standin.forget_asked()
             fault = self.standin.hang("registry")

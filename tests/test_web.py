@@ -1213,6 +1213,21 @@ class UpstreamTroubleTests(DaemonTestCase):
             self.assertRefused(reply, 504, "UNAVAILABLE", host)
             fault.remove()
 
+    def test_silent_for_ten_seconds(self) -> None:
+        """
+        What ECR or the bucket has lost is sent again, so that no client has an error.
+        """
+        for service in ("registry", "bucket"):
+            data = noise(service, 100_000)
+            digest = self.standin.push_blob("team/app", data)
+            self.standin.hang(service)
+            replies = [self.daemon.send("GET", f"/v2/team/app/blobs/{digest}") for _ in range(3)]
+            self.pass_time(10)
+            self.standin.heal()
+            self.pass_time(6)
+            for reply in replies:
+                self.assertWhole(reply, data)
+
     def test_a_bucket_that_refuses(self) -> None:
         """
         A bucket's answer other than a blob is 502, its 503 is 503; the bucket is named, without its words or URL.

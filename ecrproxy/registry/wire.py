@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -26,6 +27,7 @@ from zope.interface import implementer
 from ecrproxy.oci import RegistryError
 from ecrproxy.registry.bodies import ERROR_LIMIT, discard
 from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError, describe, first_cause, header
+from ecrproxy.registry.hedging import AGAIN_SECONDS, Hedged
 from ecrproxy.registry.retries import FIRST_WAIT, TRANSIENT_STATUSES, Budget, TransientError, Tries, asked_wait, failure
 
 if TYPE_CHECKING:
@@ -88,30 +90,6 @@ def _judged(what: str, problem: BaseException | None) -> UnavailableError:
     return failed
 
 
-def _unless_cancelled(asked: Deferred[T]) -> Deferred[T]:
-    """
-    Wait for C{asked}; a caller that cancels sees a C{CancelledError}, and not the outcome of the request.
-
-    treq reports both its own failures and a cancelled request as C{ResponseFailed}; the former is retried.
-    A request whose deadline has passed may end as cancelled: that is its failure, not the caller's.
-    """
-
-    def cancel(waiting: Deferred[T]) -> None:
-        waiting.errback(CancelledError())
-        asked.cancel()
-
-    def ended(result: T | Failure) -> None:
-        if waiting.called:
-            return
-        if isinstance(result, Failure) and result.check(CancelledError):
-            result = Failure(TimeoutError("it was given up"))
-        waiting.callback(result)
-
-    waiting: Deferred[T] = Deferred(cancel)
-    asked.addBoth(ended)
-    return waiting
-
-
 class Wire:
     """
     Sends requests.
@@ -121,7 +99,7 @@ class Wire:
     @param chance: returns random numbers from 0 to 1.
     @ivar leave: closes idle connections, now and later: only requests in progress need any.
     @ivar name: the registry's name in the log and for clients.
-    @ivar retried: number of attempts beyond the first ones.
+    @ivar retried: number of attempts beyond the first ones, hedged ones included.
     """
 
     def __init__(
@@ -181,23 +159,25 @@ class Wire:
         raise failure(urlsplit(url).hostname or "", response.code, wait)
 
     async def _sent(self, method: str, url: str, headers: Headers, seconds: float) -> IResponse:
+        host = urlsplit(url).hostname
+        send = partial(self._client.request, method, url, headers=headers, allow_redirects=False, unbuffered=True)
         try:
-            asked = self._client.request(method, url, headers=headers, allow_redirects=False, unbuffered=True)
+            asked = Hedged(send, seconds, self.clock.callLater, partial(self._note_repeat, host))
         except ValueError:
             raise UnavailableError(502, "UNAVAILABLE", f"{self.name} redirects to what is no URL") from None
-        limit = self.clock.callLater(seconds, asked.cancel)
         try:
-            return (await _unless_cancelled(asked)).original
+            return (await asked.answer).original
         except (RegistryError, CancelledError):
             raise
         except Exception as problem:
-            host = urlsplit(url).hostname
-            if not limit.active():
+            if asked.late:
                 raise TransientError(504, "UNAVAILABLE", f"{host} has not answered for {seconds:.0f} s") from None
             raise _judged(f"{host} can't be reached", problem) from problem
-        finally:
-            if limit.active():
-                limit.cancel()
+
+    def _note_repeat(self, host: str | None) -> None:
+        self.retried += 1
+        said = "{host} has not answered for {seconds:.0f} s: asking again over another connection"
+        log.info(said, host=host, seconds=AGAIN_SECONDS, once=host)
 
     async def read(self, response: IResponse, limit: int) -> bytes:
         """
