@@ -173,6 +173,55 @@ class LimitTests(DaemonTestCase):
         self.pass_time(2 * YIELD_SECONDS)
         self.assertEqual((False, b""), (wire.peer.connected, bytes(stuck.got)))
 
+    def push(self, name: str = "half closed") -> str:
+        """
+        Add a blob, and the bytes of a request for it: C{ask}.
+        """
+        self.data = noise(name, 100_000)
+        digest = str(self.standin.push_blob("team/app", self.data))
+        self.ask = f"GET /v2/team/app/blobs/{digest} HTTP/1.1\r\nHost: proxy\r\n\r\n".encode()
+        return digest
+
+    def ask_and_half_close(self) -> Raw:
+        """
+        Connect a client that asks for what is not answered yet, and then sends nothing more.
+        """
+        client, wire = self.connect()
+        wire.write(self.ask)
+        wire.half_close()
+        self.flush()
+        return client
+
+    def test_clients_that_have_left_make_room_though_nothing_tells_that_they_have(self) -> None:
+        """
+        A client that closes looks like one that half-closes until it is sent something: the oldest of both goes.
+        """
+        for limits in (Limits(connections=2), Limits(connections_per_address=2)):
+            self.start(limits=limits)
+            self.push(repr(limits))
+            fault = self.standin.hang("bucket")
+            first, second = self.ask_and_half_close(), self.ask_and_half_close()
+            self.assertIn(b" 200 OK", self.daemon.raw(GOOD))
+            self.assertEqual((True, False), (first.closed, second.closed))
+            fault.remove()
+            self.pass_time(6)
+            self.assertTrue(second.got.endswith(self.data))
+            self.assertEqual({}, self.daemon.crowd.half_closed)
+
+    def test_one_that_has_half_closed_and_is_being_answered_keeps_its_place(self) -> None:
+        self.start(limits=Limits(connections=1))
+        digest = self.push()
+        self.standin.hold(digest)
+        client, wire = self.connect()
+        wire.write(self.ask)
+        self.arrive(digest, 50_000)
+        wire.half_close()
+        self.flush()
+        self.assertIn(b" 503 ", self.daemon.raw(GOOD))
+        self.standin.release(digest)
+        self.flush()
+        self.assertTrue(client.got.endswith(self.data))
+
     def test_health_is_told_though_all_connections_are_taken(self) -> None:
         """
         Other requests get 503 with Retry-After, and are closed; a silent connection is closed for the next.

@@ -93,6 +93,10 @@ class Closable(Protocol):
     def settled(self) -> bool:
         """Whether the connection has been idle so long that a request is unlikely to be on its way."""
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether nothing of a response has been sent to a client that waits for one."""
+
     def abort(self) -> None:
         """Close at once; unsent data is lost."""
 
@@ -116,6 +120,8 @@ class Crowd:
     @ivar idle: connections closed between requests.
     @ivar slow_readers: connections closed because the client stopped reading.
     @ivar idle_ones: idle connections with their addresses, longest idle first.
+    @ivar half_closed: connections whose client sends nothing more, and waits for a response or has left, with their
+        addresses, oldest first. TCP does not tell which until something is sent to it.
     @ivar spare: connections beyond the limit, oldest first; they only get health responses.
     """
 
@@ -127,6 +133,7 @@ class Crowd:
         self.slow_heads = self.idle = self.slow_readers = 0
         self._by_address: Counter[str] = Counter()
         self.idle_ones: dict[Closable, str] = {}
+        self.half_closed: dict[Closable, str] = {}
         self.spare: dict[Closable, None] = {}
 
     @property
@@ -149,13 +156,14 @@ class Crowd:
         Admit a connection and return True, or return False if it exceeds a limit. Call C{leave} at its end.
 
         At a limit, the connection that has been idle longest is closed to make room: nodes keep unused connections
-        open, and a whole cluster behind NAT has one address. The new one is refused only if none is idle.
+        open, and a whole cluster behind NAT has one address. If none is idle, it is the oldest half-closed one
+        without a response: most such clients have left. The new one is refused only if there is none of these either.
 
         @param address: as L{counted} returns it; empty for connections without one.
         """
         too_many = self.is_too_many(address)
         full = 0 < self.limits.connections <= self.connected
-        if (too_many or full) and not self._close_an_idle_one(address if too_many else None):
+        if (too_many or full) and not self._make_room(address if too_many else None):
             if too_many:
                 self.refuse_connection("an address has reached PROXY_CONNECTIONS_PER_ADDRESS", address)
             return False
@@ -196,9 +204,9 @@ class Crowd:
             oldest.abort()
         self.spare[connection] = None
 
-    def _close_an_idle_one(self, address: str | None) -> bool:
+    def _make_room(self, address: str | None) -> bool:
         """
-        Close the connection that has been idle longest; return True if there was one.
+        Close a connection that does without; return True if there was one.
 
         @param address: close only its connections; None for any.
         """
@@ -209,6 +217,12 @@ class Crowd:
                 del self.idle_ones[each]
                 self.refuse_connection("the maximum is reached, and idle connections are closed first", address or "")
                 each.yield_place()
+                return True
+        for each, whose in self.half_closed.items():
+            if address in (None, whose) and each.unanswered:
+                del self.half_closed[each]
+                self.refuse_connection("the maximum is reached, and half-closed connections are closed", address or "")
+                each.abort()
                 return True
         return False
 

@@ -15,7 +15,8 @@ nothing of its response, and the number of connections. Connections that exceed 
 Buffers are bounded whatever a client does. No request is started until the client has read earlier responses, and
 reading stops while L{READ_AHEAD} bytes of input wait. Input after the last response is dropped.
 
-A client that half-closes a plain connection after a request gets its response; then the connection is closed.
+A client that half-closes a plain connection after a request gets its response; then the connection is closed. It may
+as well have left, so without a response it is closed when a limit is reached.
 
 On shutdown, the response in flight is the last of its connection.
 """
@@ -148,6 +149,7 @@ class StrictChannel(HTTPChannel):
             self.crowd.leave(self._address)
             self._address = None
         self.crowd.idle_ones.pop(self, None)
+        self.crowd.half_closed.pop(self, None)
         self.crowd.spare.pop(self, None)
         self._stop_input()
         super().connectionLost(reason)
@@ -173,6 +175,8 @@ class StrictChannel(HTTPChannel):
             self.transport.connectionLost(Failure(ConnectionDone()))  # at once, without another reactor turn
             return
         self._half_closed = True
+        if self._address is not None:
+            self.crowd.half_closed[self] = self._address
         self._go_on()
 
     def writeConnectionLost(self) -> None:
@@ -203,6 +207,13 @@ class StrictChannel(HTTPChannel):
         Return True if the connection has been idle for C{SETTLED_SECONDS}.
         """
         return bool(self.factory.reactor.seconds() - self._idle_since >= SETTLED_SECONDS)
+
+    @property
+    def unanswered(self) -> bool:
+        """
+        Return True if nothing of a response has been sent to a client that waits for one.
+        """
+        return not self._waitingForTransport and not any(request.startedWriting for request in self.requests)
 
     def _note_idle(self) -> None:
         self._idle_since = self.factory.reactor.seconds()
