@@ -19,7 +19,7 @@ from docutils.core import publish_doctree
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.settings.predecessors import notices
-from ecrproxy.settings.table import SETTINGS
+from ecrproxy.settings.table import GROUPS, SETTINGS
 from tests.documents import CHECKOUT, Block, blocks, pages
 
 MARKDOWN = [CHECKOUT / "SECURITY.md"]
@@ -227,3 +227,10 @@ class WordsTests(SynchronousTestCase):
         rows = re.findall(r"^   \* - ``(\w+)``\n     - (.+)\n     - (.+)$", readme, re.MULTILINE)
         told = {variable: (flags.partition(",")[0], default.replace("``", "")) for variable, flags, default in rows}
         self.assertEqual({each.variable: (f"``--{each.name}``", each.default) for each in SETTINGS}, told)
+
+    def test_readme_has_the_settings_by_topic_as_the_help_has(self) -> None:
+        readme = (CHECKOUT / "README.rst").read_text("utf-8")
+        found = re.findall(r"^   \* - ``(\w+)``\n     - .+\n     - .+$|^(.+)\n~+$", readme, re.MULTILINE)
+        order = [variable or heading for variable, heading in found]
+        by_name = {each.name: each.variable for each in SETTINGS}
+        self.assertEqual([e for group, names in GROUPS.items() for e in (group, *(by_name[n] for n in names))], order)
