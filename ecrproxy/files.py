@@ -112,7 +112,7 @@ def _signature(path: str) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-class Reading:
+class FileReader:
     """
     Reloads files in a thread, one reading at a time.
 

@@ -15,7 +15,7 @@ from ecrproxy.oci import RegistryError, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.refusals import NoListError
-from ecrproxy.registry.upstream import Page, Upstream, upstream_query
+from ecrproxy.registry.upstream import ListPage, Upstream, upstream_query
 from ecrproxy.stale import STALE_SECONDS, why_stale
 
 if TYPE_CHECKING:
@@ -47,11 +47,11 @@ class Lists:
 
     def __init__(self, upstream: Callable[[Route], Upstream], call_later: Callable[..., IDelayedCall]) -> None:
         self._upstream, self._call_later = upstream, call_later
-        self._pages: Flights[Page] = Flights(abandons=True, foreseen=RegistryError)
-        self._last_pages: Memory[_Key, Page] = Memory(_PAGES_BYTES)
-        self._sent_pages: WeakValueDictionary[_Key, Page] = WeakValueDictionary()
+        self._pages: Flights[ListPage] = Flights(abandons=True, foreseen=RegistryError)
+        self._last_pages: Memory[_Key, ListPage] = Memory(_PAGES_BYTES)
+        self._sent_pages: WeakValueDictionary[_Key, ListPage] = WeakValueDictionary()
 
-    async def page(self, route: Route) -> tuple[CacheStatus, Reason, Page]:
+    async def page(self, route: Route) -> tuple[CacheStatus, Reason, ListPage]:
         """
         Fetch a page of tags or referrers. Concurrent requests share one request to ECR.
 
@@ -68,7 +68,7 @@ class Lists:
             return CacheStatus.STALE, why_stale(route, self._upstream(route).name, problem), last
         return CacheStatus.BYPASS, Reason.LIST, page
 
-    async def _first_page(self, key: _Key) -> Page:
+    async def _first_page(self, key: _Key) -> ListPage:
         """
         Fetch a page that is not in memory.
 
@@ -80,7 +80,7 @@ class Lists:
         except NoListError as problem:
             raise RegistryError(404, "UNSUPPORTED", problem.message, reason=Reason.NOT_FOUND) from problem
 
-    async def _ask_for_page(self, key: _Key) -> Page:
+    async def _ask_for_page(self, key: _Key) -> ListPage:
         try:
             page = await self._pages.join(key, lambda: self._upstream(key.route).page(key.route))
         except UnavailableError:

@@ -42,7 +42,7 @@ from ecrproxy.manifests import Manifests
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, RegistryError, Route
 from ecrproxy.reading_ahead import ReadingAhead, Transfers
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import Blob, UnavailableError, is_passed_on, is_passed_on_always
+from ecrproxy.registry.bucket import BlobSource, UnavailableError, is_passed_on, is_passed_on_always
 from ecrproxy.registry.race import SLOW_SECONDS, Race
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.threads import Disk, on_its_own
@@ -522,12 +522,12 @@ class PullThrough:
         else:
             download.end_beside(step)
 
-    async def _rest(self, download: Download, route: Route, stop: int | None, start: int) -> Blob:
+    async def _rest(self, download: Download, route: Route, stop: int | None, start: int) -> BlobSource:
         """
         Start to fetch what another process left unfinished, from the first registry; if it fails or is slow, another.
         """
 
-        async def ask(source: Source) -> Blob:
+        async def ask(source: Source) -> BlobSource:
             return await source[0].blob(source[1], stop, start)
 
         sources = [(self._upstream(route), route), *download.others.values()]
@@ -620,7 +620,7 @@ class PullThrough:
             return passing
         return self._begin(blob, digest, file, shared=True, urgency=_urgency(parts))
 
-    async def _first(self, route: Route, digest: Digest, stop: int | None, start: int) -> tuple[Route, Blob]:
+    async def _first(self, route: Route, digest: Digest, stop: int | None, start: int) -> tuple[Route, BlobSource]:
         """
         Start to fetch a blob: from its registry or, if that fails or is slow, from that of another waiting client.
 
@@ -628,7 +628,7 @@ class PullThrough:
         """
         refusals = self._refusals[digest]
 
-        async def ask(source: Source) -> tuple[Route, Blob]:
+        async def ask(source: Source) -> tuple[Route, BlobSource]:
             try:
                 return source[1], await source[0].blob(source[1], stop, start)
             except RegistryError as problem:
@@ -658,7 +658,7 @@ class PullThrough:
 
     def _begin(
         self,
-        blob: Blob,
+        blob: BlobSource,
         digest: Digest,
         file: Writer | Reason,
         *,
@@ -694,15 +694,17 @@ class PullThrough:
         self._unattended.settle(download)
         return download
 
-    def _attend(self, download: Download, blob: Blob) -> None:
+    def _attend(self, download: Download, blob: BlobSource) -> None:
         blob.ahead = download.ahead
         self._unattended.settle()
 
-    def _run_apart(self, blob: Blob, download: Download) -> None:
+    def _run_apart(self, blob: BlobSource, download: Download) -> None:
         download.split_off = partial(self._run_apart, blob)
         on_its_own(self._run(download, blob, self._lanes.take(0), shared=False))
 
-    async def _run(self, download: Download, blob: Blob, lanes: int, *, shared: bool, ahead: bool = False) -> None:
+    async def _run(
+        self, download: Download, blob: BlobSource, lanes: int, *, shared: bool, ahead: bool = False
+    ) -> None:
         if download.span is not None:
             tracing.current.set(download.span)
         try:
@@ -731,7 +733,7 @@ class PullThrough:
     def _has_plenty(self, route: Route, size: int, coming: int) -> bool:
         return self._lanes.has_plenty(size, coming) and self._upstream(route).has_plenty(route)
 
-    async def _ask_ahead(self, route: Route, layer: Descriptor) -> tuple[Blob, int]:
+    async def _ask_ahead(self, route: Route, layer: Descriptor) -> tuple[BlobSource, int]:
         """
         Ask for a layer to read ahead. It is claimed only when its bytes arrive: other processes may get it sooner.
 
@@ -756,7 +758,7 @@ class PullThrough:
             raise UnavailableError(504, "UNAVAILABLE", f"{route.reference} is slow to come, or of another size")
         return blob, since
 
-    async def _bring(self, route: Route, layer: Descriptor, given: tuple[Blob, int]) -> Download | None:
+    async def _bring(self, route: Route, layer: Descriptor, given: tuple[BlobSource, int]) -> Download | None:
         """
         Start the transfer of a layer to read ahead; None if a client, in any process, has requested it by now.
         """
@@ -837,7 +839,7 @@ def _uncertain() -> OtherSizeError:
     return OtherSizeError(502, "UNAVAILABLE", "the size of the blob is not certain")
 
 
-def _settle_size(blob: Blob, expected: int | None, parts: Sequence[Span]) -> None:
+def _settle_size(blob: BlobSource, expected: int | None, parts: Sequence[Span]) -> None:
     """
     Use the manifest's size if the bucket sends none: the client then gets a length, and the cache can store the blob.
 
@@ -849,7 +851,7 @@ def _settle_size(blob: Blob, expected: int | None, parts: Sequence[Span]) -> Non
         _check_size(blob, expected)
 
 
-def _check_size(blob: Blob, expected: int | None, *, certain: bool = False) -> None:
+def _check_size(blob: BlobSource, expected: int | None, *, certain: bool = False) -> None:
     """
     Check a blob's size before sending parts of it, because parts are not verified here.
 

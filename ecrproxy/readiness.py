@@ -32,7 +32,7 @@ class Readiness:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class RegistryReadiness:
     """
     A registry, and what prevents fetching from it.
 
@@ -56,7 +56,7 @@ class Source:
 
 
 def judge(
-    *, draining: bool, sources: Sequence[Source], disk: Sequence[str], filled: bool, index: str = ""
+    *, draining: bool, sources: Sequence[RegistryReadiness], disk: Sequence[str], filled: bool, index: str = ""
 ) -> Readiness:
     """
     Return the readiness of a process. It can fetch if it can fetch from at least one registry.
@@ -76,7 +76,7 @@ def judge(
     )
 
 
-def _said_of(sources: Sequence[Source]) -> Iterator[str]:
+def _said_of(sources: Sequence[RegistryReadiness]) -> Iterator[str]:
     failing: Counter[str] = Counter()
     for each in sources:
         failing[each.label] += each.fails

@@ -38,7 +38,7 @@ from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.scribe import Scribe
 from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
-from ecrproxy.cache.troubles import Kind
+from ecrproxy.cache.troubles import TroubleKind
 from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.daemon.ending import Connections
 from ecrproxy.daemon.process import clients_beside_spare, kept_files
@@ -298,7 +298,7 @@ def begin(store: Store, processes: int) -> bool:
     try:
         warm, has_locks = in_time(begin, START_SECONDS)
     except TimeoutError as problem:
-        store.troubles.failed(Kind.WRITE, problem)
+        store.troubles.failed(TroubleKind.WRITE, problem)
         return True
     except OSError as problem:
         what_to_do = "" if problem.errno == errno.EXDEV else "; give a directory that can"

@@ -50,7 +50,7 @@ from ecrproxy.daemon.renewal import PAIRS, Renewal, generation
 from ecrproxy.daemon.service import LAST_LINES_SECONDS, Daemon
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.tls import Loaded
-from ecrproxy.files import Reading
+from ecrproxy.files import FileReader
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.site import RegistrySite
 from ecrproxy.logs.shapes import PRIORITIES, as_json
@@ -281,7 +281,7 @@ def build(
     listening += _operators(config, metrics, status, store, serving.purges.look, service, reactor)
     serving.figures.watch(*of_certificates(partial(_expires, listening)))
     reading, configuring = service.pools.threads(1).call, service.pools.threads(1).call
-    certificates = Reading(PAIRS, partial(_load_all, listening), partial(_use_all, listening), reading, reactor)
+    certificates = FileReader(PAIRS, partial(_load_all, listening), partial(_use_all, listening), reading, reactor)
     reread = partial(_reread, certificates, serving.admission.reread)
     Renewal(listening, reading, partial(supervised.rereading, reread), reactor).setServiceParent(service)
     drain = Drain(serving.connections, config.drain_seconds, reactor)
@@ -312,7 +312,9 @@ def build_worker(
     process, figures = serving.process, serving.figures
     listening = _listening(shared, serving.site, Inherited(reactor, sockets))
     incidents, reading = Incidents(time.time), service.pools.threads(1).call
-    certificates = Reading(PAIRS, partial(_load_as_told, listening), partial(_use_as_told, listening), reading, reactor)
+    certificates = FileReader(
+        PAIRS, partial(_load_as_told, listening), partial(_use_as_told, listening), reading, reactor
+    )
     reports = Reports(
         channel,
         figures,
@@ -381,7 +383,7 @@ def build_parent(
     every = [*listening, *admin]
     figures.watch(*gathered.readings(), *of_certificates(partial(_expires, every)))
     use = partial(_have_workers_use, listening, admin, workers)
-    certificates = Reading(PAIRS, partial(_load_all, every), use, renewing, reactor)
+    certificates = FileReader(PAIRS, partial(_load_all, every), use, renewing, reactor)
     reread = partial(_reread, certificates, lambda: workers.tell(Reread("")))
     renewal = Renewal(every, renewing, partial(supervised.rereading, reread), reactor)
     announcing = _announcing(config, store, figures, workers.readiness, lambda: None, reactor)
@@ -535,12 +537,12 @@ def _have_used(workers: Workers, status: Status, settings: Settings) -> None:
     status.registry = settings.config.ecr_endpoint
 
 
-def _configuration(reloading: Reloading, in_thread: InThread, reactor: Any) -> Reading:  # noqa: ANN401
-    return Reading("The configuration file", reloading.read, reloading.use, in_thread, reactor)
+def _configuration(reloading: Reloading, in_thread: InThread, reactor: Any) -> FileReader:  # noqa: ANN401
+    return FileReader("The configuration file", reloading.read, reloading.use, in_thread, reactor)
 
 
 def _on_hang_up(
-    supervised: Supervised, reread: Callable[[], Deferred[None]], configuration: Reading | None
+    supervised: Supervised, reread: Callable[[], Deferred[None]], configuration: FileReader | None
 ) -> Callable[[], Deferred[None]]:
     """
     Return the handler of SIGHUP: reloads the configuration file, and everything that reloads by itself on changes.
@@ -555,7 +557,7 @@ def _on_hang_up(
     return partial(supervised.rereading, hang_up)
 
 
-def _reread(certificates: Reading, passwords: Callable[[], object]) -> Deferred[None]:
+def _reread(certificates: FileReader, passwords: Callable[[], object]) -> Deferred[None]:
     """
     Reload certificates and passwords, independently.
 
@@ -596,7 +598,7 @@ def _name(loaded: Sequence[Loaded | None]) -> str:
     return generation(each.seen if each is not None else () for each in loaded)
 
 
-def _reread_as_told(certificates: Reading, admission: Admission, found: str) -> None:
+def _reread_as_told(certificates: FileReader, admission: Admission, found: str) -> None:
     """
     Reload passwords, or the certificates that the parent has checked.
     """

@@ -19,7 +19,7 @@ from ecrproxy.catalog import Catalog
 from ecrproxy.daemon.process import set_aside_what_stays
 from ecrproxy.daemon.renewal import Renewal
 from ecrproxy.daemon.service import Daemon
-from ecrproxy.files import Reading, unread
+from ecrproxy.files import FileReader, unread
 from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Figures
 from ecrproxy.registries import Known, Registries
@@ -149,7 +149,7 @@ def trust_of(egress: Egress, service: Daemon, reactor: Any) -> Trust:  # noqa: A
         what = f"SSL_CERT_FILE={egress.authorities!r}"
         raise ConfigError(f"{what}: {unread(problem)}; give a PEM file of CAs") from problem
     reading = service.pools.threads(1).call
-    again = Reading(AUTHORITIES, trust.load, trust.use, reading, reactor).again
+    again = FileReader(AUTHORITIES, trust.load, trust.use, reading, reactor).again
     Renewal([trust], reading, again, reactor, what=AUTHORITIES).setServiceParent(service)
     return trust
 

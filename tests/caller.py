@@ -8,9 +8,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from ecrproxy.command.asking import Answer, Exchange
+from ecrproxy.command.asking import DaemonResponse, Exchange
 from ecrproxy.command.program import SUBCOMMANDS, main
-from ecrproxy.command.subcommand import Subcommand, World
+from ecrproxy.command.subcommand import Subcommand, Surroundings
 from ecrproxy.command.terminal import Terminal
 from ecrproxy.healthcheck import Place
 
@@ -65,7 +65,7 @@ class Caller:
             stream.seek(0)
             stream.truncate()
         terminal = Terminal(self.stdin, self.stdout, self.stderr)
-        world = World(
+        world = Surroundings(
             self.variables, terminal, lambda: self.time, self.seconds, self.sleep, self.reach, self.become_daemon
         )
         self.status = main(arguments, world, subcommands)
@@ -98,7 +98,7 @@ class Caller:
         return self.exchange
 
 
-def nobody(method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
+def nobody(method: str, path: str, headers: Mapping[str, str], body: bytes) -> DaemonResponse:
     """
     Return a port on which nothing listens.
     """

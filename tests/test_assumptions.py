@@ -22,7 +22,7 @@ from twisted.web.http_headers import Headers
 from ecrproxy.command.checkup.assumptions import ASSUMPTIONS, findings, judge, report
 from ecrproxy.command.checkup.findings import Finding, Verdict
 from ecrproxy.command.checkup.judgement import Judgement, Outcome
-from ecrproxy.command.checkup.questions import QUESTIONS, Question, Seen, interview
+from ecrproxy.command.checkup.questions import QUESTIONS, DoctorRequest, Seen, interview
 from ecrproxy.command.checkup.reach import Contact
 from tests.registry import StandIn, digest_of
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2, SCHEMA2_LIST
@@ -55,7 +55,7 @@ class Rig:
         self.image = self.standin.push_image(REPOSITORY, "a-tag", TAG, layers=[noise("big", 5000)])
         self.token_seconds: float | None = self.standin.quirks.token_lifetime
         self.bucket, self.seconds = ["52.0.0.1"], 100
-        self.questions: list[Question] = []
+        self.questions: list[DoctorRequest] = []
         self._token = self.standin.issue_token()
         self._altered: dict[str, Callable[[Contact], Contact]] = {}
 
@@ -93,7 +93,7 @@ class Rig:
             manifest = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "subject": subject, "number": number}
             self.standin.push_manifest(REPOSITORY, manifest, OCI_MANIFEST)
 
-    def ask(self, question: Question) -> Contact:
+    def ask(self, question: DoctorRequest) -> Contact:
         """
         Ask the stand-in.
         """
@@ -543,7 +543,7 @@ class ReportTests(SynchronousTestCase):
 
         _, well = seen_in("manifest-head", 0)
 
-        def ask(question: Question) -> Contact:
+        def ask(question: DoctorRequest) -> Contact:
             true = well.answers[question.name]
             if data.draw(st.booleans()):
                 return true

@@ -8,7 +8,7 @@ import json
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.access.bodies import SPARED_SECONDS, Bodies, NoRoomError, Sending
+from ecrproxy.access.bodies import SPARED_SECONDS, Bodies, MemoryResponse, NoRoomError
 from ecrproxy.transfer.sending import LEAST_PIECE
 from tests.daemon import MIB, DaemonTestCase, Hands, Reply
 from tests.registry_content import OCI_MANIFEST
@@ -21,7 +21,7 @@ class BodiesTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.bodies, self.cut = Bodies(30), list[int]()
-        self.sendings: dict[int, Sending] = {}
+        self.sendings: dict[int, MemoryResponse] = {}
 
     def begin(self, number: int, body: bytes, now: float = 0) -> None:
         self.sendings[number] = self.bodies.begin(body, now, lambda: self.end(number))

@@ -18,7 +18,7 @@ from twisted.web.client import ResponseDone
 from twisted.web.iweb import IResponse
 
 from ecrproxy.registry.bodies import ERROR_LIMIT, SECONDS, discard, excerpt
-from ecrproxy.registry.bucket import TRICKLE, Blob, BlobTransfer, Stretch, UnavailableError, Watch, told_part
+from ecrproxy.registry.bucket import TRICKLE, BlobRange, BlobSource, BlobTransfer, UnavailableError, Watch, told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
 from ecrproxy.registry.connections import IDLE_SECONDS
 from ecrproxy.transfer.inflow import Buffered, Inflow
@@ -46,19 +46,19 @@ class BlobTestCase(UpstreamTestCase):
     A caller that fetches a blob of 1000 bytes in ranges.
     """
 
-    def begun(self, part: int | None = PART) -> Blob:
+    def begun(self, part: int | None = PART) -> BlobSource:
         """
         Request the first range.
         """
         return self.successResultOf(self.asking(self.daemon.upstream.blob(self.blob, part)))
 
-    def opened(self, blob: Blob, start: int, stop: int | None) -> Stretch:
+    def opened(self, blob: BlobSource, start: int, stop: int | None) -> BlobRange:
         """
         Request another range.
         """
         return self.successResultOf(self.asking(blob.open(start, stop)))
 
-    def brought(self, stretch: Stretch) -> bytes:
+    def brought(self, stretch: BlobRange) -> bytes:
         """
         Deliver the bytes.
         """
@@ -74,7 +74,7 @@ class BlobTestCase(UpstreamTestCase):
         """
         return [asked.headers.get("range", "") for asked in self.standin.requests("bucket")]
 
-    def answer_to(self, question: Deferred[Stretch], head: str, body: bytes = b"x") -> Deferred[Stretch]:
+    def answer_to(self, question: Deferred[BlobRange], head: str, body: bytes = b"x") -> Deferred[BlobRange]:
         """
         Have the bucket send an answer that the stand-in never sends.
         """

@@ -15,11 +15,11 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.command.checkup import account
 from ecrproxy.command.checkup.aws import (
     Aws,
+    AwsRefusedError,
+    AwsUnreachableError,
     Identity,
     NoCredentialsError,
     Provider,
-    RefusedError,
-    UnreachableError,
     as_ours,
 )
 from ecrproxy.command.checkup.findings import Finding, Once, Verdict
@@ -69,9 +69,9 @@ class AnswersTests(SynchronousTestCase):
         """
         error: Any = {"Error": {"Code": "ExpiredToken", "Message": "expired\nsecret"}}
         refused = self.told(exceptions.ClientError(error, "GetCallerIdentity"))
-        self.assertEqual((RefusedError, "ExpiredToken: expired"), (type(refused), str(refused)))
+        self.assertEqual((AwsRefusedError, "ExpiredToken: expired"), (type(refused), str(refused)))
         silent = (exceptions.EndpointConnectionError(endpoint_url="x"), ResponseParserError("a page"))
-        self.assertEqual({UnreachableError}, {type(self.told(each)) for each in silent})
+        self.assertEqual({AwsUnreachableError}, {type(self.told(each)) for each in silent})
         none = (CredentialsError("none"), exceptions.ProfileNotFound(profile="x"), exceptions.NoCredentialsError())
         self.assertEqual({NoCredentialsError}, {type(self.told(each)) for each in none})
 
@@ -126,11 +126,11 @@ class CredentialsTests(SynchronousTestCase):
         """
         With AWS's reason, and what to check; a wrong clock is reported as such.
         """
-        found = self.look(raising(RefusedError("AccessDenied", "not authorized to perform: sts:AssumeRole")))
+        found = self.look(raising(AwsRefusedError("AccessDenied", "not authorized to perform: sts:AssumeRole")))
         self.assertIn("trust policy", found.advice)
-        found = self.look(raising(RefusedError("SignatureDoesNotMatch", "Signature expired: 2020 is now earlier")))
+        found = self.look(raising(AwsRefusedError("SignatureDoesNotMatch", "Signature expired: 2020 is now earlier")))
         self.assertIn("clock", found.advice)
-        found = self.look(raising(UnreachableError("Connect timeout")))
+        found = self.look(raising(AwsUnreachableError("Connect timeout")))
         self.assertEqual(Verdict.FAILED, found.verdict)
 
 
@@ -164,8 +164,8 @@ class IdentityTests(SynchronousTestCase):
         """
         A VPC without an endpoint for STS is no failure; rejected keys are.
         """
-        self.assertEqual(Verdict.WARNING, self.look(raising(UnreachableError("timeout")))[0].verdict)
-        self.assertEqual(Verdict.FAILED, self.look(raising(RefusedError("InvalidClientTokenId", "no")))[0].verdict)
+        self.assertEqual(Verdict.WARNING, self.look(raising(AwsUnreachableError("timeout")))[0].verdict)
+        self.assertEqual(Verdict.FAILED, self.look(raising(AwsRefusedError("InvalidClientTokenId", "no")))[0].verdict)
         self.assertEqual(Verdict.SKIPPED, self.look(raising(NoCredentialsError("none")))[0].verdict)
 
 
@@ -194,11 +194,11 @@ class TokenTests(SynchronousTestCase):
         The missing action, the clock, or the network path to the API.
         """
         words = f"User: {ARN} is not authorized to perform: ecr:GetAuthorizationToken on resource: *"
-        denied = self.look(raising(RefusedError("AccessDeniedException", words)))
+        denied = self.look(raising(AwsRefusedError("AccessDeniedException", words)))
         self.assertIn("allow ecr:GetAuthorizationToken on *", denied.advice)
-        skewed = self.look(raising(RefusedError("InvalidSignatureException", "Signature not yet current: x")))
+        skewed = self.look(raising(AwsRefusedError("InvalidSignatureException", "Signature not yet current: x")))
         self.assertIn("clock", skewed.advice)
-        self.assertIn("ecr.api", self.look(raising(UnreachableError("Connect timeout"))).advice)
+        self.assertIn("ecr.api", self.look(raising(AwsUnreachableError("Connect timeout"))).advice)
 
 
 class PermissionAdviceTests(SynchronousTestCase):
@@ -407,9 +407,9 @@ class RoleTests(SynchronousTestCase):
 
     def test_one_that_is_refused_is_told_with_what_to_do(self) -> None:
         for problem, verdict, words in (
-            (RefusedError("AccessDenied", "not authorized"), Verdict.FAILED, "trust policy of arn:x names"),
-            (RefusedError("AccessDenied", "Signature expired: x"), Verdict.FAILED, "clock"),
-            (UnreachableError("timeout"), Verdict.FAILED, "endpoint for sts"),
+            (AwsRefusedError("AccessDenied", "not authorized"), Verdict.FAILED, "trust policy of arn:x names"),
+            (AwsRefusedError("AccessDenied", "Signature expired: x"), Verdict.FAILED, "clock"),
+            (AwsUnreachableError("timeout"), Verdict.FAILED, "endpoint for sts"),
             (NoCredentialsError("none"), Verdict.SKIPPED, ""),
         ):
             (found,) = account.look_at_role(Once(raising(problem)), "arn:x")

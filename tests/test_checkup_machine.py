@@ -14,7 +14,7 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.mounts import Mount, find_mount
-from ecrproxy.command.checkup.disk import Survey, judge_directory, judge_room, survey
+from ecrproxy.command.checkup.disk import DirectoryState, judge_directory, judge_room, survey
 from ecrproxy.command.checkup.findings import Finding, Verdict
 from ecrproxy.command.checkup.ports import look_at_ports, try_to_bind
 from ecrproxy.command.checkup.reach import Contact
@@ -25,7 +25,7 @@ from ecrproxy.settings.config import Config, given
 
 GIB = 2**30
 ECR = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
-WELL = Survey(
+WELL = DirectoryState(
     path="/var/cache/x",
     exists=True,
     is_directory=True,

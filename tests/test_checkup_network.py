@@ -177,7 +177,7 @@ class NameServerTests(SynchronousTestCase):
     A name server that is queried.
     """
 
-    def ask(self, *, code: int = 0, wrong: bytes | None = None) -> names.Answer:
+    def ask(self, *, code: int = 0, wrong: bytes | None = None) -> names.LookupResult:
         """
         Query one that answers so.
         """
@@ -209,7 +209,7 @@ class NameServerTests(SynchronousTestCase):
         """
         No such name, an error, silence, or an invalid response.
         """
-        self.assertEqual(names.Answer([]), self.ask(code=3))
+        self.assertEqual(names.LookupResult([]), self.ask(code=3))
         self.assertEqual("answers with error 2", self.ask(code=2).problem)
         self.assertIn("invalid DNS response", self.ask(wrong=b"hello").problem)
 
@@ -218,7 +218,7 @@ class NameServerTests(SynchronousTestCase):
 
         self.assertEqual("does not answer", names.ask_server(SERVER, "a.test", 7, silent).problem)
 
-    def judge(self, answer: names.Answer | None, system: names.Answer) -> Finding:
+    def judge(self, answer: names.LookupResult | None, system: names.LookupResult) -> Finding:
         """
         Judge the answers of one server and of the host's own resolver.
         """
@@ -229,15 +229,15 @@ class NameServerTests(SynchronousTestCase):
         """
         So is the host's own resolver, if that is configured.
         """
-        known = names.Answer(["52.0.0.1"])
+        known = names.LookupResult(["52.0.0.1"])
         self.assertEqual([Verdict.OK] * 2, [self.judge(each, known).verdict for each in (known, None)])
-        self.assertEqual(Verdict.FAILED, self.judge(None, names.Answer(problem="no such name")).verdict)
+        self.assertEqual(Verdict.FAILED, self.judge(None, names.LookupResult(problem="no such name")).verdict)
 
     def test_one_that_is_silent_costs_time(self) -> None:
         """
         The daemon falls back to the host's resolver; it is a warning.
         """
-        found = self.judge(names.Answer(problem="does not answer"), names.Answer(["52.0.0.1"]))
+        found = self.judge(names.LookupResult(problem="does not answer"), names.LookupResult(["52.0.0.1"]))
         self.assertEqual(Verdict.WARNING, found.verdict)
         self.assertIn("PROXY_DNS_RESOLVER=system", found.advice)
 
@@ -245,14 +245,14 @@ class NameServerTests(SynchronousTestCase):
         """
         The daemon believes the configured server.
         """
-        self.assertEqual(Verdict.FAILED, self.judge(names.Answer(), names.Answer(["10.0.0.1"])).verdict)
-        self.assertIn("spelling", self.judge(names.Answer(), names.Answer()).advice)
+        self.assertEqual(Verdict.FAILED, self.judge(names.LookupResult(), names.LookupResult(["10.0.0.1"])).verdict)
+        self.assertIn("spelling", self.judge(names.LookupResult(), names.LookupResult()).advice)
 
     def test_a_vpc_endpoint_that_is_passed_by_is_told(self) -> None:
         """
         If the host's own resolver returns private addresses, and the configured server public ones.
         """
-        found = self.judge(names.Answer(["52.0.0.1"]), names.Answer(["10.0.0.1"]))
+        found = self.judge(names.LookupResult(["52.0.0.1"]), names.LookupResult(["10.0.0.1"]))
         self.assertEqual(Verdict.WARNING, found.verdict)
         self.assertIn("VPC endpoint", found.said)
 

@@ -11,15 +11,15 @@ from http.client import RemoteDisconnected
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.command.asking import Answer, place_of
-from ecrproxy.command.subcommand import ASKS, Call, CommandError, Subcommand
+from ecrproxy.command.asking import DaemonResponse, place_of
+from ecrproxy.command.subcommand import ASKS, CommandError, Invocation, Subcommand
 from ecrproxy.command.terminal import Progress, Terminal, age_in_words, counted, size_in_words, table
 from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.healthcheck import Place
 from tests.caller import Caller, Stream
 
 
-def subcommand(run: Callable[[Call], int], *settings: str) -> Subcommand:
+def subcommand(run: Callable[[Invocation], int], *settings: str) -> Subcommand:
     """
     Return a subcommand called do, which takes a word.
     """
@@ -39,7 +39,7 @@ def subcommand(run: Callable[[Call], int], *settings: str) -> Subcommand:
 
 
 def failing(problem: BaseException) -> Subcommand:
-    def run(call: Call) -> int:
+    def run(call: Invocation) -> int:
         raise problem
 
     return subcommand(run)
@@ -52,9 +52,9 @@ class FrameTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.caller = Caller()
-        self.calls: list[Call] = []
+        self.calls: list[Invocation] = []
 
-    def run_it(self, call: Call) -> int:
+    def run_it(self, call: Invocation) -> int:
         self.calls.append(call)
         return 1
 
@@ -174,7 +174,7 @@ class PlaceTests(SynchronousTestCase):
         """
         caller = Caller()
 
-        def run(call: Call) -> int:
+        def run(call: Invocation) -> int:
             call.daemon()
             return 0
 
@@ -204,11 +204,11 @@ class DaemonTests(SynchronousTestCase):
         Have the daemon answer, and return what the subcommand made of it.
         """
 
-        def exchange(method: str, path: str, headers: Mapping[str, str], sent: bytes) -> Answer:
+        def exchange(method: str, path: str, headers: Mapping[str, str], sent: bytes) -> DaemonResponse:
             self.sent.append((method, path, headers, sent))
-            return Answer(status, body.splitlines(keepends=True))
+            return DaemonResponse(status, body.splitlines(keepends=True))
 
-        def run(call: Call) -> int:
+        def run(call: Invocation) -> int:
             daemon = call.daemon()
             told = list(daemon.listen("GET", "/x")) if many else daemon.ask("POST", "/x", {"a": 1})
             call.terminal.print(json.dumps(told))
@@ -253,7 +253,7 @@ class DaemonTests(SynchronousTestCase):
         Most likely the daemon does not run.
         """
 
-        def run(call: Call) -> int:
+        def run(call: Invocation) -> int:
             call.daemon().ask("GET", "/x")
             return 0
 
@@ -266,7 +266,7 @@ class DaemonTests(SynchronousTestCase):
         It is not taken for the whole.
         """
 
-        def broken(*_: object) -> Answer:
+        def broken(*_: object) -> DaemonResponse:
             raise RemoteDisconnected("gone")
 
         self.caller.exchange = broken
@@ -319,7 +319,7 @@ class WordsTests(SynchronousTestCase):
         """
         caller = Caller()
 
-        def run(call: Call) -> int:
+        def run(call: Invocation) -> int:
             call.terminal.print("a\x1b[2Jb\nc")
             return 0
 

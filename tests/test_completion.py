@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.command.asking import Answer
+from ecrproxy.command.asking import DaemonResponse
 from ecrproxy.command.completion import MOST
 from ecrproxy.command.program import SUBCOMMANDS, make_parser
 from ecrproxy.command.shells import SHELLS, Value, Word, for_bash, for_fish, for_zsh, words_of
@@ -128,8 +128,8 @@ class RepositoriesTests(SynchronousTestCase):
         """
         lines = [json.dumps({"repository": each}).encode() + b"\n" for each in repositories]
 
-        def exchange(method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
-            return Answer(200, [*lines, b'{"end": true}\n'])
+        def exchange(method: str, path: str, headers: Mapping[str, str], body: bytes) -> DaemonResponse:
+            return DaemonResponse(200, [*lines, b'{"end": true}\n'])
 
         self.caller = Caller(exchange)
         return self.caller.call("completion", "repositories").splitlines()

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.command.checkup.assumptions import ASSUMPTIONS
-from ecrproxy.command.checkup.aws import Identity, NoCredentialsError, Provider, RefusedError, UnreachableError
+from ecrproxy.command.checkup.aws import AwsRefusedError, AwsUnreachableError, Identity, NoCredentialsError, Provider
 from ecrproxy.command.checkup.doctor import run
 from ecrproxy.command.checkup.findings import Check, Once, SkippedError, Verdict, examine, ok
-from ecrproxy.command.checkup.names import Answer
+from ecrproxy.command.checkup.names import LookupResult
 from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.command.checkup.senses import Senses
 from ecrproxy.command.doctor import DOCTOR
@@ -119,8 +119,8 @@ class World:
                 return answer
         return Contact(address, status=206, shown=shown)
 
-    def ask_system(self, host: str) -> Answer:
-        return Answer(self.addresses.get(host, ["52.0.0.1"]))
+    def ask_system(self, host: str) -> LookupResult:
+        return LookupResult(self.addresses.get(host, ["52.0.0.1"]))
 
     def ask_metadata(self, method: str, url: str, headers: Mapping[str, str]) -> Contact:
         return Contact("x", status=200, body=b"puller")
@@ -196,7 +196,7 @@ class DoctorTests(DoctorTestCase):
         """
         Below the failure; the exit status reports it, and the other checks still run.
         """
-        self.world.problems["token"] = UnreachableError("Connect timeout on endpoint URL")
+        self.world.problems["token"] = AwsUnreachableError("Connect timeout on endpoint URL")
         said = self.call("--repository", "team/app:1")
         self.assertEqual(1, self.caller.status)
         self.assertIn("failed   token", said)
@@ -221,7 +221,7 @@ class DoctorTests(DoctorTestCase):
         """
         All findings, and the number of failures.
         """
-        self.world.problems["token"] = UnreachableError("no")
+        self.world.problems["token"] = AwsUnreachableError("no")
         told = json.loads(self.call("--json"))
         self.assertEqual(1, told["failed"])
         self.assertEqual({"check", "verdict", "said", "advice"}, set(told["findings"][0]))
@@ -249,7 +249,7 @@ class DoctorTests(DoctorTestCase):
         found = self.verdicts()
         for action in ("ecr:BatchGetImage", "ecr:BatchImportUpstreamImage", "ecr:CreateRepository"):
             self.assertEqual("ok", found[action])
-        self.world.problems["simulate"] = UnreachableError("no way to IAM")
+        self.world.problems["simulate"] = AwsUnreachableError("no way to IAM")
         self.assertEqual("skipped", self.verdicts()["permissions"])
         self.assertEqual(0, self.caller.status)
 
@@ -372,7 +372,7 @@ class ImageTests(DoctorTestCase):
         self.assertNotIn("image", self.verdicts("--image", "team/app:1"))
 
     def test_without_a_token_the_report_says_that_nothing_was_asked(self) -> None:
-        self.world.problems["token"] = UnreachableError("no")
+        self.world.problems["token"] = AwsUnreachableError("no")
         self.call("--image", "team/app:1", "--report", str(self.file))
         self.assertEqual(1, self.caller.status)
         self.assertEqual(
@@ -535,14 +535,14 @@ class SeveralTests(DoctorTestCase):
         self.assertIn(("us-east-1", Credentials(role=self.ROLE, public=True)), self.world.opened)
         shown = [headers for url, _, headers in self.world.touched if "public.ecr.aws" in url]
         self.assertEqual([{}], shown)
-        self.theirs.problems["token"] = RefusedError(
+        self.theirs.problems["token"] = AwsRefusedError(
             "AccessDeniedException", "User: arn:x is not authorized to perform: ecr-public:GetAuthorizationToken"
         )
         self.assertEqual("failed", self.lines()["public.ecr.aws"][1][0])
         self.assertIn("allow ecr-public:GetAuthorizationToken", self.call())
 
     def test_a_role_that_is_refused_fails_its_own_registry_alone(self) -> None:
-        self.theirs.problems = dict.fromkeys(("identity", "token"), RefusedError("AccessDenied", "not authorized"))
+        self.theirs.problems = dict.fromkeys(("identity", "token"), AwsRefusedError("AccessDenied", "not authorized"))
         found = self.lines()
         self.assertEqual(["failed", "failed", "ok"], [verdict for verdict, _ in found.pop(self.TWO)])
         self.assertEqual({"ok"}, {verdict for several in found.values() for verdict, _ in several})
@@ -581,7 +581,7 @@ class SeveralTests(DoctorTestCase):
         text = f'[registry."{ECR}"]\ndefault = true\nrole = "{self.ROLE}"\n'
         Path(self.caller.variables["PROXY_CONFIG"]).write_text(text)
         self.assertEqual([("ok", f"assumed: {ARN}")], self.lines()["role"])
-        self.theirs.problems["identity"] = RefusedError("AccessDenied", "no")
+        self.theirs.problems["identity"] = AwsRefusedError("AccessDenied", "no")
         found = self.lines()
         self.assertEqual(["ok", "failed"], [found[each][0][0] for each in ("identity", "role")])
 
@@ -599,10 +599,10 @@ class ExamineTests(SynchronousTestCase):
 
         def find() -> str:
             asked.append(1)
-            raise UnreachableError("away")
+            raise AwsUnreachableError("away")
 
         once = Once(find)
-        self.assertRaises(UnreachableError, once.get)
+        self.assertRaises(AwsUnreachableError, once.get)
         problem = self.assertRaises(SkippedError, once.need, "a token")
         self.assertEqual("not without a token", str(problem))
         self.assertEqual([1], asked)

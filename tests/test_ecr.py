@@ -25,7 +25,7 @@ from twisted.logger import ILogObserver, capturedLogs, formatEvent, globalLogPub
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.registry.aws import Credentials, CredentialsError, TokenUnavailableError
-from ecrproxy.registry.credential_process import Process
+from ecrproxy.registry.credential_process import CredentialProcess
 from ecrproxy.registry.ecr import (
     ASKED_RETRY,
     FETCH_SECONDS,
@@ -325,7 +325,7 @@ class CredentialProcessTests(SynchronousTestCase):
         self.config = Path(os.environ["AWS_CONFIG_FILE"])
         self.child = self.config.with_name("child")
         self.program = self.config.with_name("program")
-        self.patch(Process, "seconds", 0.3)
+        self.patch(CredentialProcess, "seconds", 0.3)
 
     def write(self, script: str, config: str) -> None:
         """
@@ -360,7 +360,7 @@ class CredentialProcessTests(SynchronousTestCase):
         self.assert_ended()
 
     def test_what_answers_is_used(self) -> None:
-        self.patch(Process, "seconds", 30.0)
+        self.patch(CredentialProcess, "seconds", 30.0)
         self.aws.grants()
         self.write(
             f"""echo '{{"Version": 1, "AccessKeyId": "AKIDPROGRAM", "SecretAccessKey": "{SECRET}"}}'""",

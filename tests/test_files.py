@@ -15,7 +15,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.files import READ_SECONDS, Reading, open_file, unread
+from ecrproxy.files import READ_SECONDS, FileReader, open_file, unread
 from tests.daemon import Hands
 from tests.store_contract import scratch
 
@@ -68,7 +68,7 @@ class ReadingTests(SynchronousTestCase):
         self.clock, self.thread = Clock(), Hands()
         self.thread.idle = False
         self.used: list[Any] = []
-        self.reading = Reading("The file", lambda *args: args, self.used.append, self.thread, self.clock)
+        self.reading = FileReader("The file", lambda *args: args, self.used.append, self.thread, self.clock)
 
     def test_what_is_read_in_the_thread_is_used_in_the_reactor(self) -> None:
         asked = self.reading.again(1)
@@ -123,7 +123,7 @@ class ReadingTests(SynchronousTestCase):
             raise ZeroDivisionError
 
         for read, use in ((fail, self.used.append), (lambda: None, fail)):
-            reading = Reading("The file", read, use, self.thread, self.clock)
+            reading = FileReader("The file", read, use, self.thread, self.clock)
             for _ in range(2):
                 asked: Deferred[None] = reading.again()
                 self.thread.work()

@@ -12,10 +12,10 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.command.asking import Answer
-from ecrproxy.command.choosing import Target, chosen, parse_age
+from ecrproxy.command.asking import DaemonResponse
+from ecrproxy.command.choosing import PurgeTarget, chosen, parse_age
 from ecrproxy.command.naming import Pattern, naming_of
-from ecrproxy.command.survey import File, Held, Survey
+from ecrproxy.command.survey import CacheEntry, Survey, SurveyedFile
 from ecrproxy.identity import RegistryId, Repository
 from tests.caller import Caller
 from tests.daemon import DaemonTestCase, noise
@@ -52,13 +52,13 @@ class HoldingsTestCase(DaemonTestCase):
         for digest in (image.config, *image.layers):
             self.assertEqual(200, self.get(f"/v2/{repository}/blobs/{digest}").code)
 
-    def exchange(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
+    def exchange(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> DaemonResponse:
         reply = self.daemon.ask_admin(path, method, body=body or None, headers=headers)
         while not reply.ended:
             self.pass_time(1)
         if reply.ended == "broken" or (self.breaks_off and method == "POST"):
             raise IncompleteRead(bytes(reply.body))
-        return Answer(reply.code, bytes(reply.body).splitlines(keepends=True))
+        return DaemonResponse(reply.code, bytes(reply.body).splitlines(keepends=True))
 
     def call(self, *arguments: str, status: int = 0) -> str:
         written = self.caller.call(*arguments)
@@ -363,7 +363,7 @@ class VerifyTests(HoldingsTestCase):
         With the status that shells expect.
         """
 
-        def interrupted(method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        def interrupted(method: str, path: str, headers: Mapping[str, str], body: bytes) -> DaemonResponse:
             if method == "POST":
                 raise KeyboardInterrupt
             return self.exchange(method, path, headers, body)
@@ -434,12 +434,12 @@ class StatsTests(HoldingsTestCase):
         With the reason.
         """
 
-        def unready(method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        def unready(method: str, path: str, headers: Mapping[str, str], body: bytes) -> DaemonResponse:
             (line,) = self.exchange(method, path, headers, body).lines
             told = json.loads(line)
             told["can_serve"] = False
             told["reasons"], told["token"]["problem"] = ["no token: denied"], "denied"
-            return Answer(200, [json.dumps(told).encode()])
+            return DaemonResponse(200, [json.dumps(told).encode()])
 
         self.caller.exchange = unready
         written = self.call("stats", status=1)
@@ -465,12 +465,14 @@ class StatsTests(HoldingsTestCase):
         self.call("stats", "--watch", "0", status=2)
 
 
-def held(name: str, repository: str, reference: str, *digests: str, manifest: bool = True, used: float = 0) -> Held:
+def held(
+    name: str, repository: str, reference: str, *digests: str, manifest: bool = True, used: float = 0
+) -> CacheEntry:
     """
     Return an entry.
     """
     tag = None if reference.startswith("d") else reference
-    return Held(name, manifest, Repository(ANY, repository), tag, digests, used)
+    return CacheEntry(name, manifest, Repository(ANY, repository), tag, digests, used)
 
 
 class ChoosingTests(SynchronousTestCase):
@@ -478,16 +480,16 @@ class ChoosingTests(SynchronousTestCase):
     What a purge would remove; digests are called d1, d2 and so on.
     """
 
-    def survey(self, *entries: Held, lists: Mapping[str, tuple[str, ...]] | None = None) -> Survey:
+    def survey(self, *entries: CacheEntry, lists: Mapping[str, tuple[str, ...]] | None = None) -> Survey:
         digests = {digest for each in entries for digest in each.digests} | {"d9"}
-        return Survey(list(entries), {each: File(10, 0) for each in digests}, dict(lists or {}))
+        return Survey(list(entries), {each: SurveyedFile(10, 0) for each in digests}, dict(lists or {}))
 
     def going(self, survey: Survey, *targets: str, before: float | None = None) -> tuple[str, list[str]]:
         parsed = []
         for text in targets:
             name, _, digest = text.partition("@")
             repository, _, tag = name.partition(":")
-            parsed.append(Target(Pattern(repository), tag or None, digest or None))
+            parsed.append(PurgeTarget(Pattern(repository), tag or None, digest or None))
         found = chosen(survey, parsed, naming_of((), (), {ANY}), before)
         return "".join(sorted(each.name for each in found.entries)), list(found.content)
 
@@ -580,7 +582,7 @@ class ChoosingTests(SynchronousTestCase):
             held("b", "x", "two", "d2", used=50),
             held("c", "y", "one", "d3", used=5),
         )
-        survey.content.update(d1=File(10, 50), d2=File(10, 5), d3=File(10, 5))
+        survey.content.update(d1=SurveyedFile(10, 50), d2=SurveyedFile(10, 5), d3=SurveyedFile(10, 5))
         self.assertEqual(("ac", ["d2", "d3", "d9"]), self.going(survey, before=10))
         self.assertEqual(("a", ["d2"]), self.going(survey, "x", before=10))
 
@@ -591,13 +593,13 @@ class ChoosingTests(SynchronousTestCase):
         digest = f"sha256:{'a' * 64}"
         naming = naming_of((), (), ())
         for text, target in {
-            "a/b": Target(Pattern("a/b")),
-            "a/*:v?": Target(Pattern("a/*"), "v?"),
-            "host:5000/a:1": Target(Pattern("host:5000/a"), "1"),
-            f"a@{digest}": Target(Pattern("a"), digest=digest),
-            digest: Target(digest=digest),
+            "a/b": PurgeTarget(Pattern("a/b")),
+            "a/*:v?": PurgeTarget(Pattern("a/*"), "v?"),
+            "host:5000/a:1": PurgeTarget(Pattern("host:5000/a"), "1"),
+            f"a@{digest}": PurgeTarget(Pattern("a"), digest=digest),
+            digest: PurgeTarget(digest=digest),
         }.items():
-            self.assertEqual(target, Target.parse(text, naming))
+            self.assertEqual(target, PurgeTarget.parse(text, naming))
         self.assertEqual(
             [30, 1800, 3600, 86400, 604800], [parse_age(text) for text in ("30s", "30m", "1h", "1d", "1w")]
         )

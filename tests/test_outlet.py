@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.logs.outlet import Descriptor, Outlet
+from ecrproxy.logs.outlet import Outlet, RawFile
 from ecrproxy.logs.shapes import as_text
 from ecrproxy.logs.writing import LineWriter
 
@@ -134,7 +134,7 @@ class DescriptorTests(SynchronousTestCase):
         data = b"x" * 300_000
 
         def write() -> None:
-            Descriptor(writing).write(data)
+            RawFile(writing).write(data)
             os.close(writing)
 
         thread = threading.Thread(target=write)

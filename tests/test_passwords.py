@@ -28,9 +28,9 @@ from ecrproxy.access.passwords import (
     LONGEST_WAIT,
     REMEMBER_SECONDS,
     REREAD_SECONDS,
-    Failures,
     Guess,
     Passwords,
+    WrongPasswords,
     parse_basic,
 )
 from ecrproxy.oci import RegistryError
@@ -94,7 +94,7 @@ class FailuresTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.clock = Clock()
-        self.failures = Failures(self.clock)
+        self.failures = WrongPasswords(self.clock)
 
     def fail_often(self, *addresses: str) -> None:
         """

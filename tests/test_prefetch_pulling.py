@@ -17,7 +17,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.command.prefetching.crew import Crew
 from ecrproxy.command.prefetching.door import Reply
-from ecrproxy.command.prefetching.images import Image, parse_image
+from ecrproxy.command.prefetching.images import WantedImage, parse_image
 from ecrproxy.command.prefetching.platforms import Platform
 from ecrproxy.command.prefetching.pulling import BLOBS, INDEXES, OFFERED, Hands, Puller, PullError
 from ecrproxy.oci import Digest
@@ -65,7 +65,7 @@ class Proxy:
         self.content[f"/v2/{repository}/manifests/{Digest.of(body)}"] = (MANIFEST, body)
         return body
 
-    def tag(self, repository: str, tag: str, kind: str, body: bytes) -> Image:
+    def tag(self, repository: str, tag: str, kind: str, body: bytes) -> WantedImage:
         """
         Add a tag.
         """
@@ -146,13 +146,13 @@ class PullerTests(SynchronousTestCase):
         hands = Hands(self.proxy.ask, lambda: sum(self.slept), self.slept.append, lambda: 1.0, self.said.append)
         self.puller = Puller(hands, [AMD64], self.moved.append)
 
-    def pull(self, image: Image) -> list[bool]:
+    def pull(self, image: WantedImage) -> list[bool]:
         """
         Pull the image, and return for each blob whether it was transferred.
         """
         return [self.puller.bring(route, size) for route, size in self.puller.plan(image).blobs.items()]
 
-    def refused(self, image: Image) -> str:
+    def refused(self, image: WantedImage) -> str:
         """
         Return why an image can't be pulled.
         """
@@ -160,7 +160,7 @@ class PullerTests(SynchronousTestCase):
             self.pull(image)
         return str(raised.exception)
 
-    def image(self, *layers: bytes) -> Image:
+    def image(self, *layers: bytes) -> WantedImage:
         """
         Add an image.
         """
@@ -226,7 +226,7 @@ class PullerTests(SynchronousTestCase):
         self.proxy.content[f"/v2/app/manifests/{Digest.of(body)}"] = (INDEX, body)
         return descriptor(INDEX, body)
 
-    def nested(self, *listed: dict[str, Any]) -> Image:
+    def nested(self, *listed: dict[str, Any]) -> WantedImage:
         """
         Tag an index.
         """

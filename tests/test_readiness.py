@@ -11,8 +11,8 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache.condition import FRESH_SECONDS, PATIENCE, Condition, Look
-from ecrproxy.readiness import ACCOUNTS, Readiness, Source, judge, judge_all
+from ecrproxy.cache.condition import FRESH_SECONDS, PATIENCE, Condition, ConditionReport
+from ecrproxy.readiness import ACCOUNTS, Readiness, RegistryReadiness, judge, judge_all
 from ecrproxy.registry.aws import CredentialsError, TokenUnavailableError
 from ecrproxy.registry.circuit import LONGEST_PAUSE
 from ecrproxy.registry.ecr import FETCH_SECONDS, RENEW_SECONDS, Token
@@ -20,7 +20,7 @@ from ecrproxy.registry.wire import HEADER_SECONDS
 from ecrproxy.stale import STALE_SECONDS
 from tests.daemon import DaemonTestCase, Hands, Reply, noise
 
-WELL: dict[str, Any] = {"draining": False, "sources": [Source("one")], "disk": (), "filled": False}
+WELL: dict[str, Any] = {"draining": False, "sources": [RegistryReadiness("one")], "disk": (), "filled": False}
 
 
 class JudgeTests(SynchronousTestCase):
@@ -32,7 +32,7 @@ class JudgeTests(SynchronousTestCase):
 
     def test_a_token_or_content_lets_it_serve(self) -> None:
         found = {
-            (token, filled): self.serves(sources=[Source("one", token)], filled=filled)
+            (token, filled): self.serves(sources=[RegistryReadiness("one", token)], filled=filled)
             for token in (None, "x")
             for filled in (0, 1)
         }
@@ -40,7 +40,7 @@ class JudgeTests(SynchronousTestCase):
 
     def test_a_token_and_an_ecr_that_answers_let_it_fetch(self) -> None:
         for token, ecr in itertools.product((None, "AWS is down"), (None, "ECR answers 500")):
-            found = judge(**{**WELL, "sources": [Source("one", token, ecr)], "filled": True})
+            found = judge(**{**WELL, "sources": [RegistryReadiness("one", token, ecr)], "filled": True})
             self.assertEqual(token is None and ecr is None, found.can_fetch)
             self.assertEqual((token is not None) + (ecr is not None), len(found.reasons))
 
@@ -48,7 +48,7 @@ class JudgeTests(SynchronousTestCase):
         """
         Another that fails is named, and does not make the daemon less ready.
         """
-        ill, well = Source("one.test", "denied", "it answers 500"), Source("two.test")
+        ill, well = RegistryReadiness("one.test", "denied", "it answers 500"), RegistryReadiness("two.test")
         found = judge(**{**WELL, "sources": [ill, well]})
         reasons = ("one.test: no token: denied", "one.test: it answers 500")
         self.assertEqual(Readiness(can_serve=True, can_fetch=True, reasons=reasons), found)
@@ -60,8 +60,11 @@ class JudgeTests(SynchronousTestCase):
         There may be a thousand, and each has a line in the answer, in the log of a probe, and on the status page.
         """
         name = "*.dkr.ecr.eu-west-1.amazonaws.com"
-        accounts = [Source(f"{number}.test", "denied", "it answers 500", name) for number in range(1000)]
-        one, well = Source("one.test", None, "it answers 500", "one.test"), Source("1001.test", label=name)
+        accounts = [RegistryReadiness(f"{number}.test", "denied", "it answers 500", name) for number in range(1000)]
+        one, well = (
+            RegistryReadiness("one.test", None, "it answers 500", "one.test"),
+            RegistryReadiness("1001.test", label=name),
+        )
         found = judge(**{**WELL, "sources": [one, *accounts, well]})
         lines = [f"{n}.test: {why}" for n in range(ACCOUNTS) for why in ("no token: denied", "it answers 500")]
         more = f"{name}: {1000 - ACCOUNTS} more registries can't be fetched from"
@@ -76,7 +79,10 @@ class JudgeTests(SynchronousTestCase):
 
     def test_all_reasons_are_given(self) -> None:
         found = judge(
-            draining=True, sources=[Source("one", "none", "ECR answers 500")], disk=("full", "slow"), filled=True
+            draining=True,
+            sources=[RegistryReadiness("one", "none", "ECR answers 500")],
+            disk=("full", "slow"),
+            filled=True,
         )
         expected = ("draining: the daemon ends", "no token: none", "ECR answers 500", "full", "slow")
         self.assertEqual(expected, found.reasons)
@@ -108,16 +114,16 @@ class ConditionTests(DaemonTestCase):
         self.hands.idle = False
         self.condition = Condition(self.daemon.store, self.hands, self.clock)
 
-    def ask(self) -> Deferred[Look]:
+    def ask(self) -> Deferred[ConditionReport]:
         return Deferred.fromCoroutine(self.condition.latest())
 
     def test_one_look_does_for_all_who_ask_within_two_seconds(self) -> None:
         asked = [self.ask() for _ in range(1000)]
         self.assertEqual(1, len(self.hands.waiting))
         self.hands.work()
-        self.assertEqual({Look()}, {self.successResultOf(each) for each in asked})
+        self.assertEqual({ConditionReport()}, {self.successResultOf(each) for each in asked})
         self.clock.advance(FRESH_SECONDS - 0.1)
-        self.assertEqual(Look(), self.successResultOf(self.ask()))
+        self.assertEqual(ConditionReport(), self.successResultOf(self.ask()))
         self.assertEqual(0, len(self.hands.waiting))
         self.clock.advance(0.1)
         self.assertNoResult(again := self.ask())
@@ -139,14 +145,14 @@ class ConditionTests(DaemonTestCase):
         self.assertIn("has not answered for 62 s", self.successResultOf(self.ask()).reasons[0])
         self.assertEqual(1, len(self.hands.waiting))
         self.hands.work()
-        self.assertEqual(Look(), self.successResultOf(self.ask()))
+        self.assertEqual(ConditionReport(), self.successResultOf(self.ask()))
 
     def test_a_client_that_leaves_takes_nobodys_answer_along(self) -> None:
         gone, kept = self.ask(), self.ask()
         gone.addErrback(lambda _: None)
         gone.cancel()
         self.hands.work()
-        self.assertEqual(Look(), self.successResultOf(kept))
+        self.assertEqual(ConditionReport(), self.successResultOf(kept))
 
     def test_readyz_writes_to_the_disk_once_for_all_who_ask(self) -> None:
         written: list[int] = []

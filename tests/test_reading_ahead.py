@@ -17,7 +17,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.answers import Asked
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.record import POLL_SECONDS
-from ecrproxy.cache.troubles import Kind as Trouble
+from ecrproxy.cache.troubles import TroubleKind as Trouble
 from ecrproxy.cache.writer import UNASKED_SECONDS
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.images import IMAGES, NOTED, Image, Images, image_of

@@ -62,7 +62,7 @@ from ecrproxy.daemon.process import (
 from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal, generation
 from ecrproxy.daemon.service import Daemon
 from ecrproxy.daemon.supervision import Supervised, Supervisor
-from ecrproxy.files import READ_SECONDS, Reading
+from ecrproxy.files import READ_SECONDS, FileReader
 from ecrproxy.registry.aws import CredentialsError
 from ecrproxy.registry.resolver import SharedLookups
 from ecrproxy.settings.config import Config
@@ -1240,7 +1240,7 @@ class WorkersTests(TapCase):
     def test_a_worker_reads_passwords_while_certificates_hang(self) -> None:
         held, read = Hands(), list[str]()
         held.idle = False
-        certificates = Reading("Certificates", read.append, read.append, held, self.reactor)
+        certificates = FileReader("Certificates", read.append, read.append, held, self.reactor)
         admission: Any = type("Admission", (), {"reread": lambda _: read.append("passwords")})()
         tap._reread_as_told(certificates, admission, "a" * 64)  # noqa: SLF001
         tap._reread_as_told(certificates, admission, "")  # noqa: SLF001

@@ -18,7 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache import allocation
 from ecrproxy.cache.condition import FRESH_SECONDS
-from ecrproxy.cache.troubles import QUIET_SECONDS, Kind, Troubles
+from ecrproxy.cache.troubles import QUIET_SECONDS, TroubleKind, Troubles
 from tests.daemon import DaemonTestCase, noise
 from tests.store_contract import START, failing
 
@@ -41,9 +41,9 @@ class TroublesTests(SynchronousTestCase):
         with capturedLogs() as events:
             for problem in ends:
                 if problem is None:
-                    self.troubles.succeeded(Kind.WRITE)
+                    self.troubles.succeeded(TroubleKind.WRITE)
                 else:
-                    self.troubles.failed(Kind.WRITE, problem)
+                    self.troubles.failed(TroubleKind.WRITE, problem)
         return len(events)
 
     def test_one_trouble_is_one_line(self) -> None:
@@ -58,8 +58,8 @@ class TroublesTests(SynchronousTestCase):
         For metrics, which have no words.
         """
         self.told(FULL)
-        self.troubles.failed(Kind.READ, OSError(errno.EMFILE, "Too many open files"))
-        self.assertEqual({Kind.WRITE, Kind.OPEN}, self.troubles.standing())
+        self.troubles.failed(TroubleKind.READ, OSError(errno.EMFILE, "Too many open files"))
+        self.assertEqual({TroubleKind.WRITE, TroubleKind.OPEN}, self.troubles.standing())
 
     def test_its_end_is_told_too(self) -> None:
         """

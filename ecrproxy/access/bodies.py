@@ -28,7 +28,7 @@ class NoRoomError(Exception):
 
 
 @dataclass(eq=False, slots=True)
-class Sending:
+class MemoryResponse:
     """
     One response.
 
@@ -51,10 +51,10 @@ class Bodies:
     def __init__(self, limit: int = BODIES_BYTES) -> None:
         self._limit = limit
         self.held = 0
-        self._sendings: dict[Sending, None] = {}  # oldest first
+        self._sendings: dict[MemoryResponse, None] = {}  # oldest first
         self._counts: dict[int, int] = {}  # by id() of the body, which its sendings keep alive
 
-    def begin(self, body: bytes, now: float, cut: Callable[[], None]) -> Sending:
+    def begin(self, body: bytes, now: float, cut: Callable[[], None]) -> MemoryResponse:
         """
         Start a response; finish it with C{end}.
 
@@ -64,11 +64,11 @@ class Bodies:
             self._make_room(len(body), now)
             self.held += len(body)
         self._counts[id(body)] = self._counts.get(id(body), 0) + 1
-        sending = Sending(body, now, cut)
+        sending = MemoryResponse(body, now, cut)
         self._sendings[sending] = None
         return sending
 
-    def end(self, sending: Sending) -> None:
+    def end(self, sending: MemoryResponse) -> None:
         """
         End a response.
         """

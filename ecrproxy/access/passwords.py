@@ -90,7 +90,7 @@ that asks for a password. They are not guesses, and must not delay other clients
 """
 
 
-class Failures:
+class WrongPasswords:
     """
     The recent wrong passwords of each address.
 
@@ -137,7 +137,7 @@ class Failures:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class PasswordVerdict:
     """
     The result of a check.
 
@@ -174,8 +174,8 @@ class Passwords(Service):
         self._users = read_users(path)
         self._seen = self._users.seen
         self._right: OrderedDict[bytes, float] = OrderedDict()
-        self._failures = Failures(clock, max(FEWEST_FAILURES, share(FAILURES, processes)))
-        self._flights: Flights[Verdict] = Flights()
+        self._failures = WrongPasswords(clock, max(FEWEST_FAILURES, share(FAILURES, processes)))
+        self._flights: Flights[PasswordVerdict] = Flights()
         self._presented: dict[bytes, set[str]] = {}
         self._turns = Turns(share(AT_ONCE, processes), LONGEST_WAIT, clock)
         self._loop = Periodic("Looking for new passwords", self._look, clock)
@@ -227,13 +227,13 @@ class Passwords(Service):
     def _remembers(self, name: bytes) -> bool:
         return self._right.get(name, 0) > self._clock.seconds()
 
-    async def _check(self, shown: tuple[bytes, bytes], name: bytes) -> Verdict:
+    async def _check(self, shown: tuple[bytes, bytes], name: bytes) -> PasswordVerdict:
         try:
             async with self._turns.turn():
                 # Other passwords from the same address may have failed since this one arrived.
                 held_back = frozenset(filter(self._failures.wait, self._presented[name]))
                 if held_back == self._presented[name]:
-                    return Verdict(right=False, held_back=held_back)
+                    return PasswordVerdict(right=False, held_back=held_back)
                 users = self._users
                 chosen = int.from_bytes(self._name(shown[0])[:8], "big")
                 right = await self._in_thread(users.matches, *shown, chosen)
@@ -247,7 +247,7 @@ class Passwords(Service):
             del self._presented[name]
         if right and users is self._users:
             self._remember(name)
-        return Verdict(right, held_back)
+        return PasswordVerdict(right, held_back)
 
     def _count(self, addresses: Iterable[str], guess: Guess) -> None:
         for address in addresses:

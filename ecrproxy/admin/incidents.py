@@ -14,7 +14,7 @@ from twisted.application.service import Service
 from twisted.logger import ILogObserver, LogLevel, globalLogPublisher
 from zope.interface import implementer
 
-from ecrproxy.logs.repeats import BURST, Kind, kind_of, summary_of
+from ecrproxy.logs.repeats import BURST, EventKind, kind_of, summary_of
 
 if TYPE_CHECKING:
     from twisted.logger import LogEvent
@@ -54,7 +54,7 @@ class Incidents(Service):
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now, self._lock = now, threading.Lock()
-        self._kept: deque[tuple[Kind, Incident]] = deque(maxlen=KEPT)
+        self._kept: deque[tuple[EventKind, Incident]] = deque(maxlen=KEPT)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -72,9 +72,11 @@ class Incidents(Service):
         if level is None or level < LogLevel.warn:
             return
         told, once = kind_of(event)
-        self._keep(Kind(told[:LONGEST], once[:LONGEST]), Incident(self._now(), level.name, summary_of(event)[:LONGEST]))
+        self._keep(
+            EventKind(told[:LONGEST], once[:LONGEST]), Incident(self._now(), level.name, summary_of(event)[:LONGEST])
+        )
 
-    def _keep(self, kind: Kind, incident: Incident) -> None:
+    def _keep(self, kind: EventKind, incident: Incident) -> None:
         """
         Keep an incident as the newest, replacing a similar one.
         """
@@ -107,7 +109,7 @@ class Incidents(Service):
         Add the incidents of another process.
         """
         for when, level, text, times, told, once in rows:
-            self._keep(Kind(told, once), Incident(when, level, text, times))
+            self._keep(EventKind(told, once), Incident(when, level, text, times))
 
 
 def _encodable(text: str) -> str:
@@ -117,7 +119,7 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _similar(kept: Sequence[tuple[Kind, str]], kind: Kind, text: str) -> int | None:
+def _similar(kept: Sequence[tuple[EventKind, str]], kind: EventKind, text: str) -> int | None:
     """
     Find the incident to merge another one into: one with the same text, or one with its format if there are too many.
 

@@ -31,7 +31,7 @@ from ecrproxy.admin.snapshot import (
 from ecrproxy.identity import Repository
 from ecrproxy.oci import Digest
 from ecrproxy.ranking import LIMIT
-from ecrproxy.readiness import Readiness, Source
+from ecrproxy.readiness import Readiness, RegistryReadiness
 from ecrproxy.registry.quotas import Call
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ class Asking:
             return _NO_TOKEN
         return TokenState(tokens.problem(), tokens.expires, tokens.refresh_seconds(), tokens.failed)
 
-    def source(self) -> Source:
+    def source(self) -> RegistryReadiness:
         """
         Return what prevents fetching from the registry.
         """
-        return Source(self.name, self.token().problem, self.circuit.problem(), self.label)
+        return RegistryReadiness(self.name, self.token().problem, self.circuit.problem(), self.label)
 
     def state(self) -> RegistryState:
         """

@@ -13,7 +13,7 @@ from twisted.internet.defer import TimeoutError as DeferredTimeoutError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ecrproxy.cache.troubles import Kind
+from ecrproxy.cache.troubles import TroubleKind
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
@@ -29,12 +29,12 @@ PATIENCE: Final = 2.0
 """Seconds that a check may take before the disk is reported as hanging. It goes on, and no other starts meanwhile."""
 
 HANGS: Final = "hang"
-TROUBLES: Final = (*(kind.name.lower() for kind in Kind), HANGS)
+TROUBLES: Final = (*(kind.name.lower() for kind in TroubleKind), HANGS)
 """Names of the troubles in metrics: a kind of call that fails, or a check that takes longer than C{PATIENCE}."""
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ConditionReport:
     """
     The result of a check.
 
@@ -57,7 +57,7 @@ class Condition:
 
     def __init__(self, store: Store, in_thread: InThread, clock: IReactorTime) -> None:
         self._store, self._in_thread, self._clock = store, in_thread, clock
-        self._last, self._fresh_until = Look(), float("-inf")
+        self._last, self._fresh_until = ConditionReport(), float("-inf")
         self._began: float | None = None
         self._waiting: list[Deferred[None]] = []
 
@@ -67,9 +67,9 @@ class Condition:
         """
         if trouble == HANGS:
             return self._began is not None and self._clock.seconds() >= self._began + PATIENCE
-        return Kind[trouble.upper()] in self._store.troubles.standing()
+        return TroubleKind[trouble.upper()] in self._store.troubles.standing()
 
-    async def latest(self) -> Look:
+    async def latest(self) -> ConditionReport:
         """
         Return the result of the last check, after a new one if it is older than C{FRESH_SECONDS}.
         """
@@ -87,10 +87,10 @@ class Condition:
         self._began = now
         self._in_thread(self._look).addBoth(self._ended)
 
-    def _look(self) -> Look:
-        return Look(tuple(self._store.reasons()), self._store.has_content(), self._store.index.trouble)
+    def _look(self) -> ConditionReport:
+        return ConditionReport(tuple(self._store.reasons()), self._store.has_content(), self._store.index.trouble)
 
-    def _ended(self, found: Look | Failure) -> None:
+    def _ended(self, found: ConditionReport | Failure) -> None:
         self._began, self._fresh_until = None, self._clock.seconds() + FRESH_SECONDS
         if isinstance(found, Failure):
             log.failure("Looking at the cache directory", found)

@@ -47,7 +47,7 @@ from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.cache.record import RECORD, Reservation
 from ecrproxy.cache.takeover import forget_left, take_over_one
-from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
+from ecrproxy.cache.troubles import TroubleKind, Troubles, is_exhaustion
 from ecrproxy.cache.volume import Volume
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import HEX_LENGTHS, Digest
@@ -126,7 +126,7 @@ class Store:
 
         @raise OSError: if not.
         """
-        with self.troubles.noted(Kind.WRITE):
+        with self.troubles.noted(TroubleKind.WRITE):
             self._volume = Volume(self.root)
             self.make()
         self.index.open()
@@ -200,16 +200,16 @@ class Store:
         try:
             self.see_room()
         except OSError as problem:  # not as a write error, which successful small writes would end
-            self.troubles.failed(Kind.ROOM, problem)
+            self.troubles.failed(TroubleKind.ROOM, problem)
             raise
         probe = self.arriving.folder / f"probe.{secrets.token_hex(4)}"
         try:
-            with self.troubles.noted(Kind.WRITE):
+            with self.troubles.noted(TroubleKind.WRITE):
                 self._anew(lambda: probe.write_bytes(_PROBE), len(_PROBE))
-            with self.troubles.noted(Kind.READ):
+            with self.troubles.noted(TroubleKind.READ):
                 probe.read_bytes()
             self._see_owner()
-            self.troubles.succeeded(Kind.ROOM)
+            self.troubles.succeeded(TroubleKind.ROOM)
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink()
@@ -230,7 +230,7 @@ class Store:
             if other:
                 name = folder.relative_to(self.root)
                 apart = OSError(errno.EXDEV, f"{name}/ is on another file system than arriving/; {_TOGETHER}")
-                self.troubles.failed(Kind.WRITE, apart)
+                self.troubles.failed(TroubleKind.WRITE, apart)
                 raise apart
 
     def _see_owner(self) -> None:
@@ -380,7 +380,7 @@ class Store:
 
         @raise OSError: if the disk fails, or does not support locks.
         """
-        with self.troubles.noted(Kind.WRITE):
+        with self.troubles.noted(TroubleKind.WRITE):
             return self._anew(lambda: self.arriving.claim(digest), RECORD)
 
     def writer(self, claim: Claim, digest: Digest, size: int) -> Writer:
@@ -390,7 +390,7 @@ class Store:
         @param size: in bytes; allocated at once.
         @raise OSError: if the disk is full, or fails. The claim is still held then.
         """
-        with self.troubles.noted(Kind.WRITE):
+        with self.troubles.noted(TroubleKind.WRITE):
             return self._anew(lambda: self.arriving.begin(claim, digest, size), size)
 
     def content_path(self, digest: Digest) -> str:
@@ -408,15 +408,15 @@ class Store:
             found = self._opened_file(digest, f"{self.root}/{path}")
         except OSError as problem:
             if is_exhaustion(problem):
-                self.troubles.failed(Kind.OPEN, problem)
+                self.troubles.failed(TroubleKind.OPEN, problem)
             else:  # the file exists, and counts
                 log.warn("Can't read {path} from the cache: {why}", path=path, why=problem.strerror or problem)
-                self.troubles.failed(Kind.READ, problem)
+                self.troubles.failed(TroubleKind.READ, problem)
             return None
         if found is None:
             self.index.gone(digest)
             return None
-        self.troubles.succeeded(Kind.READ)
+        self.troubles.succeeded(TroubleKind.READ)
         file, status = found
         verdict = self.proofs.verdict(digest, status)
         if verdict is not False and not (stat.S_ISREG(status.st_mode) and self.directory.is_own(status)):
@@ -486,7 +486,7 @@ class Store:
         path = self.content_path(digest)
         self.proofs.note(digest, status, good=False)
         if isinstance(why, OSError):
-            self.troubles.failed(Kind.READ, why)
+            self.troubles.failed(TroubleKind.READ, why)
         with contextlib.suppress(OSError):
             if os.lstat(self.root / path).st_ino != status.st_ino:
                 self.proofs.forget(digest)

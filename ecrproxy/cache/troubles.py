@@ -26,7 +26,7 @@ QUIET_SECONDS: Final = 10.0
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 
-class Kind(enum.Enum):
+class TroubleKind(enum.Enum):
     """
     What fails.
     """
@@ -53,10 +53,10 @@ class Troubles:
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now, self._lock = now, threading.Lock()
-        self._standing: dict[Kind, tuple[str, float]] = {}
+        self._standing: dict[TroubleKind, tuple[str, float]] = {}
 
     @contextlib.contextmanager
-    def noted(self, kind: Kind) -> Iterator[None]:
+    def noted(self, kind: TroubleKind) -> Iterator[None]:
         """
         Record whether the calls in the block succeed.
         """
@@ -68,11 +68,11 @@ class Troubles:
         else:
             self.succeeded(kind)
 
-    def failed(self, kind: Kind, problem: OSError) -> None:
+    def failed(self, kind: TroubleKind, problem: OSError) -> None:
         """
         Record a failure of this kind.
         """
-        kind = Kind.OPEN if is_exhaustion(problem) else kind
+        kind = TroubleKind.OPEN if is_exhaustion(problem) else kind
         why = problem.strerror or str(problem)
         with self._lock:
             begins = kind not in self._standing
@@ -80,13 +80,13 @@ class Troubles:
         if begins:
             log.error("{what}: {problem}; going on without it", what=_sentence(kind), problem=str(problem))
 
-    def succeeded(self, *kinds: Kind) -> None:
+    def succeeded(self, *kinds: TroubleKind) -> None:
         """
         Record a success of these kinds. It implies that a file could be opened.
         """
         if not self._standing:  # the usual case; this is called at each use of a file
             return
-        for kind in {*kinds, Kind.OPEN}:
+        for kind in {*kinds, TroubleKind.OPEN}:
             with self._lock:
                 _, last = self._standing.get(kind, ("", 0.0))
                 if kind not in self._standing or 0 <= self._now() - last < QUIET_SECONDS:
@@ -94,7 +94,7 @@ class Troubles:
                 del self._standing[kind]
             log.info("No more: {what}", what=kind.value)
 
-    def standing(self) -> set[Kind]:
+    def standing(self) -> set[TroubleKind]:
         """
         Return the kinds that currently fail.
         """
@@ -109,5 +109,5 @@ class Troubles:
             return [f"{kind.value}: {why}" for kind, (why, _) in self._standing.items()]
 
 
-def _sentence(kind: Kind) -> str:
+def _sentence(kind: TroubleKind) -> str:
     return kind.value[0].upper() + kind.value[1:]

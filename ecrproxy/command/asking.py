@@ -22,13 +22,13 @@ SHOWN: Final = "X-Ecrproxy-Api"
 _PORT: Final = 5001
 
 
-class UnreachableError(Exception):
+class DaemonUnreachableError(Exception):
     """
     The daemon can't be reached, or the connection broke.
     """
 
 
-class RefusedError(Exception):
+class DaemonRefusedError(Exception):
     """
     The daemon refused the request.
 
@@ -41,7 +41,7 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class DaemonResponse:
     """
     A response of the daemon.
 
@@ -52,7 +52,7 @@ class Answer:
     lines: Iterable[bytes]
 
 
-Exchange = Callable[[str, str, Mapping[str, str], bytes], Answer]
+Exchange = Callable[[str, str, Mapping[str, str], bytes], DaemonResponse]
 """Sends method, path, headers and body, and returns the response. Raises C{OSError} or C{HTTPException}."""
 
 
@@ -95,18 +95,18 @@ def over_http(place: Place) -> Exchange:
     Return a function that opens a connection for each request.
     """
 
-    def exchange(method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
+    def exchange(method: str, path: str, headers: Mapping[str, str], body: bytes) -> DaemonResponse:
         asking = HTTPConnection("localhost", timeout=SILENT_SECONDS)
         asking.sock = connect(place)
         asking.sock.settimeout(SILENT_SECONDS)
         asking.request(method, path, body or None, {**headers, "Connection": "close"})
         response = asking.getresponse()
-        return Answer(response.status, response)
+        return DaemonResponse(response.status, response)
 
     return exchange
 
 
-class Daemon:
+class AdminClient:
     """
     A running daemon.
     """
@@ -140,19 +140,19 @@ class Daemon:
         try:
             answer = self._exchange(method, path, headers, body)
             if answer.status != OK:
-                raise RefusedError(answer.status, _words(self._read(b"".join(answer.lines))))
+                raise DaemonRefusedError(answer.status, _words(self._read(b"".join(answer.lines))))
             yield from answer.lines
         except HTTPException as problem:
-            raise UnreachableError(f"the response from {self._where} ended early, or is not HTTP") from problem
+            raise DaemonUnreachableError(f"the response from {self._where} ended early, or is not HTTP") from problem
         except OSError as problem:
             why = problem.strerror or problem
-            raise UnreachableError(f"no daemon answers at {self._where}: {why}; is it running?") from problem
+            raise DaemonUnreachableError(f"no daemon answers at {self._where}: {why}; is it running?") from problem
 
     def _read(self, data: bytes) -> Any:  # noqa: ANN401
         try:
             return json.loads(data)
         except ValueError:
-            raise UnreachableError(f"the server at {self._where} is not ecr-proxy, or another version") from None
+            raise DaemonUnreachableError(f"the server at {self._where} is not ecr-proxy, or another version") from None
 
 
 def _words(told: Any) -> str:  # noqa: ANN401

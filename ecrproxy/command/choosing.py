@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ecrproxy.command.naming import Naming, Pattern
-from ecrproxy.command.survey import Held, Survey
+from ecrproxy.command.survey import CacheEntry, Survey
 from ecrproxy.oci import Digest
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -29,7 +29,7 @@ _ALL = Pattern("*")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class PurgeTarget:
     """
     What the user wants to purge. Repository and tag are patterns; None matches all.
     """
@@ -39,7 +39,7 @@ class Target:
     digest: str | None = None
 
     @classmethod
-    def parse(cls, text: str, naming: Naming) -> Target:
+    def parse(cls, text: str, naming: Naming) -> PurgeTarget:
         """
         Parse C{repository}, C{repository:tag}, C{repository@digest} or C{digest}; a repository may have a registry.
 
@@ -56,7 +56,7 @@ class Target:
             raise ValueError(f"{text!r}: give a repository, repository:tag, repository@digest or a digest")
         return cls(naming.meant(_named(folder + slash + repository)), tag or None)
 
-    def names(self, entry: Held) -> bool:
+    def names(self, entry: CacheEntry) -> bool:
         """
         Return True if the target includes an entry of its repository.
         """
@@ -84,16 +84,16 @@ def parse_age(text: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class Selection:
     """
     The entries and content to remove.
     """
 
-    entries: Sequence[Held]
+    entries: Sequence[CacheEntry]
     content: Sequence[str]
 
 
-def chosen(survey: Survey, targets: Sequence[Target], naming: Naming, before: float | None = None) -> Chosen:
+def chosen(survey: Survey, targets: Sequence[PurgeTarget], naming: Naming, before: float | None = None) -> Selection:
     """
     Select what to remove.
 
@@ -106,17 +106,19 @@ def chosen(survey: Survey, targets: Sequence[Target], naming: Naming, before: fl
     named = {each.digest for each in targets if each.digest is not None}
     if before is not None:
         candidates = digests | named if targets else survey.content.keys()
-        return Chosen(
+        return Selection(
             [each for each in entries if each.used <= before],
             sorted(each for each in candidates if each in survey.content and survey.content[each].used <= before),
         )
     going = {each.name for each in entries}
     staying = {digest for each in survey.entries if each.name not in going for digest in each.digests}
     content = (digests - survey.reached(staying)) | (named - staying)
-    return Chosen(entries, sorted(content & survey.content.keys()))
+    return Selection(entries, sorted(content & survey.content.keys()))
 
 
-def _named_by(survey: Survey, targets: Sequence[Target], naming: Naming, entries: Sequence[Held]) -> list[Held]:
+def _named_by(
+    survey: Survey, targets: Sequence[PurgeTarget], naming: Naming, entries: Sequence[CacheEntry]
+) -> list[CacheEntry]:
     """
     Select from one repository's entries the named ones, and those that only they reference.
     """

@@ -8,9 +8,9 @@ import re
 from argparse import ArgumentParser
 from typing import Final
 
-from ecrproxy.command.asking import RefusedError, UnreachableError
+from ecrproxy.command.asking import DaemonRefusedError, DaemonUnreachableError
 from ecrproxy.command.shells import SHELLS, words_of
-from ecrproxy.command.subcommand import ASKS, FINE, REGISTRIES, Call, CommandError, Subcommand
+from ecrproxy.command.subcommand import ASKS, FINE, REGISTRIES, CommandError, Invocation, Subcommand
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.registries import Registries
 from ecrproxy.settings.config import registries_of
@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("shell", choices=[*SHELLS, REPOSITORIES], help="the shell; repositories is for the scripts")
 
 
-def run(call: Call) -> int:
+def run(call: Invocation) -> int:
     """
     Run the subcommand; return the exit status.
     """
@@ -44,7 +44,7 @@ def run(call: Call) -> int:
     return FINE
 
 
-def _repositories(call: Call) -> list[str]:
+def _repositories(call: Invocation) -> list[str]:
     """
     Return the names of the cached repositories; empty if no daemon answers quickly.
     """
@@ -61,7 +61,7 @@ def _repositories(call: Call) -> list[str]:
                 found[name] = None
             if len(found) >= MOST or call.world.seconds() > until:
                 break
-    except (CommandError, ConfigError, RefusedError, UnreachableError):
+    except (CommandError, ConfigError, DaemonRefusedError, DaemonUnreachableError):
         pass  # an error message would disturb the user's prompt
     return sorted(found)
 

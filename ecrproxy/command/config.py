@@ -12,7 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from ecrproxy.command.subcommand import FINE, WRONG, Call, Subcommand
+from ecrproxy.command.subcommand import FINE, WRONG, Invocation, Subcommand
 from ecrproxy.cores import usable_cores
 from ecrproxy.settings.config import Config, config_file, given, texts_of
 from ecrproxy.settings.contradictions import Machine, load, look_at_settings
@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="print errors and warnings only")
 
 
-def run(call: Call) -> int:
+def run(call: Invocation) -> int:
     """
     Print the settings as a configuration file, and problems of their combination to stderr.
     """
@@ -44,7 +44,7 @@ def run(call: Call) -> int:
     return WRONG if any(each.grave for each in found) else FINE
 
 
-def _lines(call: Call) -> list[str]:
+def _lines(call: Invocation) -> list[str]:
     """
     Return a line for each setting that has a value, with its source in a comment.
     """
@@ -58,7 +58,7 @@ def _lines(call: Call) -> list[str]:
     return lines
 
 
-def _tables(call: Call, config: Config) -> Iterator[str]:
+def _tables(call: Invocation, config: Config) -> Iterator[str]:
     """
     Yield the lines of each registry's table, with sources in comments.
     """

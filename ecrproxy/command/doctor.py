@@ -7,7 +7,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from typing import Final
 
-from ecrproxy.command.subcommand import Call, Subcommand
+from ecrproxy.command.subcommand import Invocation, Subcommand
 from ecrproxy.settings.table import SETTINGS
 
 SECONDS: Final = 30.0
@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--json", action="store_true", help="print the findings as JSON")
 
 
-def _run(call: Call) -> int:
+def _run(call: Invocation) -> int:
     from ecrproxy.command.checkup.doctor import run  # noqa: PLC0415 (slow to import)
 
     return run(call)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from ecrproxy.command.asking import Daemon
-from ecrproxy.command.choosing import Target
+from ecrproxy.command.asking import AdminClient
+from ecrproxy.command.choosing import PurgeTarget
 from ecrproxy.command.naming import Naming, naming_of
-from ecrproxy.command.subcommand import ASKS, MISUSED, REGISTRIES, Call, CommandError
+from ecrproxy.command.subcommand import ASKS, MISUSED, REGISTRIES, CommandError, Invocation
 from ecrproxy.command.survey import Survey
 from ecrproxy.command.terminal import Progress, counted
 from ecrproxy.settings.config import registries_of
@@ -66,14 +66,14 @@ def add_offline(parser: ArgumentParser) -> None:
     )
 
 
-def holdings_of(call: Call) -> Holdings:
+def holdings_of(call: Invocation) -> Holdings:
     """
     Return the cache that the caller selected.
 
     @raise CommandError: if it does not exist.
     """
     if not call.options.offline:
-        return Running(call.daemon())
+        return RunningCache(call.daemon())
     from ecrproxy.cache.inventory import Inventory  # noqa: PLC0415 (imports Twisted)
     from ecrproxy.cache.scrub import scrub  # noqa: PLC0415
     from ecrproxy.cache.store import Store  # noqa: PLC0415
@@ -90,7 +90,7 @@ def holdings_of(call: Call) -> Holdings:
     return Idle(Inventory(store), call.world.sleep)
 
 
-def survey_of(call: Call, holdings: Holdings) -> Survey:
+def survey_of(call: Invocation, holdings: Holdings) -> Survey:
     """
     Read the whole contents, and show progress.
     """
@@ -105,7 +105,7 @@ def survey_of(call: Call, holdings: Holdings) -> Survey:
         return Survey.of(noted(holdings.entries()), noted(holdings.content()))
 
 
-def naming_in(call: Call, survey: Survey) -> Naming:
+def naming_in(call: Invocation, survey: Survey) -> Naming:
     """
     Return the displayed names for a cache.
 
@@ -118,24 +118,24 @@ def naming_in(call: Call, survey: Survey) -> Naming:
         raise CommandError(str(problem), MISUSED) from None
 
 
-def targets_of(texts: Sequence[str], naming: Naming) -> list[Target]:
+def targets_of(texts: Sequence[str], naming: Naming) -> list[PurgeTarget]:
     """
     Parse the caller's targets.
 
     @raise CommandError: if one is invalid.
     """
     try:
-        return [Target.parse(each, naming) for each in texts]
+        return [PurgeTarget.parse(each, naming) for each in texts]
     except ValueError as problem:
         raise CommandError(str(problem), MISUSED) from None
 
 
-class Running:
+class RunningCache:
     """
     The contents of a running daemon's cache.
     """
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: AdminClient) -> None:
         self._daemon = daemon
 
     def entries(self) -> Iterator[Any]:

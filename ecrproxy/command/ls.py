@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from ecrproxy.command.holdings import SETTINGS, add_offline, holdings_of, naming_in, survey_of, targets_of
-from ecrproxy.command.subcommand import FINE, WRONG, Call, Subcommand
-from ecrproxy.command.survey import Held, Image, Survey
+from ecrproxy.command.subcommand import FINE, WRONG, Invocation, Subcommand
+from ecrproxy.command.survey import CachedImage, CacheEntry, Survey
 from ecrproxy.command.terminal import age_in_words, counted, size_in_words, table
 
 _SHORT: Final = len("sha256:") + 12
@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_offline(parser)
 
 
-def run(call: Call) -> int:
+def run(call: Invocation) -> int:
     """
     Run the subcommand; return the exit status.
     """
@@ -41,7 +41,7 @@ def run(call: Call) -> int:
     survey = survey_of(call, holdings)
     naming = naming_in(call, survey)
     targets = targets_of(options.repositories, naming)
-    repositories: dict[str, list[Held]] = {}
+    repositories: dict[str, list[CacheEntry]] = {}
     for repository, entries in survey.by_repository(naming.called).items():
         here = [each for each in targets if naming.is_of(each.repository, repository)]
         named = entries if not targets else [entry for entry in entries if any(each.names(entry) for each in here)]
@@ -59,11 +59,11 @@ def run(call: Call) -> int:
     return FINE if repositories or not options.repositories else WRONG
 
 
-def _all(survey: Survey, entries: Sequence[Held]) -> set[str]:
+def _all(survey: Survey, entries: Sequence[CacheEntry]) -> set[str]:
     return survey.reached(digest for each in entries for digest in each.digests)
 
 
-def _told(survey: Survey, name: str, entries: Sequence[Held]) -> dict[str, Any]:
+def _told(survey: Survey, name: str, entries: Sequence[CacheEntry]) -> dict[str, Any]:
     return {
         "repository": name,
         "bytes": survey.size(_all(survey, entries)),
@@ -81,7 +81,7 @@ def _told(survey: Survey, name: str, entries: Sequence[Held]) -> dict[str, Any]:
     }
 
 
-def _print(call: Call, images: Sequence[tuple[str, Image]], repositories: int, total: int) -> None:
+def _print(call: Invocation, images: Sequence[tuple[str, CachedImage]], repositories: int, total: int) -> None:
     now = call.world.now()
     rows = [["REPOSITORY", "TAG", "SIZE", "LAST USE"]]
     for name, image in images:

@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 from typing import Final
 
 from ecrproxy.command.prefetching import PASSWORD
-from ecrproxy.command.subcommand import REGISTRIES, Call, Subcommand
+from ecrproxy.command.subcommand import REGISTRIES, Invocation, Subcommand
 
 JOBS: Final = 4
 
@@ -55,7 +55,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--json", action="store_true", help="print the result of each image as JSON")
 
 
-def _run(call: Call) -> int:
+def _run(call: Invocation) -> int:
     from ecrproxy.command.prefetching.work import run  # noqa: PLC0415 (slow to import)
 
     return run(call)

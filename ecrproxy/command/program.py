@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Final, NoReturn
 
 from ecrproxy import __version__
-from ecrproxy.command.asking import RefusedError, UnreachableError, over_http
+from ecrproxy.command.asking import DaemonRefusedError, DaemonUnreachableError, over_http
 from ecrproxy.command.completion import COMPLETION
 from ecrproxy.command.config import CONFIG_COMMAND
 from ecrproxy.command.doctor import DOCTOR
@@ -30,10 +30,10 @@ from ecrproxy.command.subcommand import (
     MISUSED,
     STATUSES,
     UNDONE,
-    Call,
     CommandError,
+    Invocation,
     Subcommand,
-    World,
+    Surroundings,
 )
 from ecrproxy.command.terminal import Terminal
 from ecrproxy.command.verify import VERIFY
@@ -153,7 +153,7 @@ def _flags(options: Namespace) -> dict[str, str]:
     }
 
 
-def main(arguments: Sequence[str], world: World, subcommands: Sequence[Subcommand] = SUBCOMMANDS) -> int:
+def main(arguments: Sequence[str], world: Surroundings, subcommands: Sequence[Subcommand] = SUBCOMMANDS) -> int:
     """
     Run the command with C{arguments}.
 
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str], world: World, subcommands: Sequence[Subcomman
     except KeyboardInterrupt:
         world.terminal.say("ecr-proxy: interrupted")
         return INTERRUPTED
-    except (CommandError, ConfigError, RefusedError, UnreachableError, OSError) as problem:
+    except (CommandError, ConfigError, DaemonRefusedError, DaemonUnreachableError, OSError) as problem:
         for line in _lines_of(problem):
             world.terminal.say(f"ecr-proxy: {' '.join(line.split())}")
         return _status_of(problem)
@@ -192,14 +192,14 @@ def _lines_of(problem: Exception) -> list[str]:
     return [str(problem)]
 
 
-def _call(options: Namespace, world: World) -> int:
+def _call(options: Namespace, world: Surroundings) -> int:
     subcommand: Subcommand = options.chosen
     flags = _flags(options)
     if not subcommand.reads:
-        return subcommand.run(Call(options, flags, NO_FILE, {}, world))
+        return subcommand.run(Invocation(options, flags, NO_FILE, {}, world))
     file = read_file(flags, world.variables)
     settings = read_settings(subcommand.settings, flags, world.variables, file)
-    return subcommand.run(Call(options, flags, file, settings, world))
+    return subcommand.run(Invocation(options, flags, file, settings, world))
 
 
 def become_daemon(arguments: Sequence[str]) -> NoReturn:
@@ -219,7 +219,7 @@ def run() -> NoReturn:
     """
     terminal = Terminal(sys.stdin, sys.stdout, sys.stderr)
     os.environ.update(for_botocore(os.environ))
-    world = World(os.environ, terminal, time.time, time.monotonic, time.sleep, over_http, become_daemon)
+    world = Surroundings(os.environ, terminal, time.time, time.monotonic, time.sleep, over_http, become_daemon)
     status = main(sys.argv[1:], world)
     if status == CUT_OFF:  # else Python would flush again at exit, and print an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

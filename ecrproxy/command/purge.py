@@ -8,10 +8,10 @@ from argparse import ArgumentParser
 from collections import Counter, defaultdict
 from typing import Final
 
-from ecrproxy.command.choosing import Chosen, chosen, parse_age
+from ecrproxy.command.choosing import Selection, chosen, parse_age
 from ecrproxy.command.holdings import SETTINGS, Holdings, add_offline, holdings_of, naming_in, survey_of, targets_of
 from ecrproxy.command.naming import Naming
-from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError, Subcommand
+from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, CommandError, Invocation, Subcommand
 from ecrproxy.command.survey import Survey
 from ecrproxy.command.terminal import Progress, counted, size_in_words, table
 
@@ -38,7 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_offline(parser)
 
 
-def run(call: Call) -> int:
+def run(call: Invocation) -> int:
     """
     Show what would be removed, and remove it after confirmation.
     """
@@ -67,7 +67,7 @@ def run(call: Call) -> int:
     return WRONG if outcome["stuck"] or missed else FINE
 
 
-def _before(call: Call) -> float | None:
+def _before(call: Invocation) -> float | None:
     """
     Return the time before which content must have been used last to be removed; None without an age.
     """
@@ -81,7 +81,7 @@ def _before(call: Call) -> float | None:
     return None if age is None else call.world.now() - age
 
 
-def _remove(call: Call, holdings: Holdings, going: Chosen, size: int, before: float | None) -> Counter[str]:
+def _remove(call: Invocation, holdings: Holdings, going: Selection, size: int, before: float | None) -> Counter[str]:
     outcome: Counter[str] = Counter()
     names = [each.name for each in going.entries]
     with Progress(call.terminal, "Removing", size, call.world.seconds) as progress:
@@ -91,7 +91,7 @@ def _remove(call: Call, holdings: Holdings, going: Chosen, size: int, before: fl
     return outcome
 
 
-def _show(call: Call, going: Chosen, size: int, naming: Naming) -> None:
+def _show(call: Invocation, going: Selection, size: int, naming: Naming) -> None:
     tags: defaultdict[str, set[str]] = defaultdict(set)
     counts = Counter(naming.called(each.repository) for each in going.entries)
     for each in going.entries:
@@ -110,7 +110,7 @@ def _show(call: Call, going: Chosen, size: int, naming: Naming) -> None:
         call.terminal.print(f"{what}, {size_in_words(size)}")
 
 
-def _sum_up(call: Call, outcome: Counter[str]) -> None:
+def _sum_up(call: Invocation, outcome: Counter[str]) -> None:
     gone = f"{counted(outcome['entries'], 'entry', 'entries')} and {counted(outcome['files'], 'file')} of content"
     call.terminal.print(f"removed {gone}, {size_in_words(outcome['bytes'])}")
     if outcome["used"]:
@@ -119,7 +119,9 @@ def _sum_up(call: Call, outcome: Counter[str]) -> None:
         call.terminal.say(f"ecr-proxy: {counted(outcome['stuck'], 'file')} can't be removed; the daemon's log says why")
 
 
-def _tell(call: Call, survey: Survey, going: Chosen, size: int, naming: Naming, outcome: Counter[str] | None) -> None:
+def _tell(
+    call: Invocation, survey: Survey, going: Selection, size: int, naming: Naming, outcome: Counter[str] | None
+) -> None:
     document = {
         "entries": [
             {

@@ -4,12 +4,12 @@ C{ecr-proxy serve}: start the daemon.
 
 from __future__ import annotations
 
-from ecrproxy.command.subcommand import Call, Subcommand
+from ecrproxy.command.subcommand import Invocation, Subcommand
 from ecrproxy.settings.options import arguments_of
 from ecrproxy.settings.table import SETTINGS
 
 
-def run(call: Call) -> int:
+def run(call: Invocation) -> int:
     """
     Replace this process by the daemon, which reads its settings itself.
     """

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ecrproxy.command.holdings import targets_of
 from ecrproxy.command.naming import naming_of
-from ecrproxy.command.subcommand import ASKS, FINE, MISUSED, REGISTRIES, WRONG, Call, CommandError, Subcommand
+from ecrproxy.command.subcommand import ASKS, FINE, MISUSED, REGISTRIES, WRONG, CommandError, Invocation, Subcommand
 from ecrproxy.command.terminal import age_in_words, counted, size_in_words, table
 from ecrproxy.identity import RegistryId
 from ecrproxy.ranking import SAVING
@@ -39,7 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def run(call: Call) -> int:
+def run(call: Invocation) -> int:
     """
     Run the subcommand; return the exit status.
     """
@@ -62,7 +62,7 @@ def run(call: Call) -> int:
         call.world.sleep(pause)
 
 
-def _narrowed(call: Call, status: Mapping[str, Any]) -> dict[str, Any]:
+def _narrowed(call: Invocation, status: Mapping[str, Any]) -> dict[str, Any]:
     """
     Keep only the transfers and repositories that the caller named.
     """
@@ -78,7 +78,7 @@ def _narrowed(call: Call, status: Mapping[str, Any]) -> dict[str, Any]:
     return {**status, "transfers": kept(status["transfers"]), "repositories": kept(status["repositories"])}
 
 
-def _print(call: Call, status: Mapping[str, Any], *, anew: bool) -> None:
+def _print(call: Invocation, status: Mapping[str, Any], *, anew: bool) -> None:
     if anew:
         call.terminal.stdout.write(_ANEW if call.terminal.stdout.isatty() else "\n")
     for line in [*_lines(status), *_registries(status), *_transfers(status), *_repositories(status)]:

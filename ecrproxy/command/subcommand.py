@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from ecrproxy.command.asking import Daemon, Exchange, place_of
+from ecrproxy.command.asking import AdminClient, Exchange, place_of
 from ecrproxy.command.terminal import Terminal
 from ecrproxy.healthcheck import Place
 from ecrproxy.settings.config import Filed
@@ -39,7 +39,7 @@ class CommandError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class Surroundings:
     """
     The command's interface to the outside world.
 
@@ -62,7 +62,7 @@ class World:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Invocation:
     """
     One invocation of a subcommand.
 
@@ -76,7 +76,7 @@ class Call:
     flags: Mapping[str, str]
     file: Filed
     settings: Mapping[str, Any]
-    world: World
+    world: Surroundings
 
     @property
     def terminal(self) -> Terminal:
@@ -85,7 +85,7 @@ class Call:
         """
         return self.world.terminal
 
-    def daemon(self) -> Daemon:
+    def daemon(self) -> AdminClient:
         """
         Return the daemon, reached by its admin port. Needs C{ASKS} among the subcommand's settings.
 
@@ -95,7 +95,7 @@ class Call:
             place = place_of(self.options.admin_url, self.settings["admin_listen"])
         except ValueError as problem:
             raise CommandError(str(problem), MISUSED) from None
-        return Daemon(self.world.exchange(place), place)
+        return AdminClient(self.world.exchange(place), place)
 
 
 ASKS: Final = ("admin-listen",)
@@ -126,4 +126,4 @@ class Subcommand:
     settings: Sequence[str] = ()
     reads: bool = True
     add_arguments: Callable[[ArgumentParser], object] = lambda _: None
-    run: Callable[[Call], int]
+    run: Callable[[Invocation], int]

@@ -14,7 +14,7 @@ from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import Kind
 
 
-class Held(NamedTuple):
+class CacheEntry(NamedTuple):
     """
     An entry: a reference in a repository, and what it resolved to.
 
@@ -34,7 +34,7 @@ class Held(NamedTuple):
     moves: Sequence[Any] = ()
 
 
-class File(NamedTuple):
+class SurveyedFile(NamedTuple):
     """
     A file of content.
     """
@@ -44,7 +44,7 @@ class File(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class CachedImage:
     """
     A tag, or a manifest without a tag that no index lists.
 
@@ -68,8 +68,8 @@ class Survey:
     @ivar lists: what each manifest references.
     """
 
-    entries: list[Held] = field(default_factory=list)
-    content: dict[str, File] = field(default_factory=dict)
+    entries: list[CacheEntry] = field(default_factory=list)
+    content: dict[str, SurveyedFile] = field(default_factory=dict)
     lists: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
 
@@ -80,7 +80,7 @@ class Survey:
         """
         survey = cls()
         for told in content:
-            survey.content[sys.intern(told["digest"])] = File(told["bytes"], told["used"])
+            survey.content[sys.intern(told["digest"])] = SurveyedFile(told["bytes"], told["used"])
         for told in entries:
             if "name" in told:  # else it tells of a step
                 survey._take(told)
@@ -98,7 +98,7 @@ class Survey:
             repository = self._repositories[named] = Repository(RegistryId(named[0]), named[1])
         manifest = told["kind"] == Kind.MANIFEST.value
         moves = told.get("moves", ())
-        self.entries.append(Held(told["name"], manifest, repository, tag, digests, told["used"], moves))
+        self.entries.append(CacheEntry(told["name"], manifest, repository, tag, digests, told["used"], moves))
 
     def reached(self, roots: Iterable[str]) -> set[str]:
         """
@@ -125,21 +125,21 @@ class Survey:
         """
         return {each.registry for each in self._repositories.values()}
 
-    def by_repository(self, called: Callable[[Repository], str]) -> dict[Repository, list[Held]]:
+    def by_repository(self, called: Callable[[Repository], str]) -> dict[Repository, list[CacheEntry]]:
         """
         Return the entries of each repository, sorted by displayed name.
         """
-        found: defaultdict[Repository, list[Held]] = defaultdict(list)
+        found: defaultdict[Repository, list[CacheEntry]] = defaultdict(list)
         for each in self.entries:
             found[each.repository].append(each)
         return dict(sorted(found.items(), key=lambda item: called(item[0])))
 
-    def images(self, entries: Iterable[Held]) -> list[Image]:
+    def images(self, entries: Iterable[CacheEntry]) -> list[CachedImage]:
         """
         Return the images among one repository's entries, those with a tag first.
         """
-        tags: defaultdict[str, list[Held]] = defaultdict(list)
-        single: defaultdict[str, list[Held]] = defaultdict(list)
+        tags: defaultdict[str, list[CacheEntry]] = defaultdict(list)
+        single: defaultdict[str, list[CacheEntry]] = defaultdict(list)
         for each in entries:
             if each.tag is not None:
                 tags[each.tag].append(each)
@@ -155,8 +155,8 @@ class Survey:
         found = [self._image(tag, tags[tag]) for tag in sorted(tags)]
         return found + [self._image(None, left[digest]) for digest in sorted(left)]
 
-    def _image(self, tag: str | None, entries: Sequence[Held]) -> Image:
+    def _image(self, tag: str | None, entries: Sequence[CacheEntry]) -> CachedImage:
         digests = sorted({digest for each in entries for digest in each.digests})
         used = max(each.used for each in entries)
         moves = entries[0].moves if tag is not None else ()  # a tag's moves are the same for all cache keys
-        return Image(entries[0].repository, tag, digests, self.size(self.reached(digests)), used, moves)
+        return CachedImage(entries[0].repository, tag, digests, self.size(self.reached(digests)), used, moves)

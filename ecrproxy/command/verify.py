@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ecrproxy.command.asking import UnreachableError
+from ecrproxy.command.asking import DaemonUnreachableError
 from ecrproxy.command.holdings import SETTINGS, Holdings, add_offline, holdings_of
-from ecrproxy.command.subcommand import FINE, INTERRUPTED, MISUSED, UNDONE, WRONG, Call, CommandError, Subcommand
+from ecrproxy.command.subcommand import FINE, INTERRUPTED, MISUSED, UNDONE, WRONG, CommandError, Invocation, Subcommand
 from ecrproxy.command.terminal import Progress, counted, size_in_words
 from ecrproxy.settings.values import parse_size
 
@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 @dataclass(slots=True)
-class Found:
+class VerifyProgress:
     """
     The results so far.
 
@@ -44,7 +44,7 @@ class Found:
     bad: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run(call: Call) -> int:
+def run(call: Invocation) -> int:
     """
     Hash all content, and drop what is corrupt.
     """
@@ -53,7 +53,7 @@ def run(call: Call) -> int:
         rate = float(parse_size(options.rate)) if options.rate is not None else None
     except ValueError as problem:
         raise CommandError(f"--rate={options.rate!r}: {problem}", MISUSED) from None
-    holdings, found = holdings_of(call), Found()
+    holdings, found = holdings_of(call), VerifyProgress()
     try:
         files = {told["digest"]: told["bytes"] for told in holdings.content()}
         left = [each for each in files if options.first is None or each >= options.first]
@@ -62,8 +62,10 @@ def run(call: Call) -> int:
                 progress.advance(told.get("hashed", 0))
                 if told.get("verdict", "good") not in ("good", "gone") and not options.json:
                     progress.say(_line(told, keep=options.keep))
-    except (KeyboardInterrupt, UnreachableError) as problem:
-        why, status = (str(problem), UNDONE) if isinstance(problem, UnreachableError) else ("interrupted", INTERRUPTED)
+    except (KeyboardInterrupt, DaemonUnreachableError) as problem:
+        why, status = (
+            (str(problem), UNDONE) if isinstance(problem, DaemonUnreachableError) else ("interrupted", INTERRUPTED)
+        )
         further = f"; ecr-proxy verify --from {found.at} goes on" if found.at else ""
         raise CommandError(f"{why}{further}", status) from problem
     _sum_up(call, found)
@@ -71,7 +73,7 @@ def run(call: Call) -> int:
 
 
 def _verdicts(
-    holdings: Holdings, digests: Sequence[str], rate: float | None, found: Found, *, keep: bool
+    holdings: Holdings, digests: Sequence[str], rate: float | None, found: VerifyProgress, *, keep: bool
 ) -> Iterator[Any]:
     """
     Yield the reports, and record them.
@@ -95,7 +97,7 @@ def _line(told: dict[str, Any], *, keep: bool) -> str:
     return f"{told['verdict']}: {told['digest']}{why}, {fate}"
 
 
-def _sum_up(call: Call, found: Found) -> None:
+def _sum_up(call: Invocation, found: VerifyProgress) -> None:
     if call.options.json:
         document = {"good": found.good, "gone": found.gone, "bytes": found.hashed, "bad": found.bad}
         call.terminal.tell(document)

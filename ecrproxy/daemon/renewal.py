@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from twisted.application.service import Service
 
-from ecrproxy.files import Reading
+from ecrproxy.files import FileReader
 from ecrproxy.periodic import Periodic
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Renewal(Service):
         what: str = PAIRS,
     ) -> None:
         self._reread = reread
-        looks = Reading(what, lambda: any(each.changed() for each in parts), self._looked, in_thread, clock)
+        looks = FileReader(what, lambda: any(each.changed() for each in parts), self._looked, in_thread, clock)
         self._looking = Periodic("Looking for renewed certificates", looks.again, clock)
 
     def startService(self) -> None:  # noqa: D102

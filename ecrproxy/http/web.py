@@ -40,7 +40,7 @@ from ecrproxy.oci import (
 from ecrproxy.proxy import PullThrough
 from ecrproxy.reasons import Reason
 from ecrproxy.registries import Chosen, Registries, UnknownRegistryError
-from ecrproxy.registry.upstream import Page
+from ecrproxy.registry.upstream import ListPage
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import InThread, patient
 from ecrproxy.transfer.download import Download
@@ -163,7 +163,7 @@ class Registry(Answering):
         await self._send_answer(request, route, answer)
 
     async def _send_page(
-        self, request: RegistryRequest, route: Route, status: CacheStatus, reason: Reason, page: Page
+        self, request: RegistryRequest, route: Route, status: CacheStatus, reason: Reason, page: ListPage
     ) -> None:
         if page.next is not None:
             _lead_on(request, {**passed_on(page.next), **_ns(route.query)})

@@ -18,7 +18,7 @@ QUEUED_BYTES: Final = 2**20
 TICK_SECONDS: Final = 1.0
 
 
-class File(Protocol):
+class Writable(Protocol):
     """
     A file that can be written to.
     """
@@ -30,7 +30,7 @@ class File(Protocol):
         """Flush buffers."""
 
 
-class Descriptor:
+class RawFile:
     """
     An open file by its descriptor, without Python's buffers.
 
@@ -66,7 +66,7 @@ class Outlet:
     @param limit: maximum bytes in the queue.
     """
 
-    def __init__(self, file: File, limit: int = QUEUED_BYTES) -> None:
+    def __init__(self, file: Writable, limit: int = QUEUED_BYTES) -> None:
         self._file, self._limit = file, limit
         self._changed = threading.Condition()  # reentrant, because a signal handler may log too
         self._queue: deque[bytes | Callable[[], object]] = deque()

@@ -37,7 +37,7 @@ _BARE: Final = re.compile(r"\{\w+\}")
 """A format that consists of one field."""
 
 
-class Kind(NamedTuple):
+class EventKind(NamedTuple):
     """
     Events with equal kinds are repeats.
 
@@ -49,7 +49,7 @@ class Kind(NamedTuple):
     once: str
 
 
-def kind_of(event: LogEvent) -> Kind:
+def kind_of(event: LogEvent) -> EventKind:
     """
     Return the kind of an event.
     """
@@ -62,7 +62,7 @@ def kind_of(event: LogEvent) -> Kind:
     if isinstance(failure, Failure):
         told = f"{told} {_type_of(failure)}"
     once = event.get("once")
-    return Kind(f"{event.get('log_namespace')} {told}"[:LONGEST], "" if once is None else f"={once}"[:LONGEST])
+    return EventKind(f"{event.get('log_namespace')} {told}"[:LONGEST], "" if once is None else f"={once}"[:LONGEST])
 
 
 def summary_of(event: LogEvent) -> str:
@@ -99,7 +99,7 @@ class Repeats:
 
     def __init__(self, seconds: Callable[[], float]) -> None:
         self._seconds = seconds
-        self._minutes: dict[Kind, _Minute] = {}  # in order of their ends
+        self._minutes: dict[EventKind, _Minute] = {}  # in order of their ends
         self._different: Counter[str] = Counter()  # number of kinds in _minutes, by Kind.told
 
     def admit(self, event: LogEvent) -> LogEvent | None:
@@ -138,26 +138,26 @@ class Repeats:
                 self._begin(kind, now).written = 1
                 yield {**minute.last, "log_omitted": minute.omitted - 1}
 
-    def _begin(self, kind: Kind, now: float) -> _Minute:
+    def _begin(self, kind: EventKind, now: float) -> _Minute:
         self._end(kind)
         minute = self._minutes[kind] = _Minute(now + MINUTE)
         self._different[kind.told] += 1
         return minute
 
-    def _end(self, kind: Kind) -> None:
+    def _end(self, kind: EventKind) -> None:
         if self._minutes.pop(kind, None) is not None:
             self._different[kind.told] -= 1
             if not self._different[kind.told]:
                 del self._different[kind.told]
 
-    def _tracked(self, kind: Kind) -> Kind:
+    def _tracked(self, kind: EventKind) -> EventKind:
         """
         Return the kind under which to count an event.
         """
         if kind in self._minutes or (len(self._minutes) < MOST and self._different[kind.told] < DIFFERENT):
             return kind
-        wider = Kind(kind.told, "")
-        return wider if wider in self._minutes or len(self._minutes) < 2 * MOST else Kind("", "")
+        wider = EventKind(kind.told, "")
+        return wider if wider in self._minutes or len(self._minutes) < 2 * MOST else EventKind("", "")
 
 
 def _limit(event: LogEvent) -> int | None:

@@ -17,7 +17,7 @@ from twisted.logger import ILogObserver, LogEvent, LogLevel
 from twisted.python.logfile import LogFile
 from zope.interface import implementer
 
-from ecrproxy.logs.outlet import Descriptor, Outlet
+from ecrproxy.logs.outlet import Outlet, RawFile
 from ecrproxy.logs.repeats import Repeats
 from ecrproxy.logs.shapes import Shape, as_journal, as_json, as_text, priority_of
 from ecrproxy.request_id import current
@@ -134,7 +134,7 @@ def choose_writer(
         return LineWriter(_file(name or "twistd.log", later), as_json if json else as_text, limit, time.monotonic)
     output = sys.stdout
     shape = as_json if json else as_journal if leads_to_journal(journal, output) else as_text
-    return LineWriter(Outlet(Descriptor(output.fileno())), shape, limit, time.monotonic)
+    return LineWriter(Outlet(RawFile(output.fileno())), shape, limit, time.monotonic)
 
 
 def _file(name: str, later: Callable[..., object]) -> Outlet:

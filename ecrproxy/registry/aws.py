@@ -11,7 +11,7 @@ from functools import cache
 from threading import Lock
 from typing import Any, Final
 
-from ecrproxy.registry.credential_process import CredentialProcessError, Process
+from ecrproxy.registry.credential_process import CredentialProcess, CredentialProcessError
 
 INSTANCE_PROVIDERS: Final = frozenset({"assume-role-with-web-identity", "container-role", "iam-role"})
 """botocore's names of the providers of an instance's, container's or pod's role."""
@@ -101,7 +101,7 @@ def open_client(region: str, credentials: Credentials) -> Iterator[tuple[Any, st
     # One attempt: the service retries, and a thread that waits can't be stopped.
     settings = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 1})
     try:
-        session = open_session(credentials.profile, instance_auth=credentials.instance_auth, popen=Process)
+        session = open_session(credentials.profile, instance_auth=credentials.instance_auth, popen=CredentialProcess)
 
         def make(service: str, **keys: str) -> Any:  # noqa: ANN401
             with _MAKING:

@@ -144,7 +144,7 @@ class _Source:
         self.barren = barren
 
 
-class Blob:
+class BlobSource:
     """
     The source of a blob's bytes: range by range if the bucket supports ranges.
 
@@ -159,7 +159,7 @@ class Blob:
     @ivar is_page: whether the first answer claims to be a page for people, and not a range.
     """
 
-    first: Stretch
+    first: BlobRange
 
     def __init__(self, upstream: Locator, route: Route, url: str = "", *, ahead: bool = False) -> None:
         self._source, self.ahead = _Source(upstream, route, url), ahead
@@ -186,7 +186,7 @@ class Blob:
         self.ranged = part or _offers_parts(response)
         self.is_page = not part and is_page(response)
 
-    async def open(self, start: int, stop: int | None, breaks: int = 0) -> Stretch:
+    async def open(self, start: int, stop: int | None, breaks: int = 0) -> BlobRange:
         """
         Request the bytes from C{start} to C{stop}.
 
@@ -263,7 +263,7 @@ class Blob:
             log.info(said, digest=source.route.reference, why=why, once=source.route.reference, **names)
             self._source = source
 
-    async def _open(self, source: _Source, start: int, stop: int | None) -> tuple[_Source, Stretch]:
+    async def _open(self, source: _Source, start: int, stop: int | None) -> tuple[_Source, BlobRange]:
         try:
             response = await _ask(source, _span(start, stop), ahead=self.ahead)
             size, stretch = await self._understand(source, response, start, stop)
@@ -279,7 +279,7 @@ class Blob:
 
     async def _understand(
         self, source: _Source, response: IResponse, start: int, stop: int | None
-    ) -> tuple[int | None, Stretch]:
+    ) -> tuple[int | None, BlobRange]:
         """
         Return the blob's size and the range in the answer; a bucket without ranges sends all bytes from the first on.
         """
@@ -288,11 +288,11 @@ class Blob:
         watch = Watch(clock, source.upstream.stall_seconds, host, source.note, replaceable)
         if response.code == 200:  # noqa: PLR2004
             size = None if response.length is UNKNOWN_LENGTH else int(response.length)
-            return size, Stretch(response, watch, start, size, skip=start)
+            return size, BlobRange(response, watch, start, size, skip=start)
         part = told_part(header(response, "Content-Range"), start, stop) if response.code == 206 else None  # noqa: PLR2004
         if part is not None:
             end, size = part
-            return size, Stretch(response, watch, start, end)
+            return size, BlobRange(response, watch, start, end)
         what = f"{host} answers {response.code} instead of {source.route.reference}"
         if response.code == 206:  # noqa: PLR2004
             discard(response, clock)
@@ -329,7 +329,7 @@ async def _fetch(source: _Source, span: str, *, ahead: bool) -> IResponse:
     return response
 
 
-async def _see_begin(stretch: Stretch, source: _Source) -> None:
+async def _see_begin(stretch: BlobRange, source: _Source) -> None:
     """
     Wait for the first bytes of a source that stopped before.
 
@@ -378,7 +378,7 @@ class Watch:
     replaceable: Callable[[], bool] = lambda: False
 
 
-class Stretch:
+class BlobRange:
     """
     A range of a blob that is about to arrive.
 

@@ -23,7 +23,7 @@ class CredentialProcessError(Exception):
     """
 
 
-class Process(subprocess.Popen[bytes]):
+class CredentialProcess(subprocess.Popen[bytes]):
     """
     Runs the program for botocore, in a process group of its own, which is killed as a whole.
     """

@@ -41,7 +41,7 @@ _TOLD_BY_BODY: Final = frozenset({400, 401, 403, 404, 405})
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class UpstreamRequest:
     """
     A request to ECR.
 
@@ -69,7 +69,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class UpstreamReply:
     """
     ECR's answer.
 
@@ -102,7 +102,7 @@ class Endpoint:
         self._circuit.dissolve()
         self._wire.leave()
 
-    async def ask(self, question: Question) -> Reply:
+    async def ask(self, question: UpstreamRequest) -> UpstreamReply:
         """
         Send a request; retry temporary failures, and once with another token if ECR rejects this one.
 
@@ -134,7 +134,7 @@ class Endpoint:
             shown = renewed
         raise AssertionError("the second turn answers or raises")
 
-    def has_plenty(self, question: Question) -> bool:
+    def has_plenty(self, question: UpstreamRequest) -> bool:
         """
         Return True if a request that no client waits for would delay no other.
         """
@@ -142,7 +142,7 @@ class Endpoint:
         well = not self._left and self._circuit.is_well(repository)
         return well and self._governor.has_plenty(call_of(question.method, question.route.kind), repository)
 
-    async def _ask_ahead(self, question: Question) -> Reply:
+    async def _ask_ahead(self, question: UpstreamRequest) -> UpstreamReply:
         """
         Send a request that no client waits for: once, and only if ECR is well.
 
@@ -165,7 +165,7 @@ class Endpoint:
         self._circuit.answered(repository)
         return reply
 
-    async def _shown(self, question: Question, asked: Coroutine[object, object, str]) -> str:
+    async def _shown(self, question: UpstreamRequest, asked: Coroutine[object, object, str]) -> str:
         try:
             return await asked
         except TransientError as problem:
@@ -180,14 +180,14 @@ class Endpoint:
                 Reason.NO_TOKEN,
             ) from None
 
-    async def _persist(self, tries: Tries, question: Question, shown: str) -> Reply:
+    async def _persist(self, tries: Tries, question: UpstreamRequest, shown: str) -> UpstreamReply:
         try:
             return await self._wire.persist(tries, partial(self._try, tries, question, shown))
         except TransientError as problem:
             self._fail(question, problem)
             raise
 
-    def _fail(self, question: Question, problem: TransientError) -> None:
+    def _fail(self, question: UpstreamRequest, problem: TransientError) -> None:
         """
         Note a failure; if it opened a circuit, refuse the requests that now wait in vain.
         """
@@ -263,7 +263,7 @@ class Endpoint:
         response = await self._wire.request("GET", f"{self.url}/v2/", headers, PROBE_SECONDS)
         await self._wire.read_beginning(response)
 
-    async def _try(self, tries: Tries, question: Question, shown: str) -> Reply:
+    async def _try(self, tries: Tries, question: UpstreamRequest, shown: str) -> UpstreamReply:
         """
         Send a request once, when there is a place for it.
         """
@@ -276,7 +276,7 @@ class Endpoint:
                     self._governor.rest(call, repository, problem.wait)
                 raise
 
-    async def _through_circuit(self, tries: Tries, question: Question, shown: str) -> Reply:
+    async def _through_circuit(self, tries: Tries, question: UpstreamRequest, shown: str) -> UpstreamReply:
         """
         Send a request, if the circuit permits, and report the outcome to it.
         """
@@ -301,7 +301,7 @@ class Endpoint:
         self._answered(question, reply)
         return reply
 
-    def _answered(self, question: Question, reply: Reply) -> None:
+    def _answered(self, question: UpstreamRequest, reply: UpstreamReply) -> None:
         repository = question.route.repository.name
         self._circuit.answered(repository, lists=question.is_list)
         if not question.is_list:  # a different permission, which says nothing about pulls
@@ -312,7 +312,7 @@ class Endpoint:
         if not self._circuit.heard_since(began):
             self._doubt()
 
-    async def _watched(self, question: Question, shown: str, seconds: float) -> Reply:
+    async def _watched(self, question: UpstreamRequest, shown: str, seconds: float) -> UpstreamReply:
         """
         Send a request; if ECR answers nothing until C{PROBE_SECONDS} before its deadline, send the daemon's own, too.
 
@@ -326,7 +326,7 @@ class Endpoint:
             if silence.active():
                 silence.cancel()
 
-    async def _send(self, question: Question, shown: str, seconds: float) -> Reply:
+    async def _send(self, question: UpstreamRequest, shown: str, seconds: float) -> UpstreamReply:
         headers = _headers(shown)
         if question.accept:
             headers.setRawHeaders("Accept", [question.accept])
@@ -335,11 +335,11 @@ class Endpoint:
         url = self.url + question.route.path + (f"?{question.query}" if question.query else "")
         response = await self._wire.request(question.method, url, headers, seconds)
         if question.method == "HEAD":
-            return Reply(response, b"")
+            return UpstreamReply(response, b"")
         if response.code >= 400:  # noqa: PLR2004
-            return Reply(response, await self._wire.read_beginning(response))
+            return UpstreamReply(response, await self._wire.read_beginning(response))
         limit = question.limit
-        return Reply(response, b"" if limit is None else await self._wire.read(response, limit))
+        return UpstreamReply(response, b"" if limit is None else await self._wire.read(response, limit))
 
 
 def _headers(shown: str = "") -> Headers:

@@ -5,7 +5,7 @@ Rules:
 
 - A request is sent when the quota of its kind permits and there is a place for it; until then it queues.
 - Places are shared fairly. If ECR does not answer for one repository, each of its requests holds a place for many
-  seconds, so whatever holds places leaves as many free: see L{Held}. This applies to the first component of a
+  seconds, so whatever holds places leaves as many free: see L{HeldPlaces}. This applies to the first component of a
   repository's name, below which a client can make up any number of names, and within it to each repository.
 - Within a kind, first components take turns, and so do the repositories of each. Kinds that compete for places go by
   urgency: manifests first.
@@ -33,7 +33,7 @@ from twisted.python.failure import Failure
 
 from ecrproxy.oci import first_component
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.queue import Held, NoPlentyError, Queue, QueueFullError
+from ecrproxy.registry.queue import HeldPlaces, NoPlentyError, Queue, QueueFullError
 from ecrproxy.registry.quotas import Call, Quotas, Rests, TokenBucket
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Governor:
     def __init__(self, quotas: Quotas, together: int, clock: IReactorTime, name: str = "ECR") -> None:
         self._name = name
         self._refused = dict.fromkeys(Call, 0)
-        self._held, self._clock = Held(together), clock
+        self._held, self._clock = HeldPlaces(together), clock
         self._buckets = {call: TokenBucket(quotas.of(call), clock.seconds()) for call in Call}
         self._rests = {call: Rests() for call in Call}
         self._queues = {call: Queue() for call in Call}

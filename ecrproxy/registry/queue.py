@@ -30,7 +30,7 @@ class NoPlentyError(UnavailableError):
     reason = Reason.QUEUE_FULL
 
 
-class Held:
+class HeldPlaces:
     """
     The places that requests hold, by the first component of their repositories' names and by repository.
 
@@ -135,7 +135,7 @@ class Queue:
             del self._components[component]
         return True
 
-    def next(self, held: Held, resting: Container[str]) -> str | None:
+    def next(self, held: HeldPlaces, resting: Container[str]) -> str | None:
         """
         Return the repository whose turn it is; None if no request may take a place.
 

@@ -22,7 +22,7 @@ from twisted.logger import Logger
 from twisted.web.iweb import IResponse
 
 from ecrproxy.oci import Route
-from ecrproxy.registry.bucket import Blob, is_passed_on
+from ecrproxy.registry.bucket import BlobSource, is_passed_on
 from ecrproxy.registry.endpoint import Endpoint
 from ecrproxy.registry.race import SLOW_SECONDS, Ask, Race
 from ecrproxy.registry.upstream import Head, Manifest, Upstream
@@ -87,7 +87,7 @@ class Replicated(Upstream):
         ask = partial(super().blob_size, route)
         return await self._sooner(route, ask, [partial(each.blob_size, route) for each in self.replicas], _WHOLE)
 
-    async def blob(self, route: Route, stop: int | None = None, start: int = 0, *, ahead: bool = False) -> Blob:
+    async def blob(self, route: Route, stop: int | None = None, start: int = 0, *, ahead: bool = False) -> BlobSource:
         """
         See L{Upstream.blob}. Replicas are not asked for what no client waits for, except for the rest after a break.
         """

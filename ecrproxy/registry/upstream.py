@@ -40,14 +40,14 @@ from ecrproxy.reasons import Reason
 from ecrproxy.registry.bodies import discard
 from ecrproxy.registry.bucket import (
     REDIRECT_STATUSES,
-    Blob,
+    BlobSource,
     RefusedAnswerError,
     UnavailableError,
     header,
     is_page,
     told_length,
 )
-from ecrproxy.registry.endpoint import AHEAD_SECONDS, Endpoint, Question, Reply
+from ecrproxy.registry.endpoint import AHEAD_SECONDS, Endpoint, UpstreamReply, UpstreamRequest
 from ecrproxy.registry.links import next_target
 from ecrproxy.registry.refusals import NoListError, Refusal, stranger
 from ecrproxy.registry.wire import HEADER_SECONDS, Wire
@@ -107,7 +107,7 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
-class Page:
+class ListPage:
     """
     A page of tags or referrers.
 
@@ -164,7 +164,7 @@ class Upstream:
 
         @raise RegistryError: if there is none, or ECR can't answer.
         """
-        reply = await self._whole(Question("HEAD", route, accept, limit=MANIFEST_LIMIT))
+        reply = await self._whole(UpstreamRequest("HEAD", route, accept, limit=MANIFEST_LIMIT))
         response, named = reply.response, header(reply.response, "Docker-Content-Digest") or ""
         if response.request.method == b"HEAD":  # or ECR refused the HEAD, and answered a GET
             media_type, size = header(response, "Content-Type") or "", told_length(response)
@@ -172,7 +172,7 @@ class Upstream:
             if size and size <= MANIFEST_LIMIT and media_type.partition(";")[0].strip().lower() in MANIFEST_TYPES:
                 return Head(media_type, digest, size, named)
             try:
-                reply = await self._whole(Question("GET", route, accept, limit=MANIFEST_LIMIT))
+                reply = await self._whole(UpstreamRequest("GET", route, accept, limit=MANIFEST_LIMIT))
             except RefusedAnswerError as problem:
                 problem.named = named
                 raise
@@ -184,7 +184,7 @@ class Upstream:
 
         @raise RegistryError: if there is none, or ECR can't return it.
         """
-        reply = await self._whole(Question("GET", route, accept, limit=MANIFEST_LIMIT))
+        reply = await self._whole(UpstreamRequest("GET", route, accept, limit=MANIFEST_LIMIT))
         named = header(reply.response, "Docker-Content-Digest") or ""
         digest = self._told(named) if named else None
         content_type = header(reply.response, "Content-Type") or ""
@@ -201,7 +201,7 @@ class Upstream:
 
         @raise RegistryError: if it doesn't, or ECR can't answer.
         """
-        response = (await self._endpoint.ask(Question("HEAD", route))).response
+        response = (await self._endpoint.ask(UpstreamRequest("HEAD", route))).response
         discard(response, self.clock)
         url = ""
         if response.code in REDIRECT_STATUSES:
@@ -212,7 +212,7 @@ class Upstream:
             if size is not None and (size or may_be_empty):
                 return size
         # The HEAD is unusable. A presigned URL is signed for GET only, so request one byte.
-        blob = Blob(self, route, url)
+        blob = BlobSource(self, route, url)
         await blob.begin(0, 1)
         blob.first.drop()
         if blob.size is None or blob.is_page:
@@ -223,18 +223,18 @@ class Upstream:
         """
         Return True if a blob may be requested that no client waits for: see L{Endpoint.has_plenty}.
         """
-        return self._endpoint.has_plenty(Question("GET", route, ahead=True))
+        return self._endpoint.has_plenty(UpstreamRequest("GET", route, ahead=True))
 
-    async def blob(self, route: Route, stop: int | None = None, start: int = 0, *, ahead: bool = False) -> Blob:
+    async def blob(self, route: Route, stop: int | None = None, start: int = 0, *, ahead: bool = False) -> BlobSource:
         """
         Start fetching a blob.
 
         @param stop: the end of the first range; None for everything.
         @param start: the start of the first range.
-        @param ahead: whether no client waits for it. If one comes, the caller sets C{Blob.ahead}.
+        @param ahead: whether no client waits for it. If one comes, the caller sets C{BlobSource.ahead}.
         @raise RegistryError: if there is none, or ECR can't return it.
         """
-        blob = Blob(self, route, ahead=ahead)
+        blob = BlobSource(self, route, ahead=ahead)
         await blob.begin(start, stop)
         return blob
 
@@ -246,7 +246,7 @@ class Upstream:
         @return: the URL, or the answer if the registry itself sends the blob.
         @raise RegistryError: if there is none, or ECR can't answer.
         """
-        response = (await self._endpoint.ask(Question("GET", route, span=span, ahead=ahead))).response
+        response = (await self._endpoint.ask(UpstreamRequest("GET", route, span=span, ahead=ahead))).response
         url = self._endpoint.url + route.path
         if response.code not in REDIRECT_STATUSES:
             return url, response
@@ -280,7 +280,7 @@ class Upstream:
         """
         await self._wire.pause(breaks)
 
-    async def page(self, route: Route) -> Page:
+    async def page(self, route: Route) -> ListPage:
         """
         Fetch a page of tags or referrers; all tags, if the client gives no page size.
 
@@ -292,7 +292,7 @@ class Upstream:
             return await self._all_tags(route, query)
         return await self._page(route, query)
 
-    async def _all_tags(self, route: Route, query: str) -> Page:
+    async def _all_tags(self, route: Route, query: str) -> ListPage:
         """
         Join ECR's pages of tags, for clients that do not follow Link.
 
@@ -316,7 +316,7 @@ class Upstream:
             said = "too many lists of tags are being made; ask again, or for pages of it (n=1000)"
             raise UnavailableError(503, "UNAVAILABLE", said, {"Retry-After": "5"}, Reason.QUEUE_FULL) from problem
 
-    async def _joined(self, route: Route, query: str, page: Page) -> Page:
+    async def _joined(self, route: Route, query: str, page: ListPage) -> ListPage:
         tags = self._tags_of(page)
         count, parts, asked = len(tags), [_listed(tags)], {query}
         size = len(parts[0])
@@ -333,9 +333,9 @@ class Upstream:
         body = b'{"name": "%b", "tags": [%b]}' % (name, b", ".join(filter(None, parts)))
         return replace(page, body=body, next=page.next and _led_on(page.next))
 
-    async def _page(self, route: Route, query: str) -> Page:
+    async def _page(self, route: Route, query: str) -> ListPage:
         try:
-            reply = await self._whole(Question("GET", route, query=query, limit=LIST_LIMIT))
+            reply = await self._whole(UpstreamRequest("GET", route, query=query, limit=LIST_LIMIT))
         except NoListError as problem:
             if self._lists_referrers:
                 raise stranger(self.name, NOT_FOUND, route) from problem
@@ -351,9 +351,9 @@ class Upstream:
         content_type = "application/json"  # ECR calls tags text/plain
         if route.kind is Kind.REFERRERS:
             content_type = self._index_type(header(response, "Content-Type") or "", reply.body)
-        return Page(content_type, reply.body, following, header(response, "OCI-Filters-Applied"))
+        return ListPage(content_type, reply.body, following, header(response, "OCI-Filters-Applied"))
 
-    async def _whole(self, question: Question) -> Reply:
+    async def _whole(self, question: UpstreamRequest) -> UpstreamReply:
         """
         Send a request for the whole; refuse ranges, redirects and empty answers.
         """
@@ -365,7 +365,7 @@ class Upstream:
             raise RefusedAnswerError(502, "UNAVAILABLE", said)
         return reply
 
-    async def _followed(self, question: Question, response: IResponse) -> Reply:
+    async def _followed(self, question: UpstreamRequest, response: IResponse) -> UpstreamReply:
         """
         Follow the registry's redirect. Its token is not sent: if the target requires one, the request is refused.
 
@@ -389,7 +389,7 @@ class Upstream:
                 refusal.raise_for(question.route)
             if response.code not in REDIRECT_STATUSES:
                 whole = method != "HEAD" and question.limit is not None
-                return Reply(response, await self._wire.read(response, question.limit or 0) if whole else b"")
+                return UpstreamReply(response, await self._wire.read(response, question.limit or 0) if whole else b"")
             discard(response, self.clock)
         raise self._endless(question.route)
 
@@ -412,7 +412,7 @@ class Upstream:
             raise UnavailableError(502, "UNAVAILABLE", f"{self.name} redirects to where the proxy does not go")
         return target
 
-    def _tags_of(self, page: Page) -> list[str]:
+    def _tags_of(self, page: ListPage) -> list[str]:
         """
         Return the tags of a page.
         """

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Final
 from urllib.parse import urlsplit
 
-from ecrproxy.command.checkup.aws import Identity, NoCredentialsError, Provider, RefusedError, UnreachableError
+from ecrproxy.command.checkup.aws import AwsRefusedError, AwsUnreachableError, Identity, NoCredentialsError, Provider
 from ecrproxy.command.checkup.findings import Finding, Once, failed, ok, skipped, warning
 from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.registry.challenges import Challenge, may_follow
@@ -98,11 +98,11 @@ def look_at_credentials(
     except NoCredentialsError as problem:
         yield failed(check, str(problem), _where_from(environ, instance_auth=instance_auth))
         return
-    except RefusedError as problem:
+    except AwsRefusedError as problem:
         trust = "see that the role's trust policy names who assumes it, and that a web identity's token is current"
         yield failed(check, f"no role: AWS answers {problem}", _CLOCK_ADVICE if problem.skewed else trust)
         return
-    except UnreachableError as problem:
+    except AwsUnreachableError as problem:
         yield failed(check, f"their source does not answer: {problem}", "check that STS can be reached from here")
         return
     said = f"by {PROVIDERS.get(method, method)}"
@@ -144,10 +144,10 @@ def look_at_identity(identity: Once[Identity], registry: str | None) -> Iterator
     check = "identity"
     try:
         found = identity.get()
-    except RefusedError as problem:
+    except AwsRefusedError as problem:
         other = "the key is wrong, switched off, or of another partition: give another"
         yield failed(check, f"STS answers {problem}", _CLOCK_ADVICE if problem.skewed else other)
-    except UnreachableError as problem:
+    except AwsUnreachableError as problem:
         yield warning(
             check,
             f"STS does not answer: {problem}",
@@ -171,10 +171,10 @@ def look_at_role(acting: Once[Identity], role: str) -> Iterator[Finding]:
     check = "role"
     try:
         found = acting.get()
-    except RefusedError as problem:
+    except AwsRefusedError as problem:
         trust = f"see that the trust policy of {role} names who assumes it, and that they may sts:AssumeRole on it"
         yield failed(check, f"STS answers {problem}", _CLOCK_ADVICE if problem.skewed else trust)
-    except UnreachableError as problem:
+    except AwsUnreachableError as problem:
         advice = "let this machine out to STS: in a VPC without a way out add the endpoint for sts"
         yield failed(check, f"STS does not answer: {problem}", advice)
     except NoCredentialsError:
@@ -190,10 +190,10 @@ def look_at_token(token: Once[tuple[str, float]], now: float) -> Iterator[Findin
     check = "token"
     try:
         _, expires = token.get()
-    except RefusedError as problem:
+    except AwsRefusedError as problem:
         advice = _CLOCK_ADVICE if problem.skewed else permission_advice(problem.message)
         yield failed(check, f"ECR answers {problem}", advice)
-    except UnreachableError as problem:
+    except AwsUnreachableError as problem:
         yield failed(
             check,
             f"ECR's API does not answer: {problem}",

@@ -25,7 +25,7 @@ CONNECT_SECONDS: Final = 4
 READ_SECONDS: Final = 6
 
 
-class RefusedError(Exception):
+class AwsRefusedError(Exception):
     """
     AWS rejected the request.
 
@@ -39,7 +39,7 @@ class RefusedError(Exception):
         self.skewed = any(words in message.lower() for words in CLOCK_WORDS)
 
 
-class UnreachableError(Exception):
+class AwsUnreachableError(Exception):
     """
     AWS did not respond.
     """
@@ -162,11 +162,11 @@ def as_ours() -> Iterator[None]:
         yield
     except exceptions.ClientError as problem:
         error: Mapping[str, Any] = problem.response.get("Error", {})
-        raise RefusedError(str(error.get("Code", "")), brief(error.get("Message", ""))) from problem
+        raise AwsRefusedError(str(error.get("Code", "")), brief(error.get("Message", ""))) from problem
     except no_credentials as problem:
         raise NoCredentialsError(brief(problem)) from problem
     except (
         exceptions.BotoCoreError,
         ResponseParserError,
     ) as problem:  # no response, or an invalid one
-        raise UnreachableError(brief(problem)) from problem
+        raise AwsUnreachableError(brief(problem)) from problem

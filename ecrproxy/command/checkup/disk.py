@@ -31,7 +31,7 @@ _SAMPLE: Final = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class DirectoryState:
     """
     The state of the directory.
 
@@ -56,7 +56,7 @@ class Survey:
     counted: bool
 
 
-def survey(path: str, seconds: Callable[[], float]) -> Survey:
+def survey(path: str, seconds: Callable[[], float]) -> DirectoryState:
     """
     Examine a directory. Blocks.
     """
@@ -67,7 +67,7 @@ def survey(path: str, seconds: Callable[[], float]) -> Survey:
     strangers = [_owner(each) for each in (standing, *(standing / name for name in FOLDERS))] if exists else []
     room = os.statvfs(standing)
     used, counted = _count(place, seconds() + COUNT_SECONDS, seconds) if exists else (0, True)
-    return Survey(
+    return DirectoryState(
         str(place),
         exists,
         standing.is_dir(),
@@ -132,7 +132,7 @@ def _count(place: Path, until: float, seconds: Callable[[], float]) -> tuple[int
     return used, True
 
 
-def judge_directory(seen: Survey, user: int) -> Iterator[Finding]:
+def judge_directory(seen: DirectoryState, user: int) -> Iterator[Finding]:
     """
     Judge the state of the directory.
 
@@ -168,7 +168,7 @@ def judge_directory(seen: Survey, user: int) -> Iterator[Finding]:
     yield from _judge_kind(seen)
 
 
-def _judge_kind(seen: Survey) -> Iterator[Finding]:
+def _judge_kind(seen: DirectoryState) -> Iterator[Finding]:
     check, mount = "file system", seen.mount
     for what, why in seen.lacking:
         if what == "fallocate":  # only a warning
@@ -203,7 +203,7 @@ def _judge_kind(seen: Survey) -> Iterator[Finding]:
         yield ok(check, f"{mount.kind}, mounted at {mount.point}")
 
 
-def judge_room(seen: Survey, limit: int) -> Iterator[Finding]:
+def judge_room(seen: DirectoryState, limit: int) -> Iterator[Finding]:
     """
     Compare the cache's limit with its disk.
     """

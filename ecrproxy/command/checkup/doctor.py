@@ -32,11 +32,11 @@ from ecrproxy.command.checkup.findings import (
 )
 from ecrproxy.command.checkup.network import judge_clock, look_at_host
 from ecrproxy.command.checkup.permissions import Trial
-from ecrproxy.command.checkup.questions import Question, interview
+from ecrproxy.command.checkup.questions import DoctorRequest, interview
 from ecrproxy.command.checkup.reach import BODY_BYTES, Contact, split
 from ecrproxy.command.checkup.senses import Account, Senses
 from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_password, look_at_settings
-from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
+from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, CommandError, Invocation
 from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registries import Known, Registries, own_name
@@ -50,7 +50,7 @@ from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from ecrproxy.settings.table import ConfigError
 
 
-def run(call: Call, senses: Senses | None = None) -> int:
+def run(call: Invocation, senses: Senses | None = None) -> int:
     """
     Run all checks; return the exit status.
     """
@@ -146,7 +146,7 @@ class Doctor:
     The checks for one configuration.
     """
 
-    def __init__(self, call: Call, config: Config, senses: Senses, limit: float) -> None:
+    def __init__(self, call: Invocation, config: Config, senses: Senses, limit: float) -> None:
         self._config, self._senses = config, senses
         self._given = given(call.flags, call.world.variables, call.file)
         self._variables, self._now, self._seconds = call.world.variables, call.world.now, call.world.seconds
@@ -270,10 +270,10 @@ class Doctor:
         found = [address for answer in self._asked(host).values() for address in answer.addresses]
         return found or list(self._senses.ask_system(host).addresses)
 
-    def _ask_servers(self) -> dict[str, names.Answer]:
+    def _ask_servers(self) -> dict[str, names.LookupResult]:
         return self._asked(self._host)
 
-    def _asked(self, host: str) -> dict[str, names.Answer]:
+    def _asked(self, host: str) -> dict[str, names.LookupResult]:
         """
         Ask all name servers for a host; the configured ones are not asked for addresses and local names.
         """
@@ -366,7 +366,7 @@ class Doctor:
         url, (token, expires) = table.endpoint or "", self._principals[_key(table)].token.need("a token")
         places: dict[str, list[str]] = {}
 
-        def ask(question: Question) -> Contact:
+        def ask(question: DoctorRequest) -> Contact:
             if question.target.startswith("/"):
                 shown = {"Authorization": f"Basic {token}", **question.headers}
                 return self._answer_to(replace(question, target=url + question.target, headers=shown), places)
@@ -380,7 +380,9 @@ class Doctor:
             yield failed("image", said, "check the spelling, and give an existing one")
         yield from assumptions.findings(replace(seen, token_seconds=expires - self._now(), bucket=at))
 
-    def _answer_to(self, question: Question, places: dict[str, list[str]], *, tunnel: bool | None = None) -> Contact:
+    def _answer_to(
+        self, question: DoctorRequest, places: dict[str, list[str]], *, tunnel: bool | None = None
+    ) -> Contact:
         """
         Send a request to the first address of a host.
 

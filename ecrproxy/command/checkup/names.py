@@ -23,7 +23,7 @@ Send = Callable[[tuple[str, int], bytes], bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LookupResult:
     """
     A server's response for a name.
 
@@ -55,7 +55,7 @@ def over_udp(server: tuple[str, int], question: bytes) -> bytes:
     raise TimeoutError
 
 
-def ask_server(server: tuple[str, int], host: str, number: int, send: Send) -> Answer:
+def ask_server(server: tuple[str, int], host: str, number: int, send: Send) -> LookupResult:
     """
     Ask one server for a host's addresses.
 
@@ -69,19 +69,19 @@ def ask_server(server: tuple[str, int], host: str, number: int, send: Send) -> A
             told = Message()
             told.fromStr(send(server, asked.toStr()))
             if told.rCode not in (0, ENAME):
-                return Answer(problem=f"answers with error {told.rCode}")
+                return LookupResult(problem=f"answers with error {told.rCode}")
             records: list[Any] = [each.payload for each in told.answers if each.type == kind]
             found += [str(ipaddress.ip_address(each.address)) for each in records]
     except OSError as problem:
         silent = isinstance(problem, TimeoutError)
-        return Answer(problem="does not answer" if silent else problem.strerror or type(problem).__name__)
+        return LookupResult(problem="does not answer" if silent else problem.strerror or type(problem).__name__)
     except Exception as problem:  # noqa: BLE001 (invalid responses fail in many ways)
-        return Answer(problem=f"sends an invalid DNS response: {type(problem).__name__}")
-    return Answer(found)
+        return LookupResult(problem=f"sends an invalid DNS response: {type(problem).__name__}")
+    return LookupResult(found)
 
 
 def judge_names(
-    host: str, servers: Mapping[str, Answer], system: Answer, variable: str = "PROXY_DNS_RESOLVER"
+    host: str, servers: Mapping[str, LookupResult], system: LookupResult, variable: str = "PROXY_DNS_RESOLVER"
 ) -> Iterator[Finding]:
     """
     Check that the configured servers resolve a host, and to the same kind of addresses as the host's own resolver.
@@ -113,15 +113,15 @@ def _private(addresses: Sequence[str]) -> bool:
     return any(ipaddress.ip_address(each).is_private for each in addresses)
 
 
-def ask_system(host: str) -> Answer:
+def ask_system(host: str) -> LookupResult:
     """
     Ask the host's own resolver.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as problem:
-        return Answer(problem=problem.strerror or type(problem).__name__)
-    return Answer(list(dict.fromkeys(str(each[4][0]) for each in found)))
+        return LookupResult(problem=problem.strerror or type(problem).__name__)
+    return LookupResult(list(dict.fromkeys(str(each[4][0]) for each in found)))
 
 
 def is_local(host: str) -> bool:

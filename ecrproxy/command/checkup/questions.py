@@ -37,7 +37,7 @@ _SIGNATURE: Final = re.compile(r"(?<=X-Amz-Signature=)[0-9a-fA-F]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class DoctorRequest:
     """
     One request.
 
@@ -53,26 +53,28 @@ class Question:
 
 
 QUESTIONS: Final = (
-    Question("head", "/v2/{repository}/manifests/{tag}", "HEAD", ACCEPT),
-    Question("manifest", "/v2/{repository}/manifests/{tag}", headers=ACCEPT, most=MANIFEST_LIMIT + 1),
-    Question("image", "/v2/{repository}/manifests/{image}", headers=ACCEPT, most=MANIFEST_LIMIT + 1),
-    Question("converted", "/v2/{repository}/manifests/{tag}", headers={"Accept": "{twin}"}, most=MANIFEST_LIMIT + 1),
-    Question("blob-head", "/v2/{repository}/blobs/{blob}", "HEAD"),
-    Question("blob", "/v2/{repository}/blobs/{blob}", headers={"Range": "bytes=0-0"}, most=_BUCKET_BYTES),
-    Question("part", "{location}", headers={"Range": "bytes=1-2"}, most=_BUCKET_BYTES),
-    Question("parts", "{location}", headers={"Range": "bytes=0-0,2-2"}, most=_BUCKET_BYTES),
-    Question("forged", "{forged}", headers={"Range": "bytes=0-0"}, most=_BUCKET_BYTES),
-    Question("tags", "/v2/{repository}/tags/list?n=1"),
-    Question("many-tags", "/v2/{repository}/tags/list?n=10000"),
-    Question("referrers", "/v2/{repository}/referrers/{digest}", most=MANIFEST_LIMIT + 1),
-    Question("no-referrers", "/v2/{repository}/referrers/{nothing}"),
-    Question("no-tag", f"/v2/{{repository}}/manifests/{NOTHING}", headers=ACCEPT),
-    Question("no-repository", f"/v2/{NOTHING}/manifests/{NOTHING}", headers=ACCEPT),
-    Question("no-token", "/v2/{repository}/manifests/{tag}", headers={**ACCEPT, "Authorization": _NO_TOKEN}),
+    DoctorRequest("head", "/v2/{repository}/manifests/{tag}", "HEAD", ACCEPT),
+    DoctorRequest("manifest", "/v2/{repository}/manifests/{tag}", headers=ACCEPT, most=MANIFEST_LIMIT + 1),
+    DoctorRequest("image", "/v2/{repository}/manifests/{image}", headers=ACCEPT, most=MANIFEST_LIMIT + 1),
+    DoctorRequest(
+        "converted", "/v2/{repository}/manifests/{tag}", headers={"Accept": "{twin}"}, most=MANIFEST_LIMIT + 1
+    ),
+    DoctorRequest("blob-head", "/v2/{repository}/blobs/{blob}", "HEAD"),
+    DoctorRequest("blob", "/v2/{repository}/blobs/{blob}", headers={"Range": "bytes=0-0"}, most=_BUCKET_BYTES),
+    DoctorRequest("part", "{location}", headers={"Range": "bytes=1-2"}, most=_BUCKET_BYTES),
+    DoctorRequest("parts", "{location}", headers={"Range": "bytes=0-0,2-2"}, most=_BUCKET_BYTES),
+    DoctorRequest("forged", "{forged}", headers={"Range": "bytes=0-0"}, most=_BUCKET_BYTES),
+    DoctorRequest("tags", "/v2/{repository}/tags/list?n=1"),
+    DoctorRequest("many-tags", "/v2/{repository}/tags/list?n=10000"),
+    DoctorRequest("referrers", "/v2/{repository}/referrers/{digest}", most=MANIFEST_LIMIT + 1),
+    DoctorRequest("no-referrers", "/v2/{repository}/referrers/{nothing}"),
+    DoctorRequest("no-tag", f"/v2/{{repository}}/manifests/{NOTHING}", headers=ACCEPT),
+    DoctorRequest("no-repository", f"/v2/{NOTHING}/manifests/{NOTHING}", headers=ACCEPT),
+    DoctorRequest("no-token", "/v2/{repository}/manifests/{tag}", headers={**ACCEPT, "Authorization": _NO_TOKEN}),
 )
 """In the order of the requests."""
 
-Ask = Callable[[Question], Contact]
+Ask = Callable[[DoctorRequest], Contact]
 """Sends a request without placeholders."""
 
 
@@ -143,13 +145,13 @@ def interview(ask: Ask, registry: str, repository: str, tag: str, *, in_time: Ca
     return Seen(answers, known, registry)
 
 
-def _filled(question: Question, known: Mapping[str, str]) -> Question | None:
+def _filled(question: DoctorRequest, known: Mapping[str, str]) -> DoctorRequest | None:
     try:
         target = question.target.format_map(known)
         headers = {name: value.format_map(known) for name, value in question.headers.items()}
     except KeyError:
         return None
-    return Question(question.name, target, question.method, headers, question.most)
+    return DoctorRequest(question.name, target, question.method, headers, question.most)
 
 
 def _learned(name: str, answer: Contact, registry: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ecrproxy.command.checkup import metadata, names, ports
 from ecrproxy.command.checkup.aws import Aws, Identity, Provider
-from ecrproxy.command.checkup.disk import Survey, survey
+from ecrproxy.command.checkup.disk import DirectoryState, survey
 from ecrproxy.command.checkup.reach import BODY_BYTES, Contact, touch, touch_place
 from ecrproxy.cores import usable_cores
 from ecrproxy.healthcheck import Place
@@ -72,9 +72,9 @@ class Senses:
     touch_place: Callable[[Place, str], Contact] = touch_place
     bind: Callable[[Place], int] = ports.try_to_bind
     send: names.Send = names.over_udp
-    ask_system: Callable[[str], names.Answer] = names.ask_system
+    ask_system: Callable[[str], names.LookupResult] = names.ask_system
     ask_metadata: metadata.Ask = metadata.over_http
-    survey: Callable[[str, Callable[[], float]], Survey] = survey
+    survey: Callable[[str, Callable[[], float]], DirectoryState] = survey
     most_files: Callable[[], int] = lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     cores: Callable[[], int] = usable_cores
     user: Callable[[], int] = os.geteuid

@@ -30,7 +30,7 @@ class ForeignImageError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class WantedImage:
     """
     An image of a registry that the daemon serves.
 
@@ -42,7 +42,9 @@ class Image:
     route: Route
 
 
-def parse_image(text: str, hosts: Collection[str], registries: Registries | None = None, *, bare: bool = True) -> Image:
+def parse_image(
+    text: str, hosts: Collection[str], registries: Registries | None = None, *, bare: bool = True
+) -> WantedImage:
     """
     Parse an image's name.
 
@@ -65,7 +67,7 @@ def parse_image(text: str, hosts: Collection[str], registries: Registries | None
         raise _foreign(host, named=named)
     try:
         route = parse_route(f"/v2/{repository}/manifests/{digest if at else tag}", _DEFAULT)
-        return Image(text, route if registries is None else _meant(route, host, hosts, registries))
+        return WantedImage(text, route if registries is None else _meant(route, host, hosts, registries))
     except UnknownRegistryError:
         raise _foreign(host, named=named) from None
     except RegistryError as problem:

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 from ecrproxy.buffers import AT_ONCE
 from ecrproxy.command.prefetching.door import Ask, Reply
-from ecrproxy.command.prefetching.images import Image, target
+from ecrproxy.command.prefetching.images import WantedImage, target
 from ecrproxy.command.prefetching.platforms import Offer, Platform, choose, may_hold, offers
 from ecrproxy.documents import listed
 from ecrproxy.oci import INDEX_TYPES, MANIFEST_LIMIT, MANIFEST_TYPES, Descriptor, Digest, Kind, Route
@@ -85,7 +85,7 @@ class Hands:
     said: Callable[[str], None] = lambda _: None
 
 
-class Tries:
+class Attempts:
     """
     Counts consecutive failures, and the time since the first.
     """
@@ -129,7 +129,7 @@ class Puller:
     def __init__(self, hands: Hands, platforms: Collection[Platform], moved: Callable[[int], None]) -> None:
         self._hands, self._platforms, self._moved = hands, platforms, moved
 
-    def plan(self, image: Image) -> Plan:
+    def plan(self, image: WantedImage) -> Plan:
         """
         Pull an image's manifests, and return its other parts.
 
@@ -238,7 +238,7 @@ class Puller:
         """
         Retry an attempt until it succeeds.
         """
-        tries = Tries(self._hands)
+        tries = Attempts(self._hands)
         while True:
             try:
                 return attempt()
@@ -246,7 +246,7 @@ class Puller:
                 tries.failed(_called(route), problem)
 
     def _move(self, route: Route, size: int) -> None:
-        tries, arriving = Tries(self._hands), _Arriving(route, size, self._moved)
+        tries, arriving = Attempts(self._hands), _Arriving(route, size, self._moved)
         while not arriving.complete:
             before = arriving.there
             try:

@@ -18,10 +18,10 @@ from ecrproxy.command.prefetching import PASSWORD
 from ecrproxy.command.prefetching.crew import Crew
 from ecrproxy.command.prefetching.documents import images_in
 from ecrproxy.command.prefetching.door import Ask, Door, docker_login, own_context, place_of
-from ecrproxy.command.prefetching.images import ForeignImageError, Image, listed_images, parse_image
+from ecrproxy.command.prefetching.images import ForeignImageError, WantedImage, listed_images, parse_image
 from ecrproxy.command.prefetching.platforms import Platform
 from ecrproxy.command.prefetching.pulling import MOST_TOLD, Hands, Plan, Puller, PullError
-from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
+from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, CommandError, Invocation
 from ecrproxy.command.terminal import Progress, Terminal, counted, size_in_words
 from ecrproxy.healthcheck import place_from
 from ecrproxy.oci import Route
@@ -40,7 +40,7 @@ class Work:
     @ivar waiting: its blobs that have not been pulled yet.
     """
 
-    image: Image
+    image: WantedImage
     plan: Plan | None = None
     problem: str = ""
     brought: int = 0
@@ -48,7 +48,7 @@ class Work:
     waiting: set[Route] = field(default_factory=set)
 
 
-def run(call: Call, ask_of: Callable[[Door], Ask] = lambda door: door.ask) -> int:
+def run(call: Invocation, ask_of: Callable[[Door], Ask] = lambda door: door.ask) -> int:
     """
     Run the subcommand; return the exit status.
     """
@@ -90,7 +90,7 @@ def _platforms(options: Namespace) -> Sequence[Platform]:
         raise CommandError(f"--platform: {problem}", MISUSED) from None
 
 
-def _door(call: Call) -> tuple[Door, set[str]]:
+def _door(call: Invocation) -> tuple[Door, set[str]]:
     """
     Return the daemon to use, and the host names of the proxy.
     """
@@ -137,7 +137,7 @@ def _context(options: Namespace, certificate: str | None) -> ssl.SSLContext:
     return context
 
 
-def _login(call: Call, host: str) -> tuple[str, str] | None:
+def _login(call: Invocation, host: str) -> tuple[str, str] | None:
     variables = call.world.variables
     if call.options.user is not None:
         if not variables.get(PASSWORD):
@@ -152,7 +152,7 @@ def _login(call: Call, host: str) -> tuple[str, str] | None:
         return None
 
 
-def _registries(call: Call) -> Registries | None:
+def _registries(call: Invocation) -> Registries | None:
     """
     Return the registries that the daemon serves, as far as they are configured.
     """
@@ -160,7 +160,7 @@ def _registries(call: Call) -> Registries | None:
     return Registries(tables, call.settings["registry_aliases"] or ()) if tables else None
 
 
-def _works(call: Call, hosts: set[str], registries: Registries | None) -> list[Work]:
+def _works(call: Invocation, hosts: set[str], registries: Registries | None) -> list[Work]:
     """
     Return the requested images, without duplicates.
     """
@@ -184,7 +184,7 @@ def _works(call: Call, hosts: set[str], registries: Registries | None) -> list[W
     return list(works.values())
 
 
-def _named(call: Call) -> Iterator[tuple[str, bool]]:
+def _named(call: Invocation) -> Iterator[tuple[str, bool]]:
     """
     Yield image names, each with True if a name without a host belongs to the default registry.
     """
@@ -198,7 +198,7 @@ def _named(call: Call) -> Iterator[tuple[str, bool]]:
             raise CommandError(f"{path}: {problem}", MISUSED) from None
 
 
-def _read(call: Call, path: str) -> str:
+def _read(call: Invocation, path: str) -> str:
     if path == "-":
         return call.terminal.stdin.read()
     try:
