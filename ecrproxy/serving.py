@@ -49,7 +49,7 @@ from ecrproxy.http.hot_path import HotPath
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.web import Registry
 from ecrproxy.metrics import Figures, LoopStall
-from ecrproxy.otel import OtelTracing, exporter
+from ecrproxy.otel import OtelTracing, spans_to
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
 from ecrproxy.reading_ahead import ReadingAhead, Transfers
@@ -181,7 +181,7 @@ def _tracing(config: Config, service: Daemon, reactor: Any) -> OtelTracing | Non
     """
     if config.otlp_endpoint is None:
         return None
-    tracing = OtelTracing(partial(exporter, config.otlp_endpoint), service.pools.threads(1).call, reactor)
+    tracing = OtelTracing(partial(spans_to, config.otlp_endpoint), service.pools.threads(1).call, reactor)
     service.add(tracing)
     return tracing
 

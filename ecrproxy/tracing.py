@@ -1,5 +1,5 @@
 """
-Spans of a trace: what the code between a client and ECR knows of tracing. L{ecrproxy.otel} makes and sends them.
+Spans of a trace: what the code between a client and ECR knows of tracing. L{ecrproxy.spans} makes and sends them.
 
 Without tracing no span exists, and everything here does nothing.
 """

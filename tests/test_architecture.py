@@ -160,7 +160,8 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "documents",
     },
-    "otel": {"threads", "tracing"},
+    "otel": {"spans", "threads", "tracing"},
+    "spans": {"tracing"},
     "flights": {"tracing"},
     "images": {"identity", "oci", "cached", "documents"},
     "thread_pools": {"threads"},
@@ -290,6 +291,7 @@ RESERVED = {
     "treq": {"registry.wire"},
     "botocore": {"command.checkup.aws", "registry.aws"},
     "bcrypt": {"access.htpasswd"},
+    "opentelemetry": {"spans"},
     "prometheus_client": {"metrics"},
     "twisted.web.resource": {"admin.port", "http.answering", "http.site"},
     "twisted.internet.reactor": {"tap"},
@@ -430,7 +432,8 @@ class ArchitectureTests(SynchronousTestCase):
 
     def test_each_large_dependency_is_met_in_one_place(self) -> None:
         """
-        Only wire uses treq, only aws botocore, only port, answering and site resources, only tap the global reactor.
+        Only wire uses treq, only aws botocore, only spans OpenTelemetry, only port, answering and site resources,
+        only tap the global reactor.
         """
         wrong = {
             f"{name} imports {each}"

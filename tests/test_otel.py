@@ -29,6 +29,7 @@ from ecrproxy.otel import LAST_SECONDS, OtelTracing, complaint
 from ecrproxy.reading_ahead import BEGIN_SECONDS
 from ecrproxy.registry.metering import MeteredAgent
 from ecrproxy.settings.config import Config, given
+from ecrproxy.spans import Spans
 from ecrproxy.tracing import current
 from tests.daemon import Daemon, DaemonTestCase, Reply, at_once
 from tests.registry_server import noise
@@ -117,7 +118,7 @@ class TracingTestCase(DaemonTestCase):
 
     def setUp(self) -> None:
         self.collector, self.thread = Collector(), Thread()
-        self.tracing = OtelTracing(lambda: self.collector, at_once, self.thread)
+        self.tracing = OtelTracing(lambda: Spans(self.collector), at_once, self.thread)
         self.tracing.startService()
         self.addCleanup(self.tracing.stopService)
         super().setUp()
@@ -301,7 +302,7 @@ class CollectorTests(TracingTestCase):
         self.assertIn("exporting", more["said"])
 
     def test_one_that_hangs_delays_the_end_for_seconds_and_is_named(self) -> None:
-        ended = OtelTracing(lambda: self.collector, lambda *_: Deferred(), self.thread)
+        ended = OtelTracing(lambda: Spans(self.collector), lambda *_: Deferred(), self.thread)
         ended.startService()
         ending = ended.stopService()
         assert ending is not None
@@ -314,7 +315,7 @@ class CollectorTests(TracingTestCase):
         self.assertEqual([said], [formatEvent(event) for event in events])
 
     def test_before_the_start_and_after_the_stop_there_are_none(self) -> None:
-        tracing = OtelTracing(lambda: self.collector, at_once, Clock())
+        tracing = OtelTracing(lambda: Spans(self.collector), at_once, Clock())
         self.assertIsNone(tracing.begin(None))
         tracing.startService()
         self.assertIsNotNone(tracing.begin(None))
@@ -401,7 +402,7 @@ class SettingsOfTheSdkTests(DaemonTestCase):
     def test_one_that_the_sdk_refuses_is_told_and_pulls_go_on(self) -> None:
         for name, value in (("OTEL_BSP_MAX_QUEUE_SIZE", "0"), ("OTEL_SPAN_LINK_COUNT_LIMIT", "x")):
             self.set(name, value)
-            tracing = OtelTracing(Collector, at_once, Thread())
+            tracing = OtelTracing(lambda: Spans(Collector()), at_once, Thread())
             with capturedLogs() as events:
                 tracing.startService()
             (line,) = map(formatEvent, events)
@@ -412,7 +413,7 @@ class SettingsOfTheSdkTests(DaemonTestCase):
 
     def test_a_registry_is_told_no_empty_trace_if_the_sdk_is_disabled(self) -> None:
         self.set("OTEL_SDK_DISABLED", "true")
-        tracing = OtelTracing(Collector, at_once, Thread())
+        tracing = OtelTracing(lambda: Spans(Collector()), at_once, Thread())
         tracing.startService()
         self.addCleanup(tracing.stopService)
         self.standin.push_image("team/app", "1.0")
