@@ -110,6 +110,13 @@ class OtelTracing(Service):
         sent: Deferred[Any] = self._in_thread(spans.send_last)
         return sent.addTimeout(LAST_SECONDS, self._reactor).addErrback(_lost)
 
+    @property
+    def active(self) -> bool:
+        """
+        Whether there is tracing now: the SDK may have refused its settings, or may be disabled by them.
+        """
+        return self._spans is not None and self._spans.recorded
+
     def begin(self, context: str | None) -> Span | None:
         """
         Begin the work on a client's request: see L{ecrproxy.tracing.Tracing.begin}.

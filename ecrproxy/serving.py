@@ -141,7 +141,7 @@ def wire(
         served=figures.served,
         connections=connections,
         pages=_pages(config),
-        hot_path=_hot_path(pull_through, worlds, admission, disk.reading) if _may_repeat(config) else None,
+        hot_path=None if config.cache_key.asks else _hot_path(pull_through, worlds, admission, disk.reading),
         tracing=_tracing(config, service, reactor),
     )
     figures.watch(
@@ -166,13 +166,6 @@ def _store(config: Config, kept: KeptOpen) -> Store:
 
 def _hot_path(pull_through: PullThrough, worlds: Worlds, admission: Admission | None, in_thread: InThread) -> HotPath:
     return HotPath(pull_through, worlds, admission, time.time, in_thread, secrets.token_bytes(32))
-
-
-def _may_repeat(config: Config) -> bool:
-    """
-    Return True if equal requests may have equal answers, with nothing else to be noted of each.
-    """
-    return not config.cache_key.asks and config.otlp_endpoint is None
 
 
 def _tracing(config: Config, service: Daemon, reactor: Any) -> OtelTracing | None:  # noqa: ANN401

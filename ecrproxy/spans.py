@@ -16,7 +16,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
-from opentelemetry.trace import SpanKind, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace import NoOpTracer, SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from ecrproxy import __version__
@@ -52,10 +52,19 @@ class Spans:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("ecrproxy", __version__)
 
-    def begin(self, context: str | None) -> Span:
+    @property
+    def recorded(self) -> bool:
+        """
+        Whether there are any: not with C{OTEL_SDK_DISABLED}.
+        """
+        return not isinstance(self._tracer, NoOpTracer)
+
+    def begin(self, context: str | None) -> Span | None:
         """
         Begin the work on a client's request: see L{ecrproxy.tracing.Tracing.begin}.
         """
+        if not self.recorded:
+            return None
         parent = _PROPAGATOR.extract({} if context is None else {_CONTEXT: context})
         return OtelSpan(self._tracer, self._tracer.start_span("request", parent, SpanKind.SERVER))
 

@@ -55,6 +55,12 @@ class Tracing(Protocol):
     Begins traces.
     """
 
+    @property
+    def active(self) -> bool:
+        """
+        Whether there is tracing now.
+        """
+
     def begin(self, context: str | None) -> Span | None:
         """
         Begin the work on a client's request; None if there is no tracing now.

@@ -411,6 +411,24 @@ class SettingsOfTheSdkTests(DaemonTestCase):
             tracing.stopService()
             del os.environ[name]
 
+    def test_requests_of_which_nothing_is_traced_take_the_short_way(self) -> None:
+        self.standin.push_image("team/app", "1.0")
+        for name, value, answered in (
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "0", True),  # refused
+            ("OTEL_SDK_DISABLED", "true", True),
+            ("OTEL_SERVICE_NAME", "pulls", False),
+        ):
+            self.set(name, value)
+            tracing = OtelTracing(lambda: Spans(Collector()), at_once, Thread())
+            daemon = self.start(tracing=tracing)
+            tracing.startService()
+            del os.environ[name]
+            for _ in range(3):  # fetched, recorded, answered
+                self.assertIn(b" 200 OK", daemon.raw(b"GET /v2/team/app/manifests/1.0 HTTP/1.1\r\nHost: x\r\n\r\n"))
+            tracing.stopService()
+            assert daemon.hot_path is not None
+            self.assertEqual(answered, daemon.hot_path.answered > 0, name)
+
     def test_a_registry_is_told_no_empty_trace_if_the_sdk_is_disabled(self) -> None:
         self.set("OTEL_SDK_DISABLED", "true")
         tracing = OtelTracing(lambda: Spans(Collector()), at_once, Thread())

@@ -214,8 +214,15 @@ class RegistrySite(Site):
         """
         channel: Any = super().buildProtocol(addr)
         channel.crowd, channel.connections, channel.body_limit = self.crowd, self.connections, self.body_limit
-        channel.hot_path = self._hot_path
+        channel.hot_path = self.hot_path
         return channel
+
+    @property
+    def hot_path(self) -> HotPath | None:
+        """
+        Return what answers repeated requests; None while there is a trace of each.
+        """
+        return None if self.tracing is not None and self.tracing.active else self._hot_path
 
     def acceptableProtocols(self) -> list[bytes]:
         """
@@ -236,8 +243,8 @@ class RegistrySite(Site):
         self.tell(words, now, now - asked.started, asked.upstream.seconds, client, asked.id, aborted=aborted)
         if asked.span is not None:
             _end(asked.span, words, client, asked.id, aborted=aborted)
-        if self._hot_path is not None and not aborted:
-            self._hot_path.note(asked, words)
+        if (hot_path := self.hot_path) is not None and not aborted:
+            hot_path.note(asked, words)
 
     def tell(
         self,
