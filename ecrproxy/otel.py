@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = Logger()
 
-LAST_SECONDS: Final = 5
+LAST_SECONDS: Final = 2
 """Maximum seconds that the last spans may delay the end of the daemon."""
 _HEADERS: Final = ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
 _HEADER: Final = re.compile(r"[!#-'*+.0-9A-Z^_`a-z|~-]+[ \t]*=[ !#-+\--:<-\[\]-~]*")
@@ -80,7 +80,7 @@ class OtelTracing(Service):
     slow or gone delays no request: the spans are lost, and the log says so.
 
     @param make_spans: returns what makes and sends the spans.
-    @param in_thread: sends the last spans.
+    @param in_thread: sends the last spans, in a thread that delays no shutdown.
     """
 
     def __init__(self, make_spans: Callable[[], Spans], in_thread: InThread, reactor: Any) -> None:  # noqa: ANN401
@@ -125,8 +125,9 @@ class OtelTracing(Service):
 
 
 def _lost(failure: Failure) -> None:
-    failure.trap(LateError)
-    log.warn("The last spans are lost: the collector of traces took none for {seconds} s", seconds=LAST_SECONDS)
+    late = failure.check(LateError) is not None
+    what = f"the collector of traces took none for {LAST_SECONDS} s" if late else failure.getErrorMessage()
+    log.warn("The last spans are lost: {what}", what=what)
 
 
 class _Ours(logging.Handler):

@@ -58,7 +58,7 @@ from ecrproxy.registry.egress import Egress
 from ecrproxy.settings.config import Config
 from ecrproxy.settings.table import ConfigError
 from ecrproxy.shares import share
-from ecrproxy.thread_pools import Pools, in_time
+from ecrproxy.thread_pools import Pools, call_unowned, in_time
 from ecrproxy.threads import Disk, InThread, patient
 from ecrproxy.transfer.inflow import BUFFERED, Lanes
 from ecrproxy.transfer.unattended import MOST
@@ -174,7 +174,7 @@ def _tracing(config: Config, service: Daemon, reactor: Any) -> OtelTracing | Non
     """
     if config.otlp_endpoint is None:
         return None
-    tracing = OtelTracing(partial(spans_to, config.otlp_endpoint), service.pools.threads(1).call, reactor)
+    tracing = OtelTracing(partial(spans_to, config.otlp_endpoint), partial(call_unowned, reactor), reactor)
     service.add(tracing)
     return tracing
 

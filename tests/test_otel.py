@@ -5,8 +5,10 @@ Traces: a span for each request, with what it waited for, as a collector receive
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +35,7 @@ from ecrproxy.spans import Spans
 from ecrproxy.tracing import current
 from tests.daemon import Daemon, DaemonTestCase, Reply, at_once
 from tests.registry_server import noise
+from tests.test_tap import TapCase
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 GIVEN = f"00-{TRACE}-{SPAN}-01"
@@ -311,7 +314,7 @@ class CollectorTests(TracingTestCase):
         with capturedLogs() as events:
             self.thread.advance(1)
         self.successResultOf(ending)
-        said = "The last spans are lost: the collector of traces took none for 5 s"
+        said = "The last spans are lost: the collector of traces took none for 2 s"
         self.assertEqual([said], [formatEvent(event) for event in events])
 
     def test_before_the_start_and_after_the_stop_there_are_none(self) -> None:
@@ -321,6 +324,50 @@ class CollectorTests(TracingTestCase):
         self.assertIsNotNone(tracing.begin(None))
         tracing.stopService()
         self.assertIsNone(tracing.begin(None))
+
+
+class EndTests(TapCase):
+    def test_a_collector_that_never_answers_holds_no_thread_that_the_end_waits_for(self) -> None:
+        collector = self.listening()
+        service: Any = self.run_with(PROXY_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.getsockname()[1]}")
+        (tracing,) = (each for each in service if isinstance(each, OtelTracing))
+        service.pools.startService()
+        tracing.startService()
+        span = tracing.begin(None)
+        assert span is not None
+        span.end({})
+        ending = tracing.stopService()
+        assert ending is not None
+        connection, _ = collector.accept()
+        self.addCleanup(self.answer, connection)
+        self.assertNoResult(ending)
+        self.reactor.advance(LAST_SECONDS)
+        self.successResultOf(ending)
+        service.pools.stopService()
+        self.assertEqual([], [each for each in threading.enumerate() if each.name == "ecrproxy-stop"])
+
+    def test_where_no_thread_can_be_started_the_last_spans_are_lost_in_a_line(self) -> None:
+        tracing = OtelTracing(lambda: Spans(Collector()), lambda *_: fail(RuntimeError("no thread")), Thread())
+        tracing.startService()
+        with capturedLogs() as events:
+            self.successResultOf(tracing.stopService() or fail())
+        self.assertEqual(["The last spans are lost: no thread"], [formatEvent(event) for event in events])
+
+    def listening(self) -> socket.socket:
+        made = socket.create_server(("127.0.0.1", 0))
+        made.settimeout(30)
+        self.addCleanup(made.close)
+        return made
+
+    def answer(self, connection: socket.socket) -> None:
+        """
+        Let the threads that still wait for an answer end.
+        """
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        connection.close()
+        for each in threading.enumerate():
+            if each.name == "ecrproxy-unowned":
+                each.join(30)
 
 
 class ExtraTests(DaemonTestCase):

@@ -4,7 +4,9 @@ A collector receives traces from the real daemon.
 
 from __future__ import annotations
 
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -113,6 +115,19 @@ def test_the_last_spans_are_sent_at_the_end(
     docker.pull(f"{chain.daemon.address}/{images.single.repository}:{images.single.tag}")
     chain.daemon.process.stop()
     assert collector.named("GET blob")
+
+
+def test_a_collector_that_never_answers_holds_the_end_for_two_seconds(
+    make_chain: MakeChain, docker: Docker, images: Images
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = {"PROXY_OTLP_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        chain = make_chain(settings=settings)
+        docker.pull(f"{chain.daemon.address}/{images.single.repository}:{images.single.tag}")
+        began = time.monotonic()
+        chain.daemon.process.stop()
+        assert time.monotonic() - began < 4
+    assert "The last spans are lost: the collector of traces took none for 2 s" in chain.logs()
 
 
 def test_without_a_collector_pulls_go_on_and_the_log_says_so(
