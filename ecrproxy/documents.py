@@ -7,7 +7,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +30,8 @@ collector scans all objects that it creates: 4 MiB of empty lists stop the proce
 """
 DIGITS_LIMIT = 300
 """Maximum digits of an integer. The time to parse one grows with their square, and all threads wait meanwhile."""
-SIGNED_LIMIT = 2**20
-"""Maximum bytes of a manifest whose signatures are read, in the event loop. One of 127 layers has a third of that."""
-SIGNED_VALUES_LIMIT = 10_000
-"""Maximum values in such a manifest: it has two for each layer, one of which is a document in a string."""
+SIGNATURES_LIMIT = 64 * 2**10
+"""Maximum bytes of a manifest's signatures, which are parsed in the event loop. One without certificates has 700."""
 SIZE_LIMIT = 2**62
 """Maximum size, in bytes, in a descriptor: files can't be much larger."""
 
@@ -96,6 +93,8 @@ def is_digest_of(digest: Digest, manifest: bytes, content_type: str) -> bool:
     Return True if C{digest} is that of a manifest, or of the signed bytes of a signed one.
 
     A signed manifest of schema 1 has its signatures inside, and registries name it by the digest of the rest.
+
+    @param manifest: if it is a JSON object, which is not checked here, it says nothing else than the signed bytes do.
     """
     if Digest.of(manifest, digest.algorithm) == digest:
         return True
@@ -111,16 +110,17 @@ def _signed_bytes(manifest: bytes) -> bytes:
     """
     Return the bytes that the first signature is for.
 
-    @raise ValueError: if the manifest says anything else than they do.
+    @raise ValueError: if the manifest is anything else than these bytes with the signatures as the last member.
     """
-    if len(manifest) > SIGNED_LIMIT:
-        raise ValueError("it is too long to be signed")
-    document = _json_object(manifest, most=SIGNED_VALUES_LIMIT)
-    form = _json_object(_from_base64(document.pop("signatures")[0]["protected"]))
-    signed = manifest[: operator.index(form["formatLength"])] + _from_base64(form["formatTail"])
-    if _json_object(signed, most=SIGNED_VALUES_LIMIT) != document:
+    comma = manifest.rindex(b",", 0, manifest.rindex(b'"signatures"'))
+    if len(manifest) - comma > SIGNATURES_LIMIT:
+        raise ValueError("its signatures are too long")
+    last = _json_object(b"{" + manifest[comma + 1 :])
+    form = _json_object(_from_base64(last["signatures"][0]["protected"]))
+    tail = _from_base64(form["formatTail"])
+    if len(last) > 1 or form["formatLength"] != comma or tail.strip() != b"}":
         raise ValueError("it has members that are not signed")
-    return signed
+    return manifest[:comma] + tail
 
 
 def _media_type(content_type: str) -> str:
@@ -248,14 +248,9 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _json_object(
-    data: bytes,
-    make: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None,
-    *,
-    most: int = VALUES_LIMIT,
-) -> dict[str, Any]:
-    if sum(map(data.count, (b",", b"[", b"{"))) > most:
-        raise ValueError(f"it has more than {most:,} values")
+def _json_object(data: bytes, make: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None) -> dict[str, Any]:
+    if sum(map(data.count, (b",", b"[", b"{"))) > VALUES_LIMIT:
+        raise ValueError(f"it has more than {VALUES_LIMIT:,} values")
     document = read_json(data, make)
     if not isinstance(document, dict):
         raise ValueError("it is no JSON object")  # noqa: TRY004

@@ -235,16 +235,21 @@ def image_manifest(config: bytes, layers: Sequence[bytes], media_type: str) -> b
     return json.dumps(manifest).encode()
 
 
-def signed_manifest(content: Mapping[str, Any]) -> Manifest:
+def signed_manifest(content: Mapping[str, Any], signature: str = "c2lnbmVk", **more: str | int) -> Manifest:
     """
     Return a manifest of schema 1 with a signature after its own members. Nobody verifies the signature.
+
+    @param more: says otherwise what is signed: C{formatLength}, C{formatTail}.
     """
     plain = json.dumps(content, indent=3).encode()
     inside, tail = plain[:-2], plain[-2:]
-    form = {"formatLength": len(inside), "formatTail": base64.urlsafe_b64encode(tail).decode().rstrip("=")}
+    form = {"formatLength": len(inside), "formatTail": base64.urlsafe_b64encode(tail).decode().rstrip("="), **more}
+    signed_tail = base64.urlsafe_b64decode(f"{form['formatTail']}==")
     protected = base64.urlsafe_b64encode(json.dumps(form).encode()).decode().rstrip("=")
-    signatures = json.dumps([{"header": {"alg": "ES256"}, "signature": "c2lnbmVk", "protected": protected}])
-    return Manifest(inside + b',\n   "signatures": ' + signatures.encode() + tail, SIGNED, digest_of(plain))
+    signatures = json.dumps([{"header": {"alg": "ES256"}, "signature": signature, "protected": protected}])
+    return Manifest(
+        inside + b',\n   "signatures": ' + signatures.encode() + tail, SIGNED, digest_of(inside + signed_tail)
+    )
 
 
 class Shelves:

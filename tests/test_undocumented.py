@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from ecrproxy.documents import SIGNED_LIMIT, SIGNED_VALUES_LIMIT
+from ecrproxy.documents import SIGNATURES_LIMIT, VALUES_LIMIT
 from tests.daemon import DaemonTestCase, Reply, noise
 from tests.registry import digest_of
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2, SIGNED, signed_manifest
@@ -123,6 +123,8 @@ class SignedTests(DaemonTestCase):
             b'{"schemaVersion": 1, "signatures": ' + data.partition(b'"signatures": ')[2],
             b'{"signatures": []}',
             b'{"signatures": [{"protected": 1}]}',
+            data[:-2] + b', "signature\\u0073": []}',
+            b'{"of": ' + data + b"}",
             b'{"signatures": [{"protected": "e30"}]}',
         ):
             headers = {"Content-Type": SIGNED, "Docker-Content-Digest": self.manifest.digest}
@@ -131,16 +133,33 @@ class SignedTests(DaemonTestCase):
                 self.assertRefused(self.get(self.path + reference), 502, "UNAVAILABLE")
             fault.remove()
 
-    def test_one_that_takes_long_to_parse_is_refused(self) -> None:
+    def test_one_may_be_as_large_as_any_other(self) -> None:
+        for more, status in (("x" * 2**21, 200), ([[]] * (VALUES_LIMIT // 4), 200), ([[]] * VALUES_LIMIT, 502)):
+            self.assertEqual(status, self.pulled(more))
+
+    def test_only_its_signatures_are_parsed_in_the_event_loop_and_they_are_short(self) -> None:
+        self.assertEqual(200, self.pulled([], "x" * (SIGNATURES_LIMIT - 1000)))
+        self.assertEqual(502, self.pulled([], "x" * SIGNATURES_LIMIT))
+
+    def test_the_name_of_the_signatures_may_be_written_elsewhere_too(self) -> None:
+        self.assertEqual(200, self.pulled({"signatures": ['"signatures"', ', "signatures": [']}))
+
+    def test_a_signature_of_fewer_or_more_bytes_is_none(self) -> None:
+        self.assertEqual(200, self.pulled([], formatTail="CiB9Cg"))  # a line, a space and a line more
+        self.assertEqual(502, self.pulled([], formatTail="LCAiYSI6IDF9"))  # , "a": 1}
+        self.assertEqual(502, self.pulled([], formatLength=1))
+
+    def pulled(self, history: object, signature: str = "c2lnbmVk", **form: str | int) -> int:
         """
-        It is parsed in the event loop, because only that tells whether the digest is right.
+        Return the status for a signed manifest.
         """
-        for more, status in (("x" * 2**19, 200), ("x" * SIGNED_LIMIT, 502), ([[]] * SIGNED_VALUES_LIMIT, 502)):
-            manifest = signed_manifest({"schemaVersion": 1, "name": "team/app", "history": more})
-            headers = {"Content-Type": SIGNED, "Docker-Content-Digest": manifest.digest}
-            fault = self.standin.fail("registry", status=200, headers=headers, body=manifest.data)
-            self.assertEqual(status, self.get(self.path + manifest.digest).code)
-            fault.remove()
+        content = {"schemaVersion": 1, "name": "team/app", "history": history}
+        manifest = signed_manifest(content, signature, **form)
+        headers = {"Content-Type": SIGNED, "Docker-Content-Digest": manifest.digest}
+        fault = self.standin.fail("registry", status=200, headers=headers, body=manifest.data)
+        code = self.get(self.path + manifest.digest).code
+        fault.remove()
+        return code
 
 
 class PageTests(DaemonTestCase):
