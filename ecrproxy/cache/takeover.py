@@ -123,6 +123,7 @@ def _import(index: Index, paths: Sequence[Path]) -> int | None:
             entries.append(found)
             files[found[0]].append(path)
     news = [(key, _news(key, entry, index.entry(key))) for key, entry in entries]
+    # Who purges or denies removes the file first, then the rows: so the file must be looked for within the transaction.
     saved = index.save(
         [(key, entry) for key, entry in news if entry.answers],
         lambda key: any(map(os.path.exists, files[key])),
