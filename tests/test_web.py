@@ -983,6 +983,25 @@ class WrongBytesTests(DaemonTestCase):
             self.assertEqual("identity", asked.headers["accept-encoding"])
         self.assertNextSucceeds()
 
+    def test_with_a_coding_that_changes_no_byte(self) -> None:
+        """
+        S3 kept an empty coding for uploads in chunks until 2024, and other stores keep C{aws-chunked}.
+        """
+        for number, coding in enumerate(("", "Identity", "aws-chunked", "identity, AWS-Chunked", ", ")):
+            data = noise(f"coding {number}", 100_000)
+            digest = self.standin.push_blob("team/app", data)
+            self.standin.fail("bucket", status=200, body=data, headers={"Content-Encoding": coding}, times=1)
+            self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), data)
+
+    def test_a_manifest_with_a_coding_that_changes_no_byte(self) -> None:
+        """
+        The same holds for manifests.
+        """
+        image = self.standin.push_image("team/app", "coded")
+        headers = {"Content-Type": image.media_type, "Content-Encoding": ""}
+        self.standin.fail("registry", status=200, body=image.manifest, headers=headers, path_contains="coded")
+        self.assertWhole(self.get("/v2/team/app/manifests/coded"), image.manifest)
+
     def test_a_packed_manifest(self) -> None:
         """
         The same holds for manifests.

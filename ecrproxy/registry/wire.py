@@ -26,7 +26,7 @@ from zope.interface import implementer
 
 from ecrproxy.oci import RegistryError
 from ecrproxy.registry.bodies import ERROR_LIMIT, discard
-from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError, describe, first_cause, header
+from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError, describe, first_cause, header, header_values
 from ecrproxy.registry.hedging import AGAIN_SECONDS, Hedged
 from ecrproxy.registry.retries import FIRST_WAIT, TRANSIENT_STATUSES, Budget, TransientError, Tries, asked_wait, failure
 
@@ -40,6 +40,12 @@ HEADER_SECONDS: Final = 25.0
 """
 Maximum seconds until the headers, connecting included; for ECR, from the time a request begins to queue, retries
 included. containerd waits 30 s for our headers.
+"""
+_NO_CODINGS: Final = frozenset({"", "identity", "aws-chunked"})
+"""
+Codings in lower case that leave the bytes as they are. S3 dropped C{aws-chunked}, the framing of an upload, but until
+2024 kept the header, empty; other stores keep the word ("Signature Calculations: Transferring Payload in Multiple
+Chunks" in the API reference of S3; boto3 #3629, versitygw #2398).
 """
 _DOUBLED: Final = 3
 """Number of breaks after which the wait for more of a body no longer grows."""
@@ -71,10 +77,11 @@ class PlainAgent:
 
 def _plain(response: IResponse, clock: IReactorTime) -> IResponse:
     response.headers.removeHeader("Set-Cookie")  # otherwise treq's jar parses and keeps it
-    encoding = header(response, "Content-Encoding")
-    if encoding not in (None, "identity"):
+    encoding = ",".join(header_values(response, "Content-Encoding"))
+    if not _NO_CODINGS.issuperset(each.strip().lower() for each in encoding.split(",")):
         discard(response, clock)
-        raise RefusedAnswerError(502, "UNAVAILABLE", f"upstream sends {encoding!r} where plain bytes were asked for")
+        said = f"upstream sends {encoding[:80]!r} where plain bytes were asked for"
+        raise RefusedAnswerError(502, "UNAVAILABLE", said)
     return response
 
 
