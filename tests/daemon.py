@@ -820,7 +820,7 @@ class Daemon(Administered):
         """
         End as by SIGKILL: the kernel closes files and connections, and nothing is cleaned up.
         """
-        for download in self.pull_through._arriving.values():  # noqa: SLF001
+        for download in self.pull_through.transfers():
             for file in (download._file, download._followed):  # noqa: SLF001
                 if file is not None:
                     file.close()

@@ -13,7 +13,7 @@ from typing import Any
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from ecrproxy import proxy
+from ecrproxy.blobs import parts as blob_parts
 from ecrproxy.cache.intents import NAME
 from ecrproxy.cache.kept_open import KEPT_SECONDS
 from ecrproxy.cache.locks import is_free
@@ -75,7 +75,7 @@ class AnyOrderTests(DaemonTestCase):
         the index matches the directory.
         """
         if parts:  # the size of some of the blobs
-            for module in (proxy, inflow, gaps, download):
+            for module in (blob_parts, inflow, gaps, download):
                 self.patch(module, "SMALLEST_PART", 2**18)
             self.patch(gaps, "LARGEST_PART", 2**19)
             self.patch(inflow, "SPLIT", 2**20)

@@ -1,0 +1,3 @@
+"""
+Blobs: from the cache, or fetched once for all requests that want them.
+"""
