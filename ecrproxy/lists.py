@@ -13,9 +13,10 @@ from ecrproxy.cache.memory import Memory
 from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.oci import RegistryError, Route
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.refusals import NoListError
-from ecrproxy.registry.upstream import ListPage, Upstream, upstream_query
+from ecrproxy.registry.tag_lists import ListPage, upstream_query
+from ecrproxy.registry.unavailable import UnavailableError
+from ecrproxy.registry.upstream import Upstream
 from ecrproxy.stale import STALE_SECONDS, why_stale
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.identity import Repository
 from ecrproxy.oci import MANIFEST_TYPES, SIGNED_TYPE, Descriptor, Digest, RegistryError, Route
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError, is_passed_on, is_passed_on_always
 from ecrproxy.registry.race import SLOW_SECONDS, Race
+from ecrproxy.registry.unavailable import RefusedAnswerError, UnavailableError, is_passed_on, is_passed_on_always
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.stale import STALE_SECONDS, why_stale
 from ecrproxy.threads import on_its_own

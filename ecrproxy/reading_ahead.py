@@ -30,8 +30,8 @@ from ecrproxy.cached import SMALL_BLOB, Cache
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.images import IMAGES, Image, Images, image_of
 from ecrproxy.oci import Descriptor, Digest, Kind, RegistryError, Route
-from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.queue import NoPlentyError
+from ecrproxy.registry.unavailable import UnavailableError
 from ecrproxy.threads import on_its_own
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from twisted.logger import Logger
 from ecrproxy.flights import DeadlineExceededError
 from ecrproxy.oci import Route
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.unavailable import UnavailableError
 
 log = Logger()
 

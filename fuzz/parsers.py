@@ -17,8 +17,8 @@ from ecrproxy.http.conditions import matches
 from ecrproxy.http.target import parse_target
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Digest, RegistryError, accepted_types, parse_route, query_values
-from ecrproxy.registry.bucket import told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
+from ecrproxy.registry.headers import told_part
 from ecrproxy.registry.links import next_target
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import LONGEST_ASKED, asked_wait

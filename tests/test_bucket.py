@@ -17,10 +17,13 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import ResponseDone
 from twisted.web.iweb import IResponse
 
+from ecrproxy.registry.blob_range import TRICKLE, BlobRange, BlobTransfer, Watch
 from ecrproxy.registry.bodies import ERROR_LIMIT, SECONDS, discard, excerpt
-from ecrproxy.registry.bucket import TRICKLE, BlobRange, BlobSource, BlobTransfer, UnavailableError, Watch, told_part
+from ecrproxy.registry.bucket import BlobSource
 from ecrproxy.registry.bucket_errors import said_by_bucket
 from ecrproxy.registry.connections import IDLE_SECONDS
+from ecrproxy.registry.headers import told_part
+from ecrproxy.registry.unavailable import UnavailableError
 from ecrproxy.transfer.inflow import Buffered, Inflow
 from tests.daemon import MIB, End
 from tests.registry import Fault, Reply

@@ -14,8 +14,9 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from ecrproxy.daemon.balanced import BalancedFactory
 from ecrproxy.daemon.tls import Certificate, SecuredFactory
-from ecrproxy.http.channel import LENGTH_DIGITS, LINGER_SECONDS, READ_AHEAD
+from ecrproxy.http.channel import LINGER_SECONDS, READ_AHEAD
 from ecrproxy.http.empty_body import EMPTY_BODY_LIMIT
+from ecrproxy.http.framing import LENGTH_DIGITS
 from tests.daemon import BUFFER, CLIENT, MIB, DaemonTestCase, End, Hands, Network, Raw, noise
 from tests.store_contract import scratch
 from tests.test_tls import Files

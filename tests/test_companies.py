@@ -18,7 +18,7 @@ from twisted.logger import LogLevel, capturedLogs, formatEvent
 from ecrproxy.admin.units import size
 from ecrproxy.http.access_log import GATHER_SECONDS
 from ecrproxy.registry.aws import TokenUnavailableError
-from ecrproxy.registry.bucket import SOONER_SECONDS
+from ecrproxy.registry.blob_range import SOONER_SECONDS
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.ecr import Token
 from ecrproxy.registry.race import SLOW_SECONDS

@@ -13,8 +13,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.byte_ranges import Ranges
 from ecrproxy.http.conditions import matches
 from ecrproxy.oci import RegistryError, accepted_types, query_values
-from ecrproxy.registry.bucket import told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
+from ecrproxy.registry.headers import told_part
 from ecrproxy.registry.links import next_target
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import asked_wait

@@ -24,7 +24,7 @@ from ecrproxy.cached import FACTS
 from ecrproxy.logs.repeats import kind_of
 from ecrproxy.manifests import NAMED_SECONDS
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, parse_route
-from ecrproxy.registry.bucket import BEGUN, BEGUN_SECONDS
+from ecrproxy.registry.blob_range import BEGUN, BEGUN_SECONDS
 from ecrproxy.registry.ecr import Token
 from tests.daemon import MIB, DaemonTestCase, Hands, Reply, at_once, noise
 from tests.registry import StandIn, digest_of, layer

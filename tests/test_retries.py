@@ -11,9 +11,9 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionRefusedError, DNSLookupError
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.ecr import RENEW_SECONDS
 from ecrproxy.registry.retries import TRANSIENT_STATUSES, Budget, TransientError, Tries, asked_wait, failure, next_try
+from ecrproxy.registry.unavailable import UnavailableError
 from tests.test_upstream import UpstreamTestCase
 
 BUDGET = Budget(3, 10.0)

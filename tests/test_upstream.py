@@ -17,9 +17,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import ResponseFailed
 
 from ecrproxy.oci import Digest, RegistryError, Route
-from ecrproxy.registry.bucket import UnavailableError, describe
 from ecrproxy.registry.ecr import RENEW_SECONDS
-from ecrproxy.registry.upstream import upstream_query
+from ecrproxy.registry.tag_lists import upstream_query
+from ecrproxy.registry.unavailable import UnavailableError, describe
 from ecrproxy.registry.wire import PlainAgent
 from tests.daemon import MIB, Daemon, DaemonTestCase, noise
 from tests.registry import StandIn, digest_of

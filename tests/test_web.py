@@ -21,8 +21,8 @@ from ecrproxy.http.conditions import matches
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.identity import RegistryId
 from ecrproxy.readiness import Readiness
-from ecrproxy.registry import upstream
-from ecrproxy.registry.upstream import JOINS, LIST_SECONDS
+from ecrproxy.registry import tag_lists
+from ecrproxy.registry.tag_lists import JOINS, LIST_SECONDS
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
 from tests.registry import digest_of, layer
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
@@ -1411,7 +1411,7 @@ class TagListTests(DaemonTestCase):
         """
         A list ends at a hundred thousand; its link leads to the rest, as one list again.
         """
-        self.patch(upstream, "ALL_TAGS", 2000)
+        self.patch(tag_lists, "ALL_TAGS", 2000)
         tags, found, path = self.all_tags(4500), list[str](), self.path
         for count in (2000, 2000, 500):
             reply = self.get(path)
@@ -1434,7 +1434,7 @@ class TagListTests(DaemonTestCase):
             self.standin.delete_tag("team/app", "t" * length)
 
     def test_a_list_of_too_many_bytes_is_led_on_from(self) -> None:
-        self.patch(upstream, "ALL_BYTES", 10_000)
+        self.patch(tag_lists, "ALL_BYTES", 10_000)
         tags = self.all_tags(2500)
         reply = self.get(self.path)
         found = json.loads(reply.body)["tags"]
@@ -1450,7 +1450,7 @@ class TagListTests(DaemonTestCase):
         self.flush()
         self.assertEqual({200}, {reply.code for reply in replies})
         self.assertEqual(3, len(self.standin.asked))
-        self.patch(upstream, "ALL_TAGS", 1)
+        self.patch(tag_lists, "ALL_TAGS", 1)
         on = {"Link": f'<{self.path}?cursor=c&n=1000>; rel="next"'}
         for _ in range(2):
             self.standin.fail("registry", status=200, body=b'{"tags": ["a"]}', headers=on, times=1)

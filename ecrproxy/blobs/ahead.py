@@ -14,7 +14,8 @@ from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import Cache
 from ecrproxy.oci import Descriptor, Route
-from ecrproxy.registry.bucket import BlobSource, UnavailableError
+from ecrproxy.registry.bucket import BlobSource
+from ecrproxy.registry.unavailable import UnavailableError
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.download import Download

@@ -26,7 +26,8 @@ from ecrproxy.cached import Cache
 from ecrproxy.flights import Flights
 from ecrproxy.oci import Digest, RegistryError, Route
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import BlobSource, is_passed_on
+from ecrproxy.registry.bucket import BlobSource
+from ecrproxy.registry.unavailable import is_passed_on
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.lane import drop

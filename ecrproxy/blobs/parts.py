@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ecrproxy.byte_ranges import Ranges, Span
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import BlobSource, UnavailableError
+from ecrproxy.registry.bucket import BlobSource
+from ecrproxy.registry.unavailable import UnavailableError
 from ecrproxy.transfer.gaps import SMALLEST_PART, Urgency, Wish
 from ecrproxy.transfer.lane import drop
 

@@ -19,7 +19,8 @@ from ecrproxy.cache.record import Step
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import Cache
 from ecrproxy.oci import Route
-from ecrproxy.registry.bucket import BlobSource, is_passed_on_always
+from ecrproxy.registry.bucket import BlobSource
+from ecrproxy.registry.unavailable import is_passed_on_always
 from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.looks import Looks

@@ -17,7 +17,7 @@ from ecrproxy.cached import Cache
 from ecrproxy.oci import BLOB_TYPE, RegistryError
 from ecrproxy.reading_ahead import ReadingAhead
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.unavailable import UnavailableError
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.passing import Passing
 

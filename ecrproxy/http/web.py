@@ -40,7 +40,7 @@ from ecrproxy.oci import (
 from ecrproxy.proxy import PullThrough
 from ecrproxy.reasons import Reason
 from ecrproxy.registries import Chosen, Registries, UnknownRegistryError
-from ecrproxy.registry.upstream import ListPage
+from ecrproxy.registry.tag_lists import ListPage
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import InThread, patient
 from ecrproxy.transfer.download import Download

@@ -31,9 +31,10 @@ from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.authorization import Tokens
 from ecrproxy.registry.bodies import ERROR_LIMIT, discard
-from ecrproxy.registry.bucket import UnavailableError, header_values
 from ecrproxy.registry.challenges import Challenge, Pass, may_follow
+from ecrproxy.registry.headers import header_values
 from ecrproxy.registry.retries import TransientError
+from ecrproxy.registry.unavailable import UnavailableError
 from ecrproxy.registry.wire import Wire
 
 log = Logger()

@@ -4,100 +4,33 @@ A blob's bytes, range by range, from the URL that ECR gives.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
 
-from OpenSSL import SSL
-from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectError, ConnectionClosed, ConnectionDone
-from twisted.internet.error import TimeoutError as NotConnectedError
-from twisted.internet.interfaces import IPushProducer
-from twisted.internet.protocol import Protocol as TwistedProtocol
-from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
-from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone, ResponseFailed
-from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 
 from ecrproxy.oci import RegistryError, Route
-from ecrproxy.reasons import Reason
+from ecrproxy.registry.blob_range import BlobRange, Watch
 from ecrproxy.registry.bodies import discard, excerpt
 from ecrproxy.registry.bucket_errors import said_by_bucket
+from ecrproxy.registry.headers import header, is_page, told_part
 from ecrproxy.registry.race import SLOW_SECONDS, Race
+from ecrproxy.registry.unavailable import UnavailableError, is_passed_on_always
 
 if TYPE_CHECKING:
-    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+    from twisted.internet.interfaces import IReactorTime
 
 
-class UnavailableError(RegistryError):
-    """
-    ECR, or a bucket, does not answer or fails; it may answer later.
-    """
-
-    reason = Reason.FAILING
-
-
-class RefusedAnswerError(UnavailableError):
-    """
-    An answer that is not passed on: it is not what was requested, or does not match its digest.
-
-    @ivar named: the digest that ECR named for it, unparsed; empty if none.
-    """
-
-    named = ""
-
-
-def is_passed_on(failure: Failure, number: int) -> bool:
-    """
-    Return True if others may answer after one registry's failure: not after a refusal of the first.
-    """
-    return failure.check(RegistryError if number else UnavailableError) is not None
-
-
-def is_passed_on_always(failure: Failure, _: int) -> bool:
-    """
-    Return True if others may answer after one registry's failure, when its refusals do not concern them.
-    """
-    return failure.check(RegistryError) is not None
-
-
-_COUNT = re.compile(r"[0-9]{1,18}")
 _FROM_THE_START: Final = "bytes=0-"
-_SPAN = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
-REDIRECT_STATUSES: Final = (301, 302, 303, 307, 308)
 REFUSED_STATUSES: Final = (400, 401, 403, 404, 410)
 """A bucket's statuses for a presigned URL that is invalid or has expired."""
-TRICKLE: Final = 1024
-"""Minimum bytes of a body within the stall time; fewer count as none."""
-SOONER_SECONDS: Final = 5.0
-"""Stall time, in seconds, of a body whose rest another registry may send."""
 
-BEGUN: Final = 8 * 2**10
-BEGUN_SECONDS: Final = 10.0
-"""
-The bytes that a blob must bring, and within how many seconds, before other content is evicted for it.
-
-A slower blob is not kept, but fetched for each client. A slow link shared by a hundred blobs must suffice.
-"""
 
 log = Logger()
-
-
-class Sink(Protocol):
-    """
-    Receives a blob's bytes.
-    """
-
-    def arrived(self, data: bytes) -> None:
-        """Take bytes."""
-
-    def ended(self, problem: Failure | None) -> None:
-        """Note the end; C{problem} if it failed."""
 
 
 class Locator(Protocol):
@@ -360,223 +293,6 @@ async def _refusal(response: IResponse, clock: IReactorTime, host: str, what: st
     return what
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """
-    Ends a body that sends nothing, or next to nothing.
-
-    @ivar seconds: seconds within which it must bring C{TRICKLE} bytes.
-    @ivar host: the host that sends it.
-    @ivar note: called when a body has ended, with whether it brought next to nothing.
-    @ivar replaceable: returns True if another source may send the rest: then C{SOONER_SECONDS} apply.
-    """
-
-    clock: IReactorTime
-    seconds: float
-    host: str
-    note: Callable[..., object] = lambda **_: None
-    replaceable: Callable[[], bool] = lambda: False
-
-
-class BlobRange:
-    """
-    A range of a blob that is about to arrive.
-
-    @ivar start: the offset of its first byte.
-    @ivar stop: the offset after its last byte, if upstream said.
-    @ivar skip: number of bytes before it that were not requested.
-    """
-
-    def __init__(self, response: IResponse, watch: Watch, start: int, stop: int | None, *, skip: int = 0) -> None:
-        self._response, self._watch = response, watch
-        self.start, self.stop, self.skip = start, stop, skip
-        self._begun: _Begun | None = None
-
-    async def begin(self) -> bool:
-        """
-        Wait for the first C{BEGUN} bytes, or all if there are fewer; they are kept until L{deliver}.
-
-        @return: whether they came within C{BEGUN_SECONDS}.
-        """
-        self._begun = begun = _Begun(self._watch, self.skip)
-        self._response.deliverBody(begun.transfer)
-        return await begun.wait()
-
-    def deliver(self, sink: Sink) -> BlobTransfer:
-        """
-        Deliver the bytes.
-        """
-        if self._begun is not None:
-            return self._begun.hand_over(sink)
-        transfer = BlobTransfer(sink, self._watch, self.skip)
-        self._response.deliverBody(transfer)
-        return transfer
-
-    def drop(self) -> None:
-        """
-        Discard the bytes.
-        """
-        if self._begun is not None:
-            self._begun.transfer.abort()
-            return
-        discard(self._response, self._watch.clock)
-
-
-class _Begun:
-    """
-    The first bytes of a range, until L{hand_over}.
-    """
-
-    def __init__(self, watch: Watch, skip: int) -> None:
-        self.transfer, self._clock = BlobTransfer(self, watch, skip), watch.clock
-        self._data: list[bytes] = []
-        self._size, self._over = 0, False
-        self._problem: Failure | None = None
-        self._came: Deferred[bool] = Deferred()
-
-    async def wait(self) -> bool:
-        late = self._clock.callLater(BEGUN_SECONDS, self._decide, came=False)
-        try:
-            return await self._came
-        finally:
-            if late.active():
-                late.cancel()
-
-    def arrived(self, data: bytes) -> None:
-        self._data.append(data)
-        self._size += len(data)
-        if self._size >= BEGUN:
-            self.transfer.pause()
-            self._decide(came=True)
-
-    def ended(self, problem: Failure | None) -> None:
-        self._over, self._problem = True, problem
-        self._decide(came=problem is None)
-
-    def _decide(self, *, came: bool) -> None:
-        if not self._came.called:
-            self._came.callback(came)
-
-    def hand_over(self, sink: Sink) -> BlobTransfer:
-        """
-        Pass on the bytes so far, and those to come: not at once, because readers have yet to follow the download.
-        """
-        self._clock.callLater(0, self._pass_on, sink)
-        return self.transfer
-
-    def _pass_on(self, sink: Sink) -> None:
-        transfer, data, self._data = self.transfer, self._data, []
-        transfer.sink = sink
-        was_paused, transfer.paused = transfer.paused, False
-        if data:
-            sink.arrived(b"".join(data))
-        if self._over:
-            sink.ended(self._problem)
-        elif was_paused and not transfer.paused:  # the sink may have enough for now
-            transfer.resume()
-
-
-class BlobTransfer(TwistedProtocol):
-    """
-    A body that is delivered to a L{Sink}, and ended if it brings nothing, or next to nothing, for too long.
-
-    @ivar paused: whether it should send nothing for now.
-    """
-
-    paused = False
-
-    def __init__(self, sink: Sink, watch: Watch, skip: int = 0) -> None:
-        self.sink, self._watch, self._skip = sink, watch, skip
-        self._timer: IDelayedCall | None = None
-        self._stalled, self._left, self._came = False, False, 0
-        self._since, self._waited = 0, 0.0
-
-    def connectionMade(self) -> None:  # noqa: D102
-        self._wait()
-
-    def dataReceived(self, data: bytes) -> None:  # noqa: D102
-        self._since += len(data)
-        if self._timer is not None and self._since >= TRICKLE:
-            self._since, self._waited = 0, 0.0
-            self._timer.reset(self._step)
-        if self._skip:
-            data, self._skip = data[self._skip :], max(0, self._skip - len(data))
-        if data:
-            self._came += len(data)
-            self.sink.arrived(data)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
-        self._wait_no_more()
-        whole = reason.check(ResponseDone, PotentialDataLoss)
-        nothing = self._came < (1 if whole else TRICKLE)
-        if not (nothing and self._left and not self._stalled):  # otherwise nothing waited for its bytes
-            self._watch.note(barren=self._stalled or nothing)
-        if self._stalled:
-            sent = f"no more than {self._since} bytes" if self._since else "nothing"
-            what = f"{self._watch.host} has sent {sent} for {self._waited:g} s"
-            reason = Failure(UnavailableError(504, "UNAVAILABLE", what))
-        elif whole:
-            self.sink.ended(None)  # the digest decides whether it is complete
-            return
-        else:
-            what = f"{self._watch.host} broke off: {describe(reason.value)}"
-            reason = Failure(UnavailableError(502, "UNAVAILABLE", what))
-        self.sink.ended(reason)
-
-    def pause(self) -> None:
-        """
-        Pause the connection.
-        """
-        self.paused = True
-        self._wait_no_more()
-        cast(IPushProducer, self.transport).pauseProducing()
-
-    def resume(self) -> None:
-        """
-        Resume it.
-        """
-        self.paused = False
-        self._wait()
-        cast(IPushProducer, self.transport).resumeProducing()
-
-    def abort(self) -> None:
-        """
-        Close it.
-        """
-        self._left = True
-        self._hang_up()
-
-    def _hang_up(self) -> None:
-        self._wait_no_more()
-        if self.transport is not None:
-            self.transport.loseConnection()
-
-    def _wait(self) -> None:
-        if self._timer is None:
-            self._since, self._waited = 0, 0.0
-            self._timer = self._watch.clock.callLater(self._step, self._doubt)
-
-    def _wait_no_more(self) -> None:
-        if self._timer is not None and self._timer.active():
-            self._timer.cancel()
-        self._timer = None
-
-    @property
-    def _step(self) -> float:
-        return min(SOONER_SECONDS, self._watch.seconds - self._waited)
-
-    def _doubt(self) -> None:
-        """
-        End the body if its time is over, which may be earlier than when it began.
-        """
-        self._waited += self._step
-        if self._waited < self._watch.seconds and not self._watch.replaceable():
-            self._timer = self._watch.clock.callLater(self._step, self._doubt)
-            return
-        self._timer, self._stalled = None, True
-        self._hang_up()
-
-
 def _offers_parts(response: IResponse) -> bool:
     """
     Return True if a bucket that was asked for everything supports ranges.
@@ -587,85 +303,3 @@ def _offers_parts(response: IResponse) -> bool:
 
 def _span(start: int, stop: int | None) -> str:
     return f"bytes={start}-{'' if stop is None else stop - 1}"
-
-
-def first_cause(problem: BaseException | None) -> BaseException | None:
-    """
-    Return the first cause of a network error.
-    """
-    while isinstance(problem, ResponseFailed) and problem.reasons:
-        problem = problem.reasons[0].value
-    return problem
-
-
-def describe(problem: BaseException | None) -> str:
-    """
-    Describe a network error in a line, by its first cause.
-    """
-    problem = first_cause(problem)
-    text = _words_of(problem).strip().rstrip(".") or type(problem).__name__
-    return text.splitlines()[0][:200]
-
-
-def _words_of(problem: BaseException | None) -> str:
-    """
-    Describe an error of Twisted or pyOpenSSL in common words; an error of the system in the system's words.
-    """
-    match problem:
-        case NotConnectedError():
-            return "the connection is not accepted"
-        case ConnectError(args=(str() as said, *_)) if said:
-            return said
-        case ConnectionClosed(args=args):
-            how = "closed" if isinstance(problem, ConnectionDone) else "lost"
-            return ": ".join([f"the connection was {how}", *map(str, args)])
-        case SSL.Error(args=([*errors], *_)) if errors:
-            return f"TLS failed: {errors[-1][-1]}"
-    return str(problem)
-
-
-def told_part(content_range: str | None, start: int, stop: int | None) -> tuple[int, int] | None:
-    """
-    Parse a Content-Range: the end of the range from C{start}, and the size of the whole: RFC 9110, 14.4.
-
-    @param stop: the end of the requested range; None for everything from C{start} on.
-    @return: None for another range, one longer than requested, reversed, or outside the whole.
-    """
-    found = _SPAN.fullmatch(content_range or "")
-    if found is None:
-        return None
-    first, last, size = map(int, found.groups())
-    if first != start or not first <= last < size or (stop is not None and last >= stop):
-        return None
-    return last + 1, size
-
-
-def told_length(response: IResponse) -> int | None:
-    """
-    Parse the Content-Length of an answer to a HEAD; None if there is none, or it is not a number.
-    """
-    length = header(response, "Content-Length") or ""
-    return int(length) if _COUNT.fullmatch(length) else None
-
-
-def header(response: IResponse, name: str) -> str | None:
-    """
-    Return the last value of a header.
-    """
-    values = header_values(response, name)
-    return values[-1] if values else None
-
-
-def header_values(response: IResponse, name: str) -> list[str]:
-    """
-    Return all values of a header, which may be any bytes: RFC 9110, 5.5. Twisted would decode them as UTF-8.
-    """
-    return [value.decode("latin-1") for value in response.headers.getRawHeaders(name.encode("ascii"), [])]
-
-
-def is_page(response: IResponse) -> bool:
-    """
-    Return True if an answer is HTML and names no content: an intermediary's page, not the registry's answer.
-    """
-    media_type = (header(response, "Content-Type") or "").partition(";")[0].strip().lower()
-    return media_type in ("text/html", "application/xhtml+xml") and header(response, "Docker-Content-Digest") is None

@@ -32,9 +32,9 @@ from twisted.logger import Logger
 
 from ecrproxy.oci import first_component
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.denials import Denials
 from ecrproxy.registry.retries import TransientError
+from ecrproxy.registry.unavailable import UnavailableError
 
 log = Logger()
 

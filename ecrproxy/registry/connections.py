@@ -26,10 +26,10 @@ from twisted.web.http import _ChunkedTransferDecoder
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
-from ecrproxy.registry.bucket import first_cause
 from ecrproxy.registry.egress import CONNECT_SECONDS, Egress, Tunnels, is_plain_name
 from ecrproxy.registry.guard import ForbiddenAddressError, Guard, GuardedReactor
 from ecrproxy.registry.reading import read_more
+from ecrproxy.registry.unavailable import first_cause
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -31,10 +31,10 @@ from twisted.web.iweb import IAgentEndpointFactory
 from zope.interface import implementer
 
 from ecrproxy.addresses import is_address
-from ecrproxy.registry.bucket import UnavailableError, describe
 from ecrproxy.registry.proxy_variables import proxy_variable
 from ecrproxy.registry.resolver import SharedLookups
 from ecrproxy.registry.retries import TransientError
+from ecrproxy.registry.unavailable import UnavailableError, describe
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IProtocol, IProtocolFactory, IReactorTime

@@ -20,13 +20,14 @@ from ecrproxy.oci import Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.authorization import Authorization
 from ecrproxy.registry.aws import TokenUnavailableError
-from ecrproxy.registry.bucket import UnavailableError, header_values
 from ecrproxy.registry.circuit import Circuit, CircuitState, Switch
 from ecrproxy.registry.governor import Governor
+from ecrproxy.registry.headers import header_values
 from ecrproxy.registry.queue import NoPlentyError
 from ecrproxy.registry.quotas import Call, call_of
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import TransientError, Tries
+from ecrproxy.registry.unavailable import UnavailableError
 from ecrproxy.registry.wire import HEADER_SECONDS, Wire
 
 log = Logger()

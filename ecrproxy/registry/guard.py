@@ -24,7 +24,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.unavailable import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

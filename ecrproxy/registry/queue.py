@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred
 
 from ecrproxy.oci import first_component
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.unavailable import UnavailableError
 
 
 class QueueFullError(UnavailableError):

@@ -14,7 +14,7 @@ from twisted.web.iweb import IResponse
 
 from ecrproxy.oci import Kind, RegistryError, Route
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.unavailable import UnavailableError
 
 log = Logger()
 

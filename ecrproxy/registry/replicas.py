@@ -22,9 +22,10 @@ from twisted.logger import Logger
 from twisted.web.iweb import IResponse
 
 from ecrproxy.oci import Route
-from ecrproxy.registry.bucket import BlobSource, is_passed_on
+from ecrproxy.registry.bucket import BlobSource
 from ecrproxy.registry.endpoint import Endpoint
 from ecrproxy.registry.race import SLOW_SECONDS, Ask, Race
+from ecrproxy.registry.unavailable import is_passed_on
 from ecrproxy.registry.upstream import Head, Manifest, Upstream
 from ecrproxy.registry.wire import Wire
 

@@ -17,7 +17,7 @@ from email.utils import parsedate_to_datetime
 from typing import Final
 
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.unavailable import UnavailableError
 
 TRANSIENT_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
 FIRST_WAIT: Final = 1.0

@@ -26,9 +26,10 @@ from zope.interface import implementer
 
 from ecrproxy.oci import RegistryError
 from ecrproxy.registry.bodies import ERROR_LIMIT, discard
-from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError, describe, first_cause, header, header_values
+from ecrproxy.registry.headers import header, header_values
 from ecrproxy.registry.hedging import AGAIN_SECONDS, Hedged
 from ecrproxy.registry.retries import FIRST_WAIT, TRANSIENT_STATUSES, Budget, TransientError, Tries, asked_wait, failure
+from ecrproxy.registry.unavailable import RefusedAnswerError, UnavailableError, describe, first_cause
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime

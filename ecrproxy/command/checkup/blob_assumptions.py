@@ -23,8 +23,8 @@ from ecrproxy.command.checkup.judgement import (
 )
 from ecrproxy.command.checkup.questions import Seen, UnseenError
 from ecrproxy.command.checkup.reach import Contact
-from ecrproxy.registry.bucket import REDIRECT_STATUSES, told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
+from ecrproxy.registry.headers import REDIRECT_STATUSES, told_part
 
 _URL_SECONDS: Final = "3600"
 _SECONDS: Final = re.compile(r"[0-9]{1,9}")

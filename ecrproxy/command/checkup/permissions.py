@@ -13,7 +13,7 @@ from ecrproxy.command.checkup.findings import Finding, skipped
 from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.documents import Document, listed
 from ecrproxy.oci import MANIFEST_TYPES, Digest, Kind
-from ecrproxy.registry.bucket import REDIRECT_STATUSES
+from ecrproxy.registry.headers import REDIRECT_STATUSES
 from ecrproxy.registry.refusals import Refusal
 
 ACCEPT: Final = {"Accept": ", ".join(sorted(MANIFEST_TYPES))}

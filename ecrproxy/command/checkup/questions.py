@@ -19,7 +19,7 @@ from typing import Final
 from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.documents import Document, listed
 from ecrproxy.oci import INDEX_TYPES, MANIFEST_LIMIT, MANIFEST_TYPES, Descriptor, Digest, Kind
-from ecrproxy.registry.bucket import REDIRECT_STATUSES
+from ecrproxy.registry.headers import REDIRECT_STATUSES
 from ecrproxy.registry.upstream import resolved
 
 OCI: Final = "application/vnd.oci.image.manifest.v1+json"
