@@ -18,16 +18,17 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.registry.aws import TokenUnavailableError
-from ecrproxy.registry.bearer import TOGETHER, TOKEN_SECONDS
+from ecrproxy.registry.bearer import REDIRECTS, TOGETHER, TOKEN_SECONDS
 from ecrproxy.registry.challenges import LONGEST_TOKEN, Challenge, Pass, may_follow
 from ecrproxy.registry.login import LONGEST, READ_SECONDS, Login
 from ecrproxy.settings.registry_table import Protocol, RegistryTable
-from tests.daemon import MIB, DaemonTestCase, at_once, noise
+from tests.daemon import MIB, DaemonTestCase, Reply, at_once, noise
 from tests.registry import Fault, StandIn
 from tests.registry import Reply as Answer
 from tests.registry_content import OCI_MANIFEST
 from tests.store_contract import scratch
 
+TOKEN_QUERY = "service=registry.test&scope=repository%3Alibrary%2Fnginx%3Apull"
 HUB, REALM = "registry-1.docker.io", "https://auth.docker.io/token"
 PUBLIC, PUBLIC_REALM = "public.ecr.aws", "https://public.ecr.aws:8443/token/"
 
@@ -399,6 +400,58 @@ class OthersTests(DaemonTestCase):
         self.assertEqual(
             ["auth.elsewhere.test"], [each.headers["host"] for each in self.hub.asked if "scope" in each.query]
         )
+
+    def ask_after_redirect(self, location: str, *, then: str = REALM, anonymous: bool = False) -> Reply:
+        """
+        Redirect who asks for the token of a repository, and ask for its image.
+
+        @param then: where the token service is by then.
+        """
+        self.hub.bearers.realm, logins, self.hub.bearers.logins = REALM, self.hub.bearers.logins, set()
+        self.begin(anonymous=anonymous)
+        self.get("/v2/hub/other/manifests/latest")
+        self.hub.bearers.logins = logins
+        self.hub.forget_asked()
+        self.hub.bearers.realm = then
+        told = {"Location": location.replace("?", f"?{TOKEN_QUERY}&")}
+        redirect = self.hub.fail("realm" if then == REALM else "api", status=307, headers=told, path_contains="/token?")
+        reply = self.get("/v2/hub/nginx/manifests/latest")
+        redirect.remove()
+        return reply
+
+    def test_a_token_service_that_has_moved_is_followed_with_the_password_on_its_own_host(self) -> None:
+        for location, then, shown in (
+            ("https://auth.docker.io/moved?", REALM, True),
+            ("moved?#here", REALM, True),
+            ("https://login.docker.io/moved?", "https://login.docker.io/", False),
+            ("https://registry-1.docker.io:8443/moved?", "https://registry-1.docker.io:8443/", False),
+        ):
+            reply = self.ask_after_redirect(location, then=then)
+            self.assertEqual(200, reply.code, location)
+            first, second = (each for each in self.hub.asked if "scope" in each.query)
+            self.assertEqual(("/token", "/moved"), (first.path, second.path))
+            self.assertIn("authorization", first.headers)
+            self.assertEqual(shown, "authorization" in second.headers, location)
+
+    def test_who_was_shown_no_password_refuses_none(self) -> None:
+        self.hub.bearers.logins = {"other"}
+        reply = self.ask_after_redirect("https://login.docker.io/moved?", then="https://login.docker.io/")
+        self.assertRefused(reply, 403, "DENIED", "denies the proxy access")
+
+    def test_it_is_followed_no_further_than_a_realm(self) -> None:
+        for location in (
+            "http://auth.docker.io/moved?",
+            "https://elsewhere.test/?",
+            "https://[x/?",
+            "https://a:b@quay.io/?",
+        ):
+            for anonymous in (True, False):
+                reply = self.ask_after_redirect(location, anonymous=anonymous)
+                self.assertRefused(reply, 502, "UNAVAILABLE", f"{REALM} gives no token: ")
+                self.assertEqual(["/token"], [each.path for each in self.hub.asked if "scope" in each.query])
+        reply = self.ask_after_redirect("https://auth.docker.io/token?")
+        self.assertRefused(reply, 502, "UNAVAILABLE", "more than 5 times")
+        self.assertEqual(REDIRECTS + 1, len([each for each in self.hub.asked if "scope" in each.query]))
 
     def test_a_registry_says_anew_where_its_tokens_are_after_it_gave_none(self) -> None:
         """

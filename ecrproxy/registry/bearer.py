@@ -8,6 +8,7 @@ Rules:
   with an expired token, which issues none without a password.
   After a token could not be had, the registry is asked again before the next attempt: the service may have moved.
 - The user and password are sent to the realm that the registry names, if it may be followed; tokens to the registry.
+  A redirect of the realm is followed if that may be followed, too, with the password if it stays on the same host.
 - One request serves all clients that need a token for the same repository, and takes at most C{TOKEN_SECONDS}.
 
 Sources: distribution's "Token Authentication Specification"; RFC 6750 and 7617; docs/ecr.rst for ECR Public.
@@ -16,6 +17,7 @@ Sources: distribution's "Token Authentication Specification"; RFC 6750 and 7617;
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
@@ -31,8 +33,8 @@ from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.authorization import Tokens
 from ecrproxy.registry.bodies import ERROR_LIMIT, discard
-from ecrproxy.registry.challenges import Challenge, Pass, may_follow
-from ecrproxy.registry.headers import header_values
+from ecrproxy.registry.challenges import Challenge, Pass, may_follow, redirected
+from ecrproxy.registry.headers import REDIRECT_STATUSES, header, header_values
 from ecrproxy.registry.retries import TransientError
 from ecrproxy.registry.unavailable import UnavailableError
 from ecrproxy.registry.wire import Wire
@@ -48,8 +50,25 @@ Maximum concurrent token requests to one registry. One that queues is refused be
 """
 _TOKENS_BYTES: Final = 4 * 2**20
 """Maximum bytes of memory for the tokens of one registry."""
+REDIRECTS: Final = 5
+"""Maximum redirects of a token service that are followed."""
 _KEPT: Final = 0.9
 """The fraction of a token's life for which it is used, so that it does not expire on its way."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """
+    An answer of the registry or its token service.
+
+    @ivar proved: whether a password was shown.
+    """
+
+    status: int
+    body: bytes
+    challenges: Sequence[str]
+    location: str | None
+    proved: bool
 
 
 class Bearer:
@@ -158,44 +177,59 @@ class Bearer:
         """
         Ask the registry what it requires.
         """
-        status, _, challenges = await self._get(f"{self._url}/v2/", "", headers_only=True)
-        return (Challenge.read(challenges) if status == UNAUTHORIZED else None) or Challenge()
+        answer = await self._get(f"{self._url}/v2/", "", headers_only=True)
+        return (Challenge.read(answer.challenges) if answer.status == UNAUTHORIZED else None) or Challenge()
 
     async def _fetch(self, wanted: Challenge, scope: str, repository: str) -> str:
         if not may_follow(wanted.realm, self._url, self._realms):
             said = f"{self._url} has its tokens at {wanted.realm[:200]!r}, which is not of its own domain"
             raise self._failed(f"{said}; if that is right, list its host in the registry's realms")
         secret, began = await self._login.get() if self._login is not None else "", self._wire.clock.seconds()
-        url = wanted.url(scope)
-        status, body, _ = await self._get(url, secret)
-        if status == UNAUTHORIZED and self._login is not None:
+        answer = await self._issued(wanted, scope, secret)
+        if answer.status == UNAUTHORIZED and self._login is not None:
             again = await self._login.renew(secret)
             if again != secret:
-                status, body, _ = await self._get(url, again)
-            if status == UNAUTHORIZED:
+                answer = await self._issued(wanted, scope, again)
+            if answer.status == UNAUTHORIZED and answer.proved:
                 raise self._failed(f"{wanted.realm} refuses the proxy's user and password")
-        if status in (UNAUTHORIZED, FORBIDDEN, NOT_FOUND):
+        if (status := answer.status) in (UNAUTHORIZED, FORBIDDEN, NOT_FOUND):
             log.error("{realm} gives no token for {scope}: {status}", realm=wanted.realm, scope=scope, status=status)
             said = f"{urlsplit(self._url).hostname} denies the proxy access to {repository}"
             raise RegistryError(403, "DENIED", said, reason=Reason.ECR_DENIED)
         try:
             if status != OK:
                 raise ValueError(f"it answers {status}")  # noqa: TRY301
-            given = Pass.read(body)
+            given = Pass.read(answer.body)
         except ValueError as problem:
             raise self._failed(f"{wanted.realm} gives no token: {problem}") from None
         until = began + _KEPT * given.seconds
         self._tokens.put(scope, (given.token, until), len(scope) + len(given.token) + 300)
         return given.token
 
+    async def _issued(self, wanted: Challenge, scope: str, secret: str) -> _Answer:
+        """
+        Ask for a token, and follow redirects.
+        """
+        url = wanted.url(scope)
+        for _ in range(REDIRECTS + 1):
+            answer = await self._get(url, secret)
+            if answer.status not in REDIRECT_STATUSES or answer.location is None:
+                return answer
+            try:
+                url, same = redirected(url, answer.location, self._url, self._realms)
+            except ValueError as problem:
+                raise self._failed(f"{wanted.realm} gives no token: {problem}") from None
+            secret = secret if same else ""
+        raise self._failed(f"{wanted.realm} gives no token: it redirects more than {REDIRECTS} times")
+
     def _failed(self, said: str) -> UnavailableError:
         log.error("{said}", said=said, once=said)
         return UnavailableError(502, "UNAVAILABLE", said, reason=Reason.NO_TOKEN)
 
-    async def _get(self, url: str, secret: str, *, headers_only: bool = False) -> tuple[int, bytes, list[str]]:
+    async def _get(self, url: str, secret: str, *, headers_only: bool = False) -> _Answer:
         headers = Headers({"User-Agent": ["ecrproxy"], **({"Authorization": [f"Basic {secret}"]} if secret else {})})
 
-        async def ask() -> tuple[int, bytes, list[str]]:
+        async def ask() -> _Answer:
             async with self._turns.turn():
                 response = await self._wire.request("GET", url, headers, TOKEN_SECONDS)
                 body = b""
@@ -203,6 +237,7 @@ class Bearer:
                     body = await self._wire.read(response, ERROR_LIMIT)
                 else:
                     discard(response, self._wire.clock)
-            return response.code, body, header_values(response, "WWW-Authenticate")
+            challenges, location = header_values(response, "WWW-Authenticate"), header(response, "Location")
+            return _Answer(response.code, body, challenges, location, bool(secret))
 
         return await self._wire.persist(self._wire.tries(), ask)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urlencode, urlsplit, urlunsplit
+from urllib.parse import urlencode, urljoin, urlsplit, urlunsplit
 
 from ecrproxy.addresses import is_address
 from ecrproxy.identity import RegistryId
@@ -150,3 +150,20 @@ def may_follow(realm: str, endpoint: str, listed: Collection[str]) -> bool:
     shared = not last or (first in _SHARED and len(last) == _COUNTRY)
     domain = its if shared else parent
     return not is_address(its) and (host == domain or host.endswith(f".{domain}"))
+
+
+def redirected(url: str, location: str, endpoint: str, listed: Collection[str]) -> tuple[str, bool]:
+    """
+    Return where a token service redirects to, and whether the password may be shown there, too.
+
+    Only to the same host, and not over http after https: Docker's clients do the same.
+
+    @param endpoint: see L{may_follow}, also for C{listed}.
+    @raise ValueError: if it may not be followed.
+    """
+    target = urljoin(url, location).partition("#")[0]
+    if not may_follow(target, endpoint, listed):
+        where = target.partition("?")[0][:200]
+        raise ValueError(f"it redirects to {where!r}, which is not of the registry's domain, or not https")
+    before, after = urlsplit(url), urlsplit(target)
+    return target, before.hostname == after.hostname and after.scheme in ("https", before.scheme)
