@@ -453,6 +453,38 @@ class OthersTests(DaemonTestCase):
         self.assertRefused(reply, 502, "UNAVAILABLE", "more than 5 times")
         self.assertEqual(REDIRECTS + 1, len([each for each in self.hub.asked if "scope" in each.query]))
 
+    def test_a_token_service_that_throttles_is_asked_for_no_such_token_until_it_says(self) -> None:
+        """
+        Others are not affected, whether they are other repositories' or those that are good.
+        """
+        self.hub.push_image("library/redis", "latest")
+        self.get("/v2/hub/redis/manifests/latest")
+        for told, seconds in (("40", 40), ("3600", 60), (None, 5)):
+            self.begin()
+            headers = {"Retry-After": told} if told else {}
+            throttled = self.hub.fail("realm", status=429, headers=headers, path_contains="nginx")
+            reply = self.daemon.send("GET", "/v2/hub/nginx/manifests/latest")
+            self.pass_time(3)
+            self.assertRefused(reply, 429, "TOOMANYREQUESTS", "auth.docker.io throttles the proxy")
+            throttled.remove()
+            self.hub.forget_asked()
+            reply = self.get("/v2/hub/nginx/tags/list")
+            self.assertRefused(reply, 429, "TOOMANYREQUESTS", "auth.docker.io throttles the proxy")
+            self.assertLessEqual(int(reply.header("Retry-After") or 99), seconds)
+            self.assertEqual([], self.hub.asked)
+            self.assertEqual(200, self.get("/v2/hub/redis/manifests/latest").code)
+            self.assertEqual(1, self.hub.count("realm"))
+            self.pass_time(seconds)
+            self.assertEqual(200, self.get("/v2/hub/nginx/tags/list").code)
+
+    def test_a_token_service_that_throttles_leaves_what_is_known(self) -> None:
+        self.get("/v2/hub/nginx/manifests/latest")
+        self.pass_time(self.hub.bearers.lifetime)
+        self.hub.fail("realm", status=429, headers={"Retry-After": "40"})
+        for _ in range(2):
+            self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, "STALE")
+        self.assertEqual(2, self.hub.count("realm"))
+
     def test_a_registry_says_anew_where_its_tokens_are_after_it_gave_none(self) -> None:
         """
         It named a realm elsewhere, or one that fails or issues nothing; other repositories' tokens stay valid.

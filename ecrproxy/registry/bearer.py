@@ -10,6 +10,7 @@ Rules:
 - The user and password are sent to the realm that the registry names, if it may be followed; tokens to the registry.
   A redirect of the realm is followed if that may be followed, too, with the password if it stays on the same host.
 - One request serves all clients that need a token for the same repository, and takes at most C{TOKEN_SECONDS}.
+- A token service that throttles is not asked for the same token until its Retry-After. Other tokens are not affected.
 
 Sources: distribution's "Token Authentication Specification"; RFC 6750 and 7617; docs/ecr.rst for ECR Public.
 """
@@ -35,7 +36,7 @@ from ecrproxy.registry.authorization import Tokens
 from ecrproxy.registry.bodies import ERROR_LIMIT, discard
 from ecrproxy.registry.challenges import Challenge, Pass, may_follow, redirected
 from ecrproxy.registry.headers import REDIRECT_STATUSES, header, header_values
-from ecrproxy.registry.retries import TransientError
+from ecrproxy.registry.retries import TransientError, failure
 from ecrproxy.registry.unavailable import UnavailableError
 from ecrproxy.registry.wire import Wire
 
@@ -52,6 +53,9 @@ _TOKENS_BYTES: Final = 4 * 2**20
 """Maximum bytes of memory for the tokens of one registry."""
 REDIRECTS: Final = 5
 """Maximum redirects of a token service that are followed."""
+REST_SECONDS: Final = 5.0, 60.0
+"""Seconds until a token service that throttles is asked for the same token again: without Retry-After, and at most."""
+_RESTS_BYTES: Final = 2**20
 _KEPT: Final = 0.9
 """The fraction of a token's life for which it is used, so that it does not expire on its way."""
 
@@ -88,6 +92,7 @@ class Bearer:
         self._fetching: Flights[str] = Flights(foreseen=RegistryError)
         self._turns = Turns(TOGETHER, TOKEN_SECONDS, wire.clock)
         self._tokens: Memory[str, tuple[str, float]] = Memory(_TOKENS_BYTES)
+        self._rests: Memory[tuple[str, str, int], float] = Memory(_RESTS_BYTES)
 
     async def show(self, repository: str) -> str:
         """
@@ -162,8 +167,8 @@ class Bearer:
         fetch = partial(self._fetch, wanted, scope, repository)
         try:
             return await self._fetching.join((wanted.realm, scope), partial(self._in_time, fetch))
-        except RegistryError:
-            self._doubted = True
+        except RegistryError as problem:
+            self._doubted = self._doubted or not (isinstance(problem, TransientError) and problem.throttled)
             raise
 
     async def _in_time(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -207,6 +212,22 @@ class Bearer:
         return given.token
 
     async def _issued(self, wanted: Challenge, scope: str, secret: str) -> _Answer:
+        """
+        Ask for a token, unless the service has just throttled the same request.
+        """
+        key, now = (wanted.realm, scope, hash(secret)), self._wire.clock.seconds()
+        if (until := self._rests.get(key) or 0.0) > now:
+            raise failure(urlsplit(wanted.realm).hostname or "", 429, until - now)
+        try:
+            return await self._follow(wanted, scope, secret)
+        except TransientError as problem:
+            if problem.throttled:
+                least, most = REST_SECONDS
+                until = self._wire.clock.seconds() + min(problem.wait or least, most)
+                self._rests.put(key, until, len(wanted.realm) + len(scope) + 300)
+            raise
+
+    async def _follow(self, wanted: Challenge, scope: str, secret: str) -> _Answer:
         """
         Ask for a token, and follow redirects.
         """
