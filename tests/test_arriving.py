@@ -23,8 +23,7 @@ from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.directory import Directory
-from ecrproxy.cache.index import locked
-from ecrproxy.cache.locks import is_free
+from ecrproxy.cache.locks import is_free, locked
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import RECORD, UNKNOWN_BOOT, WORTH_RESUMING, Record, Reservation, State, Step, Why, next_step
 from ecrproxy.cache.store import Store

@@ -25,14 +25,16 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache import index as index_module
+from ecrproxy.cache import locks
 from ecrproxy.cache.cells import File
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.database import UnusableError
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.index import AGAIN_SECONDS, LATE_ENTRIES, LATE_SAVES, LOCK, LONG_LOOKS, POINTER, Index, give
+from ecrproxy.cache.index import AGAIN_SECONDS, LATE_ENTRIES, LATE_SAVES, LOCK, LONG_LOOKS, POINTER, Index
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import EVICTING
 from ecrproxy.cache.mounts import find_mount
+from ecrproxy.cache.ownership import give
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.scrub import SCRUBBING, Turn, scrub
 from ecrproxy.cache.sqlite import Rows
@@ -746,7 +748,7 @@ class UnusableTests(LossTestCase):
         self.assertEqual(0, len(self.index._late))  # noqa: SLF001
 
     def test_a_lock_that_another_process_keeps_is_not_waited_for(self) -> None:
-        self.patch(index_module, "_LOCK_PAUSE", 0)
+        self.patch(locks, "_LOCK_PAUSE", 0)
         with (self.root / LOCK).open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             store = self.fall_back()

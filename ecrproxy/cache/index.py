@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -43,9 +42,11 @@ from twisted.logger import Logger
 from ecrproxy.cache.cells import DamagedError, File, Move, Totals, on_disk
 from ecrproxy.cache.database import FULL, BusyError, FullError, UnfitError, UnusableError
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.locks import open_in_place, opened
+from ecrproxy.cache.locks import locked, open_in_place
 from ecrproxy.cache.mounts import find_mount, mountinfo
+from ecrproxy.cache.ownership import ONE_USER, give, may_use
 from ecrproxy.cache.paths import arriving_path, content_path
+from ecrproxy.cache.presence import is_there, status_of
 from ecrproxy.cache.record import Reservation, Reserved
 from ecrproxy.cache.schema import LAYOUT
 from ecrproxy.cache.sqlite import Rows
@@ -89,12 +90,9 @@ _LATE_SECONDS: Final = 0.25
 """Wait after which another process may have purged an entry before it was written."""
 _NOTHING_TO_KEEP: Final = FULL | {errno.EROFS}
 """Errors of a disk that accepts no files: no process keeps anything new there."""
-_ONE_USER: Final = "have all processes on the directory run as the user that owns it, and give its files to that user"
 _POINTER_BYTES: Final = 100
 """More than the length of the name and a newline."""
 _SUFFIXES: Final = "", "-wal", "-shm"
-_LOCK_TRIES: Final = 250
-_LOCK_PAUSE: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +333,7 @@ class Index:
         why = ""
         if self._files and path == self._files[0]:
             why = "another program has been reading it, and its log grows" if self._is_held_up else "it was changed"
-        elif not _may_use(files):
+        elif not may_use(files):
             why = "its mode was changed"
         if why:
             log.warn("The cache's index can't be used: {why}; beginning a new one", why=why)
@@ -698,16 +696,7 @@ class Index:
         return status_of(self._root / content_path(digest))
 
     def _is_there(self, digest: Digest) -> bool:
-        """
-        Return True if the file exists, or if that can't be determined.
-        """
-        try:
-            (self._root / content_path(digest)).lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError:
-            return True
-        return True
+        return is_there(self._root / content_path(digest))
 
     def _news(self) -> News:
         everything, self._everything = self._everything, False
@@ -1105,54 +1094,12 @@ def _plain(key: EntryKey) -> EntryKey:
     return key._replace(variant="")
 
 
-def status_of(path: Path) -> os.stat_result | None:
-    """
-    Return a file's status; None if that fails.
-    """
-    try:
-        return path.lstat()
-    except OSError:
-        return None
-
-
-def give(path: Path, root: Path) -> None:
-    """
-    Give a file that root has created to the owner of the cache directory.
-
-    Root's commands must not lock out a daemon, nor must a daemon that starts as root (C{twistd --uid}) lock itself out.
-    """
-    if os.geteuid() == 0:
-        with contextlib.suppress(OSError):
-            owner = root.stat()
-            # The owner may have put links into it.
-            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
-
-
-def _may_use(files: Iterable[Path]) -> bool:
-    """
-    Return False if this user may not read and write one of its own files: somebody has changed its mode.
-
-    @raise UnusableError: if a file is another user's. A new index would take the old one from that user's processes,
-        which could not open the new one, and would make another in turn.
-    """
-    for path in files:
-        status = status_of(path)
-        if status is None or os.access(path, os.R_OK | os.W_OK):
-            continue
-        if status.st_uid != os.geteuid():
-            raise UnusableError(
-                f"{path.name} belongs to user {status.st_uid}, this process runs as {os.geteuid()}; {_ONE_USER}"
-            )
-        return False
-    return True
-
-
 def _why(problem: OSError) -> str:
     """
     Return why the index can't be opened, and what to do. SQLite reports neither.
     """
     if problem.errno in (errno.EACCES, errno.EPERM):
-        return f"{problem}; {_ONE_USER}"
+        return f"{problem}; {ONE_USER}"
     may_lack_files = is_exhaustion(problem) or str(problem) == "unable to open database file"
     return f"{problem}; raise the limit of open files (LimitNOFILE=, ulimit -n)" if may_lack_files else str(problem)
 
@@ -1166,30 +1113,3 @@ def _refuse_far(root: Path) -> None:
     mount = find_mount(mountinfo(), os.path.realpath(root))
     if mount is not None and mount.is_far:
         raise UnfitError(f"{root} is on {mount.kind}, whose locks and shared memory may not hold; use a local disk")
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, waiting: bool = True) -> Iterator[None]:
-    """
-    Hold a lock file.
-
-    @param waiting: True to wait for another process that holds it.
-    @raise OSError: if locks do not work there, or another process holds it, after seconds of waiting if C{waiting}.
-    """
-    with opened(path) as fd, opened(path) as other:
-        give(path, path.parent)
-        for _ in range(_LOCK_TRIES if waiting else 1):
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(_LOCK_PAUSE)
-            except OSError as problem:
-                raise UnfitError(f"{path} can't be locked: {problem.strerror}; use a local disk") from None
-            else:
-                break
-        else:
-            raise UnusableError(f"{path} is locked by another process")
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            raise UnfitError(f"locks do not hold on the file system of {path}; use a local disk")
-        yield

@@ -29,7 +29,7 @@ from twisted.logger import Logger
 
 from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.database import FullError
-from ecrproxy.cache.index import locked
+from ecrproxy.cache.locks import locked
 from ecrproxy.cache.record import Reservation
 from ecrproxy.periodic import Periodic
 from ecrproxy.threads import undone_if_late

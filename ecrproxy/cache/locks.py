@@ -18,8 +18,16 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
+
+from ecrproxy.cache.database import UnfitError, UnusableError
+from ecrproxy.cache.ownership import give
+
+_LOCK_TRIES: Final = 250
+_LOCK_PAUSE: Final = 0.02
 
 
 def open_in_place(path: Path | str, flags: int) -> int:
@@ -160,6 +168,33 @@ def opened(path: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, waiting: bool = True) -> Iterator[None]:
+    """
+    Hold a lock file.
+
+    @param waiting: True to wait for another process that holds it.
+    @raise OSError: if locks do not work there, or another process holds it, after seconds of waiting if C{waiting}.
+    """
+    with opened(path) as fd, opened(path) as other:
+        give(path, path.parent)
+        for _ in range(_LOCK_TRIES if waiting else 1):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOCK_PAUSE)
+            except OSError as problem:
+                raise UnfitError(f"{path} can't be locked: {problem.strerror}; use a local disk") from None
+            else:
+                break
+        else:
+            raise UnusableError(f"{path} is locked by another process")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            raise UnfitError(f"locks do not hold on the file system of {path}; use a local disk")
+        yield
 
 
 def _lock(fd: int, kind: int) -> bool:

@@ -24,8 +24,8 @@ from twisted.application.service import Service
 from twisted.logger import Logger
 
 from ecrproxy.cache.database import BusyError, UnusableError
-from ecrproxy.cache.index import give
 from ecrproxy.cache.locks import open_in_place, own
+from ecrproxy.cache.ownership import give
 from ecrproxy.cache.takeover import take_over
 from ecrproxy.oci import HEX_LENGTHS, Digest
 

@@ -39,9 +39,10 @@ from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile
 from ecrproxy.cache.database import FULL
 from ecrproxy.cache.directory import Directory, without_waiting
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.index import Index, give
+from ecrproxy.cache.index import Index
 from ecrproxy.cache.intents import Intents
 from ecrproxy.cache.kept_open import KeptOpen
+from ecrproxy.cache.ownership import give
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
