@@ -37,9 +37,9 @@ from ecrproxy.cache.arriving import Left, Met
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError, UnreadError
 from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
-from ecrproxy.cache.index import News
 from ecrproxy.cache.memory import Memory
 from ecrproxy.cache.peer import PeerTransfer
+from ecrproxy.cache.purge_log import News
 from ecrproxy.cache.record import Reservation, room_for
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.verification import Verification
@@ -198,7 +198,7 @@ class Cache:
         known = self._known(asked, self._entry_at_hand)[0]
         if known is None or (document is not None and not document.may_be(known.descriptor.media_type)):
             return None
-        self.store.index.use(digest)
+        self.store.index.uses.use(digest)
         media_type = known.descriptor.media_type if is_manifest else BLOB_TYPE
         return Answer(CacheStatus.HIT, Reason.CACHED, media_type, digest, len(body), None if asked.head else body)
 
@@ -211,7 +211,7 @@ class Cache:
         content = None if kept is None or known is None else kept.get(asked.digest)
         if content is None:
             return None
-        self.store.index.use(asked.digest)
+        self.store.index.uses.use(asked.digest)
         if asked.head:
             content.close()
         body = None if asked.head else content
@@ -227,7 +227,7 @@ class Cache:
         """
         Keep a large file open for the next request. Small content is in memory.
         """
-        if self.store.kept is not None and content.size > SMALL_BLOB and not self.store.index.unfit:
+        if self.store.kept is not None and content.size > SMALL_BLOB and not self.store.index.database.unfit:
             self.store.kept.keep(content)
 
     def _entry_at_hand(self, key: EntryKey) -> Entry | None:
@@ -377,7 +377,7 @@ class Cache:
         """
         Record a use of content that was fetched before it was requested.
         """
-        self.store.index.use(digest)
+        self.store.index.uses.use(digest)
 
     def _known(self, asked: Asked, look: Callable[[EntryKey], Entry | None]) -> tuple[Confirmed | None, Reason]:
         entry = look(asked.entry_key)
@@ -574,7 +574,7 @@ class Cache:
         """
         document = self._documents.get(digest)
         if document is not None:
-            self.store.index.use(digest)
+            self.store.index.uses.use(digest)
         return document
 
     def hold(self, digest: Digest, small: bytes | Document) -> None:

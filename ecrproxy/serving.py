@@ -148,7 +148,7 @@ def wire(
         *of_cache(store, janitor), *of_registries(worlds.askings), *of_transfers(pull_through), *of_loop(stall)
     )
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
-    service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, tokens, stall)
+    service.add(Scribe(store.index.changes, threads(1, yielding=False).post), purges, janitor, scrub, tokens, stall)
     clients = partial(_clients, crowd, stall)
     process = Process(store, janitor, worlds.askings, pull_through, worlds.called, readiness, disk.reading, clients)
     return Serving(site, connections, admission, figures, process, cache, purges, stall, partial(use, worlds, make))
@@ -306,9 +306,9 @@ def begin(store: Store, processes: int) -> bool:
         if processes > 1:
             raise ConfigError(no_locks)
         log.warn("{problem}", problem=no_locks)
-    if processes > 1 and store.index.unfit:
+    if processes > 1 and store.index.database.unfit:
         raise ConfigError(
-            f"PROXY_CACHE_DIR={str(store.root)!r}: {store.index.problem};"
+            f"PROXY_CACHE_DIR={str(store.root)!r}: {store.index.database.problem};"
             " several processes need that, PROXY_WORKER_PROCESSES=1 does not"
         )
     return warm

@@ -203,13 +203,13 @@ class RemovingTests(ApiTestCase):
         """
         layer, config = self.image.layers[0], self.image.config
         self.get(f"/v2/team/app/blobs/{layer}")  # a use that is not written yet
-        self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
         for document in ({"content": [layer]}, {"entries": self.names("v1")}):
             reply = self.post("remove", document)
             self.assertEqual(503, reply.code)
             self.assertIn(b"can't be written", reply.body)
         self.assertEqual([False, True], [self.has(layer), self.has(config)])
-        self.index._rows._writer.execute("PRAGMA query_only = 0")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA query_only = 0")  # noqa: SLF001
         self.assertEqual(1, self.remove(content=[layer], entries=self.names("v1"))["entries"])
 
     def test_a_use_that_is_yet_to_be_written_is_one(self) -> None:
@@ -220,7 +220,7 @@ class RemovingTests(ApiTestCase):
         looked = self.daemon.now() + 1
         self.pass_time(100)
         self.get(f"/v2/team/app/blobs/{layer}")
-        self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
         self.assertEqual(1, self.remove(content=[layer], unused_since=looked)["used"])
         self.assertTrue(self.has(layer))
 

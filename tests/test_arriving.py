@@ -913,7 +913,7 @@ class LeftOverTests(ArrivingTests):
         Its reservation ends with its file.
         """
         self.left_over((0, 1000))
-        self.store.index.arrive(Reservation(self.data.name, "killed"), SIZE + RECORD)
+        self.store.index.reservations.arrive(Reservation(self.data.name, "killed"), SIZE + RECORD)
         self.arriving.sweep()
         self.assertEqual([(on_disk(SIZE + RECORD), START)], self.counted())
         self.now += LEFT_SECONDS
@@ -926,8 +926,8 @@ class LeftOverTests(ArrivingTests):
         """
         claim = self.store.claim(DIGEST)
         assert isinstance(claim, Claim)
-        self.store.index.arrive(claim.reservation, SIZE)
-        self.store.index.arrive(Reservation("sha256-" + "0" * 64, "killed"), SIZE)
+        self.store.index.reservations.arrive(claim.reservation, SIZE)
+        self.store.index.reservations.arrive(Reservation("sha256-" + "0" * 64, "killed"), SIZE)
         self.arriving.sweep()
         self.assertEqual([(on_disk(SIZE), 0)], self.counted())
         claim.release()
@@ -938,7 +938,7 @@ class LeftOverTests(ArrivingTests):
         """
         Its writer was killed before it could record that, or can't open the index.
         """
-        self.store.index.arrive(Reservation(self.data.name, "killed"), SIZE)
+        self.store.index.reservations.arrive(Reservation(self.data.name, "killed"), SIZE)
         path = self.store.root / self.store.content_path(DIGEST)
         path.parent.mkdir(parents=True)
         path.write_bytes(DATA)

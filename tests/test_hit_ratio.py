@@ -78,7 +78,7 @@ class Process:
 
     def ask(self, digest: Digest, size: int) -> bool:
         if self.index.known(digest) is not None:
-            self.index.use(digest)
+            self.index.uses.use(digest)
             return True
         self._janitor.limit = self._limit + self.index.size  # the limit is for what is compared
         room = Reservation(digest.hex)

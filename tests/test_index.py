@@ -15,13 +15,17 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.cells import DamagedError, File, on_disk
+from ecrproxy.cache.current_database import AGAIN_SECONDS
 from ecrproxy.cache.database import BusyError, FullError, UnusableError, explained
 from ecrproxy.cache.entries import ANSWERS_LIMIT, VARIANTS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.cache.entry_rows import PAGE
-from ecrproxy.cache.index import AGAIN_SECONDS, COMING_SECONDS, POINTER, Index, News
+from ecrproxy.cache.index import Index
+from ecrproxy.cache.index_files import POINTER
 from ecrproxy.cache.paths import arriving_path, content_path
+from ecrproxy.cache.purge_log import News
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.sqlite import PURGES
+from ecrproxy.cache.uses import COMING_SECONDS
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, INDEX_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind
 from tests.routes import REGISTRY, route_to
@@ -99,14 +103,14 @@ class ContentContract(IndexContract):
         for digest in (A, B, C):
             self.index.add(digest, 1)
         assert self.order() == [A, B, C]
-        self.index.use(A)
+        self.index.uses.use(A)
         assert self.order() == [B, C, A]
 
     def test_a_clock_that_is_set_back_makes_no_new_use_an_old_one(self) -> None:
         self.index.add(A, 1)
         self.now -= 3600
         self.index.add(B, 1)
-        self.index.use(A)
+        self.index.uses.use(A)
         assert self.order() == [B, A]
 
     def test_a_clock_that_begins_in_1970_makes_no_use_of_before(self) -> None:
@@ -127,7 +131,7 @@ class ContentContract(IndexContract):
     def test_more_files_than_a_page_are_all_listed_in_order(self) -> None:
         digests = [Digest.of(str(number).encode()) for number in range(PAGE + 10)]
         for digest in digests:
-            self.index.use(digest)
+            self.index.uses.use(digest)
             self.file(digest)
         self.index.settle()
         assert set(self.order()) == set(digests)
@@ -149,8 +153,8 @@ class ContentContract(IndexContract):
 
     def test_a_use_of_an_unknown_file_adopts_it_if_it_is_there(self) -> None:
         self.file(A, 10)
-        self.index.use(A)
-        self.index.use(B)
+        self.index.uses.use(A)
+        self.index.uses.use(B)
         self.index.settle()
         assert [(each.digest, each.size) for each in self.index.files()] == [(A, 10)]
 
@@ -163,7 +167,7 @@ class ContentContract(IndexContract):
         coming.touch()
         self.index.add(B, 1)
         self.now += 1
-        self.index.use(A)
+        self.index.uses.use(A)
         self.index.settle()
         coming.unlink()
         self.file(A)
@@ -176,7 +180,7 @@ class ContentContract(IndexContract):
         coming = self.root / arriving_path(A)
         coming.parent.mkdir(exist_ok=True)
         coming.touch()
-        self.index.use(A)
+        self.index.uses.use(A)
         self.now += COMING_SECONDS
         self.index.settle()
         self.index.add(A, 1, used=self.now - 3600)
@@ -187,7 +191,7 @@ class ContentContract(IndexContract):
         self.file(B)
         for digest in (A, B):
             self.index.add(digest, 1)
-            self.index.gone(digest)
+            self.index.uses.gone(digest)
         self.index.settle()
         assert self.order() == [B]
 
@@ -196,7 +200,7 @@ class ContentContract(IndexContract):
         The process found it gone, evicted or purged it, and reports that only after another process has fetched it
         again.
         """
-        self.index.gone(A)
+        self.index.uses.gone(A)
         self.index.add(A, 1)
         self.file(A)
         self.index.settle()
@@ -208,7 +212,7 @@ class ContentContract(IndexContract):
         for digest in (A, B):
             self.index.add(digest, 1)
         self.now += 60
-        self.index.verified(A)
+        self.index.uses.verified(A)
         self.index.settle()
         assert [each.verified for each in self.index.files() if each.digest == A] == [START + 60]
         assert self.order() == [A, B]
@@ -218,14 +222,14 @@ class ArrivingContract(IndexContract):
     def test_a_reservation_is_granted_while_all_stays_within_the_limit(self) -> None:
         limit = 5 * 4096 + self.index.size
         self.index.add(A, 4096)
-        assert self.index.reserve(ONE, 8192, limit) == 0
-        assert self.index.reserve(OTHER, 12288, limit) == 4096
+        assert self.index.reservations.reserve(ONE, 8192, limit) == 0
+        assert self.index.reservations.reserve(OTHER, 12288, limit) == 4096
         assert self.index.totals[:3] == (1, 4096, 8192)
-        assert self.index.reserve(OTHER, 8192, limit) == 0
+        assert self.index.reservations.reserve(OTHER, 8192, limit) == 0
 
     def test_a_reservation_ends_when_its_file_becomes_content_or_is_dropped(self) -> None:
         for each in (ONE, OTHER):
-            self.index.reserve(each, 4096, 2**30)
+            self.index.reservations.reserve(each, 4096, 2**30)
         self.index.add(A, 4000, ONE)
         assert self.index.totals[:3] == (1, 4096, 4096)
         self.index.drop(arriving=[OTHER])
@@ -238,8 +242,8 @@ class ArrivingContract(IndexContract):
         """
         limit = 8192 + self.index.size
         before, after = Reservation("one", "before"), Reservation("one", "after")
-        assert self.index.reserve(before, 8192, limit) == 0
-        assert self.index.reserve(after, 8192, limit) == 0
+        assert self.index.reservations.reserve(before, 8192, limit) == 0
+        assert self.index.reservations.reserve(after, 8192, limit) == 0
         self.index.drop(arriving=[before])
         self.index.add(A, 0, before)
         self.index.pass_over(before)
@@ -248,16 +252,16 @@ class ArrivingContract(IndexContract):
         assert self.index.totals[:3] == (1, 0, 0)
 
     def test_an_interrupted_transfer_that_is_passed_over_is_none_until_it_is_noted_again(self) -> None:
-        self.index.arrive(ONE, 4096, START)
+        self.index.reservations.arrive(ONE, 4096, START)
         self.index.pass_over(ONE)
         assert self.index.arriving() == [(ONE, 4096, 0)]
-        self.index.arrive(ONE, 4096, START)
+        self.index.reservations.arrive(ONE, 4096, START)
         assert self.index.arriving() == [(ONE, 4096, START)]
 
     def test_what_arrives_is_listed_by_its_last_write(self) -> None:
-        self.index.arrive(ONE, 1, START + 1)
-        self.index.arrive(OTHER, 5000, START - 1)
-        self.index.arrive(ONE, 2, START + 2)
+        self.index.reservations.arrive(ONE, 1, START + 1)
+        self.index.reservations.arrive(OTHER, 5000, START - 1)
+        self.index.reservations.arrive(ONE, 2, START + 2)
         assert self.index.arriving() == [(OTHER, 8192, START - 1), (ONE, 4096, START + 2)]
         assert self.index.totals.arriving == 12288
 
@@ -427,7 +431,7 @@ class EntriesContract(IndexContract):
             self.saved(held(digest), (ANY, confirmed(digest)))
             self.saved(tag(digest.hex[:8]), (ANY, confirmed(digest)))
         for digest in (A, C):
-            self.index.arrive(Reservation(arriving_path(digest).rpartition("/")[2]), 1)
+            self.index.reservations.arrive(Reservation(arriving_path(digest).rpartition("/")[2]), 1)
         for _ in self.index.forget_absent(START + 3650 * 86400):
             pass
         left = {key.reference for key, _, _ in self.index.entries()}
@@ -487,7 +491,7 @@ class MemoryTests(ContentContract, ArrivingContract, EntriesContract, PurgeContr
         return Index(self.root, lambda: self.now, memory=True)
 
     def test_leaves_no_file_and_takes_no_disk(self) -> None:
-        assert (list(self.root.iterdir()), self.index.size, self.index.shared) == ([], 0, False)
+        assert (list(self.root.iterdir()), self.index.size, self.index.database.shared) == ([], 0, False)
 
 
 class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContract, SynchronousTestCase):
@@ -511,8 +515,8 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         """
         index = Index(self.root / "new", lambda: self.now)
         self.addCleanup(index.close)
-        index.use(A)
-        assert (index.shared, index.totals.files, (self.root / "new").exists()) == (False, 0, False)
+        index.uses.use(A)
+        assert (index.database.shared, index.totals.files, (self.root / "new").exists()) == (False, 0, False)
 
     def test_nothing_is_made_where_a_volume_is_not_mounted_any_more(self) -> None:
         """
@@ -528,12 +532,12 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         index = Index(root, lambda: self.now, before_opening=look)
         self.addCleanup(index.close)
         index.add(A, 1)
-        assert (index.shared, list(root.iterdir())) == (False, [])
-        assert "not mounted" in index.problem
+        assert (index.database.shared, list(root.iterdir())) == (False, [])
+        assert "not mounted" in index.database.problem
         gone.clear()
         self.now += AGAIN_SECONDS
         index.settle()
-        assert (index.shared, index.unfit, index.problem) == (True, False, "")
+        assert (index.database.shared, index.database.unfit, index.database.problem) == (True, False, "")
 
     def test_another_process_sees_all_rows_within_a_second(self) -> None:
         other = self.other()
@@ -550,14 +554,14 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         for digest in (A, B):
             self.index.add(digest, 1)
         self.now -= 7200
-        other.use(A)
+        other.uses.use(A)
         other.settle()
         other.add(C, 1)
         assert self.order() == [B, A, C]
 
     def test_what_a_newer_version_has_purged_is_told_as_everything(self) -> None:
         self.index.settle()
-        writer = self.index._rows._writer  # noqa: SLF001
+        writer = self.index.database.rows._writer  # noqa: SLF001
         writer.execute("INSERT INTO purge (what) VALUES ('something of the next version')")
         assert self.index.settle() == News(everything=True)
         assert self.index.settle() == News()
@@ -572,35 +576,35 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
     def test_a_purge_is_heard_of_while_uses_can_not_be_written(self) -> None:
         other = self.other()
         other.settle()
-        other._rows._writer.execute("PRAGMA busy_timeout = 0")  # noqa: SLF001
+        other.database.rows._writer.execute("PRAGMA busy_timeout = 0")  # noqa: SLF001
         self.index.purge([tag()], [A])
-        self.index._rows._writer.execute("BEGIN IMMEDIATE")  # noqa: SLF001
-        other.use(B)
+        self.index.database.rows._writer.execute("BEGIN IMMEDIATE")  # noqa: SLF001
+        other.uses.use(B)
         assert other.settle() == News(purged=[tag(), A])
 
     def test_a_purge_that_could_not_be_read_is_told_as_everything_afterwards(self) -> None:
         other = self.other()
         other.settle()
         self.index.purge([tag()], [A])
-        real = other._rows.purged_since  # noqa: SLF001
+        real = other.database.rows.purged_since
 
         def fails(_: int) -> None:
-            other._rows.purged_since = real  # type: ignore[method-assign]  # noqa: SLF001
+            other.database.rows.purged_since = real  # type: ignore[method-assign]
             raise UnusableError("disk I/O error")
 
-        other._rows.purged_since = fails  # type: ignore[assignment,method-assign]  # noqa: SLF001
+        other.database.rows.purged_since = fails  # type: ignore[assignment,method-assign]
         assert other.settle() == News()
         assert other.settle() == News(everything=True)
         assert other.settle() == News()
 
     def test_two_processes_do_not_promise_the_same_room(self) -> None:
         other, limit = self.other(), 8192 + self.index.size
-        assert self.index.reserve(ONE, 8192, limit) == 0
-        assert other.reserve(OTHER, 4096, limit) > 0
+        assert self.index.reservations.reserve(ONE, 8192, limit) == 0
+        assert other.reservations.reserve(OTHER, 4096, limit) > 0
 
     def test_what_was_written_is_there_after_a_kill(self) -> None:
         self.index.add(A, 1)
-        self.index.use(A)  # not written: it is lost
+        self.index.uses.use(A)  # not written: it is lost
         assert [each.digest for each in self.other().files()] == [A]
 
     def test_its_files_are_its_users_alone(self) -> None:
@@ -625,16 +629,16 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
     def test_a_change_that_meets_another_writer_is_made_later_and_in_order(self) -> None:
         blocker = sqlite3.connect(next(self.root.glob("*.sqlite3")), isolation_level=None)
         self.addCleanup(blocker.close)
-        self.index._rows._writer.execute("PRAGMA busy_timeout = 0")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA busy_timeout = 0")  # noqa: SLF001
         blocker.execute("BEGIN IMMEDIATE")
         self.index.save([(tag(), Entry({ANY: confirmed(A)}))])
         self.index.save([(tag(), Entry({ANY: confirmed(B)}))])
-        self.index.use(B)
+        self.index.uses.use(B)
         self.index.settle()
         assert self.index.entry(tag()) is None
         self.assertRaises(BusyError, self.index.written, tag())
-        assert self.index.busy > 0
-        self.assertRaises(BusyError, self.index.reserve, "one", 1, 2**30)
+        assert self.index.changes.busy > 0
+        self.assertRaises(BusyError, self.index.reservations.reserve, "one", 1, 2**30)
         blocker.execute("ROLLBACK")
         self.index.settle()
         found = self.index.written(tag())
@@ -647,24 +651,24 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         """
         blocker = sqlite3.connect(next(self.root.glob("*.sqlite3")), isolation_level=None)
         self.addCleanup(blocker.close)
-        self.index._rows._writer.execute("PRAGMA busy_timeout = 100")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA busy_timeout = 100")  # noqa: SLF001
         blocker.execute("BEGIN IMMEDIATE")
-        waiting = self.index._rows._transaction  # noqa: SLF001
+        waiting = self.index.database.rows._transaction  # noqa: SLF001
         waits: list[object] = []
 
         def refused() -> None:
-            self.assertRaises(BusyError, self.index.reserve, Reservation("late"), 1, 2**30)
+            self.assertRaises(BusyError, self.index.reservations.reserve, Reservation("late"), 1, 2**30)
 
         def counted(**options: bool) -> object:
             waits.append(options)
             return waiting(**options)
 
-        self.patch(self.index._rows, "_transaction", counted)  # noqa: SLF001
+        self.patch(self.index.database.rows, "_transaction", counted)
         for number in range(20):
-            self.assertRaises(BusyError, self.index.reserve, Reservation(f"{number}"), 1, 2**30)
+            self.assertRaises(BusyError, self.index.reservations.reserve, Reservation(f"{number}"), 1, 2**30)
             self.index.save([(tag(repository=f"team/app{number}"), Entry({ANY: confirmed(A)}))])
         assert len(waits) == 1
-        with self.index._changing:  # noqa: SLF001 (as a thread has it that waits for the other process)
+        with self.index.changes._flushing:  # noqa: SLF001 (as a thread has it that waits for the other process)
             late = threading.Thread(target=self.index.save, args=([(tag(), Entry({ANY: confirmed(B)}))],), daemon=True)
             reserving = threading.Thread(target=refused, daemon=True)
             for each in (late, reserving):
@@ -677,7 +681,7 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         blocker.execute("ROLLBACK")
         self.index.settle()
         assert self.index.written(tag(repository="team/app19")) is not None
-        assert self.index.reserve(Reservation("name"), 1, 2**30) == 0
+        assert self.index.reservations.reserve(Reservation("name"), 1, 2**30) == 0
 
     def test_it_is_opened_while_another_process_writes(self) -> None:
         """
@@ -690,7 +694,7 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         other = Index(self.root, lambda: START)
         self.addCleanup(other.close)
         other.open()
-        assert other.shared
+        assert other.database.shared
         assert other.entry(tag()) is not None
 
     def test_more_repositories_than_are_remembered_are_saved(self) -> None:
@@ -698,7 +702,7 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         While other threads look for more.
         """
         keys = [tag(repository=f"team/app{number}") for number in range(PAGE + 10)]
-        rows = self.index._rows  # noqa: SLF001
+        rows = self.index.database.rows
         real = rows._remember_repository  # noqa: SLF001
 
         def remember(names: tuple[str, str], number: int) -> None:
@@ -713,8 +717,8 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
     def test_what_comes_late_does_not_bring_back_what_was_purged_meanwhile(self) -> None:
         other = self.other()
         other.settle()
-        other._rows._writer.execute("PRAGMA busy_timeout = 0")  # noqa: SLF001
-        writer = self.index._rows._writer  # noqa: SLF001
+        other.database.rows._writer.execute("PRAGMA busy_timeout = 0")  # noqa: SLF001
+        writer = self.index.database.rows._writer  # noqa: SLF001
         writer.execute("BEGIN IMMEDIATE")
         other.save([(tag(), Entry({ANY: confirmed(A)})), (tag("kept"), Entry({ANY: confirmed(A)}))])
         writer.execute("ROLLBACK")

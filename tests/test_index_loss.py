@@ -24,13 +24,14 @@ from typing import Any
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache import index as index_module
-from ecrproxy.cache import locks
+from ecrproxy.cache import current_database, index_files, locks
 from ecrproxy.cache.cells import File
 from ecrproxy.cache.condition import FRESH_SECONDS
+from ecrproxy.cache.current_database import AGAIN_SECONDS, LOCK
 from ecrproxy.cache.database import UnusableError
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.index import AGAIN_SECONDS, LATE_ENTRIES, LATE_SAVES, LOCK, LONG_LOOKS, POINTER, Index
+from ecrproxy.cache.index import Index
+from ecrproxy.cache.index_files import LONG_LOOKS, POINTER
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import EVICTING
 from ecrproxy.cache.mounts import find_mount
@@ -40,6 +41,7 @@ from ecrproxy.cache.scrub import SCRUBBING, Turn, scrub
 from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.takeover import old_name, take_over
+from ecrproxy.cache.write_behind import LATE_ENTRIES, LATE_SAVES
 from ecrproxy.command.survey import Survey
 from ecrproxy.oci import Digest, Kind
 from tests.daemon import DaemonTestCase, Hands, noise
@@ -103,7 +105,7 @@ class LossTestCase(SynchronousTestCase):
         self.assertIn(store.index.entry(KEY), (None, ENTRY))
         store.save((KEY, ENTRY))
         self.assertEqual(ENTRY, store.index.entry(KEY))
-        self.assertTrue(store.index.shared)
+        self.assertTrue(store.index.database.shared)
         for digest in self.digests:
             self.assertIsNotNone(read(store, digest))
 
@@ -163,7 +165,7 @@ class WhileOpenTests(LossTestCase):
         """
         SQLite can't restart its log, which would use all of the cache's space: there is a new index after ten minutes.
         """
-        self.patch(index_module, "LONG_LOG", 100_000)
+        self.patch(index_files, "LONG_LOG", 100_000)
         other, files = self.open(), self.files()
         with self.read_while_it_is_written():
             for number in range(1, LONG_LOOKS):
@@ -173,7 +175,7 @@ class WhileOpenTests(LossTestCase):
             self.assertTrue(self.index.settle().everything)
             self.assertNotEqual(files, self.files())
             other.index.settle()
-            self.assertEqual(other.index._files, self.index._files)  # noqa: SLF001
+            self.assertEqual(other.index.database.files.paths, self.index.database.files.paths)
         self.repaired(other)
         self.repaired(self.store)
 
@@ -181,7 +183,7 @@ class WhileOpenTests(LossTestCase):
         """
         As after a large purge, or a long backup, of a daemon that is idle then: the next change restarts it.
         """
-        self.patch(index_module, "LONG_LOG", 100_000)
+        self.patch(index_files, "LONG_LOG", 100_000)
         files = self.files()
         with self.read_while_it_is_written():
             self.index.settle()
@@ -196,14 +198,14 @@ class WhileOpenTests(LossTestCase):
         """
         As after a large purge: it restarts with the next change.
         """
-        self.patch(index_module, "LONG_LOG", 100_000)
+        self.patch(index_files, "LONG_LOG", 100_000)
         files = self.files()
         for _ in range(3):
             with self.read_while_it_is_written():
                 for number in range(LONG_LOOKS // 2):
                     self.change(-number)
                     self.assertFalse(self.index.settle().everything)
-            self.index._rows._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # noqa: SLF001
+            self.index.database.rows._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # noqa: SLF001
             self.assertFalse(self.index.settle().everything)
         self.assertEqual(files, self.files())
 
@@ -211,18 +213,18 @@ class WhileOpenTests(LossTestCase):
         for number, size in ((0, 5000), (0, 0), (2, 0)):
             os.truncate(self.files()[number], size)
             if number == 2:  # reading from it would be a SIGBUS: a worker that dies of it is replaced
-                self.index._see()  # noqa: SLF001
+                self.index.database.check_files()
             self.repaired(self.store)
 
     def test_damaged(self) -> None:
         """
         A statement that reads it finds the damage, or the scrub.
         """
-        self.index._rows._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # noqa: SLF001
         with self.files()[0].open("r+b") as file:
             file.seek(4096)
             file.write(b"\xff" * 60_000)
-        self.index._rows.close()  # noqa: SLF001 (what is in a page cache hides it)
+        self.index.database.rows.close()
         self.repaired(self.open())
 
     def test_replaced_by_another_process(self) -> None:
@@ -234,7 +236,7 @@ class WhileOpenTests(LossTestCase):
             path.unlink()
         other.index.settle()
         self.index.settle()
-        self.assertEqual(other.index._files, self.index._files)  # noqa: SLF001
+        self.assertEqual(other.index.database.files.paths, self.index.database.files.paths)
         self.repaired(other)
         self.assertEqual(ENTRY, self.index.entry(KEY))
 
@@ -283,7 +285,7 @@ class WhileOpenTests(LossTestCase):
             held = key_of(f"/v2/team/app/blobs/{self.digests[0]}")
             self.store.save((held, Entry({ANY: confirmed(b"0")})))
             self.index.purge([], [Digest.of(b"purged")])
-            rows = self.index._rows  # noqa: SLF001
+            rows = self.index.database.rows
             rows._writer.execute(change)  # noqa: SLF001
             self.store.save((KEY._replace(reference="other"), ENTRY))
             for listed in (self.index.entries, self.index.least_recently_used, self.index.arriving):
@@ -291,19 +293,19 @@ class WhileOpenTests(LossTestCase):
                     list(listed())
             self.index.settle()
             self.assertIn(self.index.entry(KEY), (None, ENTRY))
-            self.assertIsNot(rows, self.index._rows, change)  # noqa: SLF001
+            self.assertIsNot(rows, self.index.database.rows, change)
             self.repaired(self.store)
 
     def test_a_change_that_nobody_can_make_keeps_no_other_from_being_made(self) -> None:
         def fail(rows: Rows) -> object:
             raise OverflowError("an error of ours")
 
-        self.assertRaises(OverflowError, self.index._change, fail)  # noqa: SLF001
+        self.assertRaises(OverflowError, self.index.changes.change, fail)
         self.store.save((KEY, Entry({ANY: confirmed(b"newer")})))
         self.assertEqual(Entry({ANY: confirmed(b"newer")}), self.index.written(KEY))
 
     def test_totals_of_another_time_than_the_rows(self) -> None:
-        self.index._rows._writer.execute("UPDATE total SET files = 7, blocks = 4096, arriving = 12288")  # noqa: SLF001
+        self.index.database.rows._writer.execute("UPDATE total SET files = 7, blocks = 4096, arriving = 12288")  # noqa: SLF001
         self.repaired(self.store)
         self.assertEqual(0, self.index.totals.arriving)
 
@@ -326,9 +328,9 @@ class WhileOpenTests(LossTestCase):
                     hidden = raw.execute(statement).fetchone()
                     raw.execute("DELETE FROM sqlite_master WHERE name = 'content_by_use'")
         store = self.open()
-        opened = store.index.opened
+        opened = store.index.database.opened
         self.repaired(store)
-        self.assertEqual(opened, store.index.opened, "what it knows is not lost")
+        self.assertEqual(opened, store.index.database.opened, "what it knows is not lost")
         self.assertEqual(ENTRY, store.index.entry(KEY))
         listed = [(each.used, str(each.digest)) for each in store.index.least_recently_used()]
         self.assertEqual(sorted((each.used, str(each.digest)) for each in store.index.files()), sorted(listed))
@@ -345,8 +347,8 @@ class TransfersTests(LossTestCase):
         self.other = self.open().index
         self.one, self.two = Reservation("one", "1"), Reservation("two", "2")
         self.limit = 2**40
-        self.assertEqual(0, self.index.reserve(self.one, 4096, self.limit))
-        self.assertEqual(0, self.other.reserve(self.two, 8192, self.limit))
+        self.assertEqual(0, self.index.reservations.reserve(self.one, 4096, self.limit))
+        self.assertEqual(0, self.other.reservations.reserve(self.two, 8192, self.limit))
 
     def lose(self) -> None:
         for path in self.files():
@@ -375,12 +377,12 @@ class TransfersTests(LossTestCase):
         self.lose()
         self.index.settle()
         limit += self.index.size
-        self.assertLess(0, self.index.reserve(Reservation("big"), limit - 4096, limit))
+        self.assertLess(0, self.index.reservations.reserve(Reservation("big"), limit - 4096, limit))
         self.other.settle()
-        rows = self.index._rows  # noqa: SLF001
+        rows = self.index.database.rows
         rows._writer.execute("DROP TABLE arriving")  # noqa: SLF001
-        self.assertLess(0, self.index.reserve(Reservation("big"), limit - 4096, limit))
-        self.assertIsNot(rows, self.index._rows)  # noqa: SLF001
+        self.assertLess(0, self.index.reservations.reserve(Reservation("big"), limit - 4096, limit))
+        self.assertIsNot(rows, self.index.database.rows)
 
     def test_what_has_ended_does_not_come_back(self) -> None:
         """
@@ -388,11 +390,11 @@ class TransfersTests(LossTestCase):
         """
         more = [Reservation(f"more{number}") for number in range(3)]
         for each in more:
-            self.index.arrive(each, 4096)
+            self.index.reservations.arrive(each, 4096)
         self.index.add(Digest.of(b"more"), 4096, more[0])
         self.index.drop(arriving=more[1:2])
-        self.index.arrive(more[2], 4096, START)
-        self.assertLess(0, self.index.reserve(Reservation("more3"), 2**40, 2**20))
+        self.index.reservations.arrive(more[2], 4096, START)
+        self.assertLess(0, self.index.reservations.reserve(Reservation("more3"), 2**40, 2**20))
         self.lose()
         self.assertEqual([(self.one, 4096), (self.two, 8192)], self.arriving())
 
@@ -403,15 +405,15 @@ class TransfersTests(LossTestCase):
         since = Reservation("one", "since")
         self.lose()
         self.other.settle()
-        self.assertEqual(0, self.other.reserve(since, 4096, self.limit))
+        self.assertEqual(0, self.other.reservations.reserve(since, 4096, self.limit))
         self.assertEqual([(since, 4096), (self.two, 8192)], self.arriving())
 
     def test_with_rows_in_memory_and_back(self) -> None:
         far = f"1 2 0:3 / {os.path.realpath(self.root)} rw - nfs4 server:/x rw"
-        patch = self.patch(index_module, "mountinfo", lambda: far)
+        patch = self.patch(current_database, "mountinfo", lambda: far)
         self.lose()
         self.index.settle()
-        self.assertFalse(self.index.shared)
+        self.assertFalse(self.index.database.shared)
         self.assertEqual([(self.one, 4096, 0)], self.index.arriving())
         patch.restore()
         self.now += AGAIN_SECONDS
@@ -430,7 +432,7 @@ class TransfersTests(LossTestCase):
             return excess
 
         patch = self.patch(Rows, "reserve", reserve)
-        self.assertEqual(0, self.index.reserve(three, 4096, self.limit))
+        self.assertEqual(0, self.index.reservations.reserve(three, 4096, self.limit))
         patch.restore()
         self.assertEqual([(self.one, 4096), (three, 4096), (self.two, 8192)], self.arriving())
 
@@ -486,7 +488,7 @@ class AtStartTests(LossTestCase):
         one.index.settle()
         self.assertEqual((30, 50), (other.index.totals.files, one.index.totals.files))
         self.assertEqual(ENTRY, one.index.entry(KEY))
-        self.assertEqual(1, one.index.opened)
+        self.assertEqual(1, one.index.database.opened)
 
     def test_a_pointer_to_nowhere(self) -> None:
         for data in (b"", b"\xff\xfe", b"../../etc/passwd", b"index-1-00000000.sqlite3", b"index-1-zz.sqlite3"):
@@ -503,7 +505,7 @@ class AtStartTests(LossTestCase):
         secret = EntryKey(REGISTRY, Kind.BLOB, "team/secret", str(self.digests[0]))
         for turn, cut in enumerate((False, True)):
             store = self.open()
-            rows = store.index._rows  # noqa: SLF001
+            rows = store.index.database.rows
             rows._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # noqa: SLF001
             store.save((KEY._replace(repository=f"team/first{turn}"), ENTRY))
             size = self.files()[1].stat().st_size
@@ -536,7 +538,7 @@ class AtStartTests(LossTestCase):
             (self.root / POINTER).unlink()
             make(self.root / POINTER)
             store = self.open()
-            self.assertFalse(store.index.shared)
+            self.assertFalse(store.index.database.shared)
             self.assertIsNotNone(read(store, self.digests[0]))
             store.index.close()
 
@@ -557,7 +559,7 @@ class AtStartTests(LossTestCase):
             (self.root / name).unlink(missing_ok=True)
             (self.root / name).symlink_to(victim)
         store = self.open()
-        self.assertFalse(store.index.shared)
+        self.assertFalse(store.index.database.shared)
         for _ in scrub(store, lambda: None):
             pass
         Turn(self.root).take()
@@ -608,7 +610,7 @@ class UnusableTests(LossTestCase):
 
     def fall_back(self) -> Store:
         store = self.open()
-        self.assertFalse(store.index.shared)
+        self.assertFalse(store.index.database.shared)
         digest = put(store, b"while in memory")
         self.assertIsNotNone(read(store, digest))
         self.assertEqual((1, 4096), store.index.totals[:2])
@@ -618,7 +620,7 @@ class UnusableTests(LossTestCase):
     def recovered(self, store: Store) -> None:
         self.now += AGAIN_SECONDS
         store.index.settle()
-        self.assertTrue(store.index.shared)
+        self.assertTrue(store.index.database.shared)
         for _ in scrub(store, lambda: None):
             pass
         self.assertEqual(len(self.digests), store.index.totals.files)
@@ -632,21 +634,21 @@ class UnusableTests(LossTestCase):
                 for _ in range(20):
                     self.now += 1
                     store.index.settle()
-            self.assertFalse(store.index.shared)
+            self.assertFalse(store.index.database.shared)
             self.assertEqual(1, sum("in memory" in event["log_format"] for event in events))
             patch.restore()
             self.now += AGAIN_SECONDS
             store.index.settle()
-            self.assertTrue(store.index.shared)
+            self.assertTrue(store.index.database.shared)
 
     def test_on_a_file_system_that_is_far(self) -> None:
         """
         Its locks and its shared memory may seem to work.
         """
         line = f"1 2 0:3 / {os.path.realpath(self.root)} rw - nfs4 server:/x rw"
-        patch = self.patch(index_module, "mountinfo", lambda: line)
+        patch = self.patch(current_database, "mountinfo", lambda: line)
         store = self.fall_back()
-        self.assertIn("nfs4", store.index.problem)
+        self.assertIn("nfs4", store.index.database.problem)
         patch.restore()
         self.recovered(store)
 
@@ -677,12 +679,12 @@ class UnusableTests(LossTestCase):
             self.addCleanup(index.close)
             self.assertEqual(ENTRY, index.entry(KEY))
             self.assertEqual(50, index.totals.files)
-            self.assertRaises(UnusableError, index.reserve, Reservation("name"), 1, 2**30)
-            index.use(self.digests[0])
+            self.assertRaises(UnusableError, index.reservations.reserve, Reservation("name"), 1, 2**30)
+            index.uses.use(self.digests[0])
             index.settle()
             self.now += AGAIN_SECONDS
             index.settle()
-            self.assertEqual(0, index.reserve(Reservation("name"), 1, 2**30))
+            self.assertEqual(0, index.reservations.reserve(Reservation("name"), 1, 2**30))
 
     def test_a_directory_that_can_only_be_read_and_that_others_write_later(self) -> None:
         """
@@ -707,23 +709,23 @@ class UnusableTests(LossTestCase):
         """
         Data that ECR can be asked for again gives way to what counts.
         """
-        self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
         for _ in range(LATE_SAVES + 10):
             self.store.save((KEY, ENTRY))
-        self.assertEqual(LATE_SAVES, len(self.index._late))  # noqa: SLF001
+        self.assertEqual(LATE_SAVES, len(self.index.changes._waiting))  # noqa: SLF001
         self.index.drop([self.digests[0]])
-        self.assertEqual(LATE_SAVES + 1, len(self.index._late))  # noqa: SLF001
+        self.assertEqual(LATE_SAVES + 1, len(self.index.changes._waiting))  # noqa: SLF001
 
     def test_what_waits_is_bounded_by_its_entries(self) -> None:
         """
         A manifest may add a thousand entries at once.
         """
-        writer = self.index._rows._writer  # noqa: SLF001
+        writer = self.index.database.rows._writer  # noqa: SLF001
         writer.execute("PRAGMA query_only = 1")
         facts = [(key_of(f"/v2/a/manifests/{number}"), ENTRY) for number in range(1000)]
         for _ in range(LATE_SAVES):
             self.store.save(*facts)
-        self.assertEqual(LATE_ENTRIES // 1000, len(self.index._late))  # noqa: SLF001
+        self.assertEqual(LATE_ENTRIES // 1000, len(self.index.changes._waiting))  # noqa: SLF001
         writer.execute("PRAGMA query_only = 0")
         self.index.settle()
         self.store.save((KEY, ENTRY))
@@ -733,19 +735,19 @@ class UnusableTests(LossTestCase):
         """
         Files are unlinked first, rows follow once that is possible; so do entries, if not too many wait.
         """
-        self.index._rows._writer.execute("PRAGMA max_page_count = 1")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA max_page_count = 1")  # noqa: SLF001
         with capturedLogs() as events:
             for number in range(3000):
                 self.store.save((key_of(f"/v2/a/manifests/{number:0120}"), ENTRY))
         self.assertEqual(1, len({event.get("once") for event in events if "can't be written" in event["log_format"]}))
         self.assertEqual([self.digests[0]], self.store.evict_unused([self.digests[0]]))
         self.assertFalse(self.store.has(self.digests[0]))
-        self.index._rows._writer.execute("PRAGMA max_page_count = 100000")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA max_page_count = 100000")  # noqa: SLF001
         self.index.settle()
         self.assertIsNone(self.index.known(self.digests[0]))
         for number in range(LATE_SAVES):
             self.assertIsNotNone(self.index.entry(key_of(f"/v2/a/manifests/{number:0120}")))
-        self.assertEqual(0, len(self.index._late))  # noqa: SLF001
+        self.assertEqual(0, len(self.index.changes._waiting))  # noqa: SLF001
 
     def test_a_lock_that_another_process_keeps_is_not_waited_for(self) -> None:
         self.patch(locks, "_LOCK_PAUSE", 0)
@@ -1053,7 +1055,7 @@ class TakeOverTests(EarlierTestCase):
             for _ in take_over(self.root, index):
                 pass
         self.assertTrue(path.exists())
-        index.catch_up(waiting=True)
+        index.changes.flush(waiting=True)
         for _ in take_over(self.root, index):
             pass
         self.assertEqual({tag}, {key for key, _, _ in index.entries()})
@@ -1092,13 +1094,13 @@ class TakeOverTogetherTests(EarlierTestCase):
             self.plant(key, f"/v2/team/app/manifests/{key.reference}", Digest.of(b"manifest"), 8)
 
         def later() -> None:
-            index.elsewhere = None
+            index.changes.wake_writer = None
             Inventory(other).remove([keys[0]], [])
             other.index.hide_answers(keys[1], [ANY], self.clock.seconds())
             other.deny(keys[1], [ANY], self.clock.seconds())
-            index.catch_up()
+            index.changes.flush()
 
-        index.elsewhere = later
+        index.changes.wake_writer = later
         for _ in take_over(self.root, index):
             pass
         self.assertEqual({keys[2]}, {key for key, _, _ in index.entries()})
@@ -1112,10 +1114,10 @@ class TakeOverTogetherTests(EarlierTestCase):
         tag = EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", "v1")
         self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"manifest"), 8)
         other.index.hide_answers(tag, [ANY], self.clock.seconds())
-        other.index.catch_up(waiting=True)
+        other.index.changes.flush(waiting=True)
         self.assertEqual([1], list(take_over(self.root, index)))
         other.deny(tag, [ANY], self.clock.seconds())
-        other.index.catch_up(waiting=True)
+        other.index.changes.flush(waiting=True)
         self.assertEqual([], list(index.entries()))
 
     def test_what_is_denied_while_nothing_can_be_imported_does_not_come_back(self) -> None:
@@ -1128,7 +1130,7 @@ class TakeOverTogetherTests(EarlierTestCase):
         with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             self.get("/v2/team/app/manifests/v1")
-        self.index.catch_up(waiting=True)
+        self.index.changes.flush(waiting=True)
         self.start()
         self.assertEqual({}, self.entries())
 
@@ -1146,7 +1148,7 @@ class TakeOverTogetherTests(EarlierTestCase):
         self.assertEqual([str(tag)], [each.name for each in survey.entries])
         Inventory(store).remove([tag], [])
         self.assertFalse(path.exists())
-        store.index.catch_up(waiting=True)
+        store.index.changes.flush(waiting=True)
         self.assertEqual([], [each for each in Inventory(store).entries() if "name" in each])
 
 
@@ -1220,7 +1222,7 @@ class ShutOutTests(DaemonTestCase):
         patches = shut_out()
         self.start()
         self.pass_time(1)
-        self.assertFalse(self.index.shared)
+        self.assertFalse(self.index.database.shared)
         self.assertEqual((there, "BYPASS"), (self.pull(self.data), self.pull(data)))
         self.assertIn(saying, self.reasons())
         self.assertIn("nothing new is cached", self.reasons())
@@ -1230,7 +1232,7 @@ class ShutOutTests(DaemonTestCase):
             patch.restore()
         self.pass_time(AGAIN_SECONDS)
         self.index.settle()
-        self.assertTrue(self.index.shared)
+        self.assertTrue(self.index.database.shared)
         self.assertEqual("[]", self.reasons())
         self.assertEqual(("MISS", "HIT"), (self.pull(data), self.pull(data)))
         first.store.index.settle()
@@ -1257,21 +1259,21 @@ class ShutOutTests(DaemonTestCase):
         It says so; what it reserves is known to no other process, and is little.
         """
         self.pull(self.data)
-        self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
         self.assertEqual("BYPASS", self.pull(noise("y", 300_000)))
         self.index.settle()
         self.assertIn("the cache's index can't be written: attempt to write a readonly database", self.reasons())
-        self.index._rows._writer.execute("PRAGMA query_only = 0")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA query_only = 0")  # noqa: SLF001
         self.index.settle()
         self.assertEqual("[]", self.reasons())
 
     def test_one_that_can_be_written_again_though_nothing_is_to_be_written(self) -> None:
         self.index.settle()
-        self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
-        self.assertRaises(UnusableError, self.index.reserve, Reservation("x"), 1, 2**30)
+        self.index.database.rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
+        self.assertRaises(UnusableError, self.index.reservations.reserve, Reservation("x"), 1, 2**30)
         self.index.settle()
         self.assertIn("can't be written", self.index.trouble)
-        self.index._rows._writer.execute("PRAGMA query_only = 0")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA query_only = 0")  # noqa: SLF001
         self.index.settle()
         self.assertEqual("", self.index.trouble)
 
@@ -1285,7 +1287,7 @@ class ShutOutTests(DaemonTestCase):
         self.start()
         self.pass_time(1)
         first.settle()
-        self.assertTrue(self.index.shared)
+        self.assertTrue(self.index.database.shared)
         self.assertNotEqual(denied, (self.root / POINTER).read_text().strip())
         self.index.adopt([File(Digest.of(b"x"), 1, START)])
         self.assertIsNotNone(first.known(Digest.of(b"x")))

@@ -16,7 +16,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.index import POINTER, Index
+from ecrproxy.cache.index import Index
+from ecrproxy.cache.index_files import POINTER
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.record import Reservation
 from ecrproxy.oci import Digest
@@ -72,10 +73,10 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(by=which, digest=digests)
     def use(self, by: int, digest: Digest) -> None:
         if digest in self.content:
-            self.processes[by].use(digest)
-            self.processes[by].verified(digest)
+            self.processes[by].uses.use(digest)
+            self.processes[by].uses.verified(digest)
         else:
-            self.processes[by].gone(digest)
+            self.processes[by].uses.gone(digest)
 
     @rule(by=which, digest=digests)
     def drop(self, by: int, digest: Digest) -> None:
@@ -89,7 +90,7 @@ class IndexMachine(RuleBasedStateMachine):
         index, name = self.processes[by], f"{name} of {by}"
         others = sum(each for other, each in self.arriving.items() if other != name)
         taken = sum(map(on_disk, self.content.values())) + others + on_disk(size)
-        excess = index.reserve(Reservation(name), size, LIMIT + index.size)
+        excess = index.reservations.reserve(Reservation(name), size, LIMIT + index.size)
         assert excess == max(0, taken - LIMIT)
         if not excess:
             self.arriving[name] = on_disk(size)
@@ -136,12 +137,12 @@ class IndexMachine(RuleBasedStateMachine):
         (self.root / f"{name}{suffix}").unlink()
         for index in (self.processes[by], self.processes[1 - by]):
             assert index.settle().everything
-        promised = [each for index in self.processes for each in index._promised.values()]  # noqa: SLF001
+        promised = [each for index in self.processes for each in index.reservations._promised.values()]  # noqa: SLF001
         self.arriving = {what.name: on_disk(size) for what, size in promised}
         self.entries.clear()
         self.used.clear()
         for each in self.killed:
-            each._rows.close()  # noqa: SLF001
+            each.database.rows.close()
         found = {digest: size for digest, size in self.content.items() if self.processes[0].known(digest)}
         self.content = {**found}
 
@@ -160,12 +161,12 @@ class IndexMachine(RuleBasedStateMachine):
     def totals_are_those_of_the_rows(self) -> None:
         content = sum(map(on_disk, self.content.values()))
         for index in self.processes:
-            index._rows.refresh()  # noqa: SLF001 (as settle does, which would also write what was gathered)
+            index.database.rows.refresh()
             assert index.totals[:3] == (len(self.content), content, sum(self.arriving.values()))
 
     @invariant()
     def the_least_recently_used_is_first(self) -> None:
-        order = [each.used for each in self.processes[0]._rows.least_recently_used()]  # noqa: SLF001
+        order = [each.used for each in self.processes[0].database.rows.least_recently_used()]
         assert order == sorted(order)
 
 

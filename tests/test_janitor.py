@@ -141,7 +141,7 @@ class SmallCache(SynchronousTestCase):
         """
         Start a janitor, on a directory that was compared with its index.
         """
-        store.index.note_compared(self.now, store.index.opened)
+        store.index.note_compared(self.now, store.index.database.opened)
         janitor = Janitor(store, limit or self.limit, self.in_thread, self.clock)
         janitor.startService()
         return janitor
@@ -329,7 +329,7 @@ class JanitorTests(SmallCache):
         self.assertTrue(self.janitor.make_room(claim.reservation, record.room_for(size)))
         kept, writer = self.keep(60), self.store.writer(claim, digest, size)
         writer.write(0, [b"x"])
-        self.index.elsewhere = lambda: None  # which is not next
+        self.index.changes.wake_writer = lambda: None  # which is not next
         for _ in range(3):
             writer.leave()
             self.clock.advance(PAUSE_SECONDS)
@@ -338,7 +338,7 @@ class JanitorTests(SmallCache):
             self.clock.advance(PAUSE_SECONDS)
             self.assertEqual([True], self.has(kept))
         writer.close()
-        self.index.elsewhere = None
+        self.index.changes.wake_writer = None
         self.index.settle()
         self.assertEqual((60 * BLOCK, 40 * BLOCK), self.index.totals[1:3])
 
@@ -380,7 +380,7 @@ class JanitorTests(SmallCache):
         one, two, three = self.keep(10), self.keep(10), self.keep(10)
         content = self.store.open(two)
         assert content is not None
-        self.index.size = 60 * BLOCK
+        self.index.database.files.size = 60 * BLOCK
         self.janitor = self.start(self.make_store(), 50 * BLOCK)
         self.assertEqual([False, True, False], self.has(one, two, three))
         content.close()
@@ -392,7 +392,7 @@ class JanitorTests(SmallCache):
         Its files' space is not available to content.
         """
         one = self.keep(40)
-        self.index.size = 60 * BLOCK
+        self.index.database.files.size = 60 * BLOCK
         self.assertTrue(self.reserve(0))
         self.assertTrue(self.reserve(1))
         self.assertEqual([False], self.has(one))
@@ -443,7 +443,7 @@ class JanitorTests(SmallCache):
         """
         The free space is unknown then.
         """
-        self.index._rows.close()  # noqa: SLF001
+        self.index.database.rows.close()
         with self.assertRaises(BusyError):
             self.janitor.make_room(Reservation("name"), 1)
 
@@ -665,7 +665,7 @@ class SmallDisk(SmallCache):
         """
         The size of the cache is not known then.
         """
-        self.index.note_compared(0, self.index.opened)
+        self.index.note_compared(0, self.index.database.opened)
         self.keep(10)
         self.others = 80 * 1024
         store = self.make_store()
@@ -884,8 +884,8 @@ class ScrubTests(SmallCache):
 
     def test_another_index_is_filled_at_once(self) -> None:
         digest = self.keep(60)
-        self.index._rows.drop([digest])  # noqa: SLF001
-        self.index.opened += 1
+        self.index.database.rows.drop([digest])
+        self.index.database.opened += 1
         for _ in range(10):
             self.clock.advance(LOOK_SECONDS)
         self.assertEqual(60 * BLOCK, self.index.totals.blocks)

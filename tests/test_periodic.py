@@ -17,7 +17,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.passwords import Passwords
 from ecrproxy.admin.history import History, Sampler
-from ecrproxy.cache.index import Index, News
+from ecrproxy.cache.index import Index
+from ecrproxy.cache.purge_log import News
 from ecrproxy.cache.purges import LOOK_SECONDS, Purges
 from ecrproxy.daemon.renewal import Renewal
 from ecrproxy.daemon.supervision import Supervised, Supervisor

@@ -1167,7 +1167,7 @@ class BrokenCacheTests(BlobTestCase):
         Pulls work, and nothing is cached, as the free space is unknown.
         """
         image = self.standin.push_image("team/app", "latest")
-        self.index._rows.close()  # noqa: SLF001
+        self.index.database.rows.close()
         self.assertWhole(self.get(self.path), self.data, "BYPASS")
         self.assertWhole(self.get("/v2/team/app/manifests/latest"), image.manifest, "MISS")
         self.assertRefused(self.get("/v2/team/app/manifests/other"), 404, "MANIFEST_UNKNOWN")

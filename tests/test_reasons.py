@@ -17,7 +17,7 @@ from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import Limits
 from ecrproxy.access.passwords import Passwords
 from ecrproxy.cache import allocation
-from ecrproxy.cache.index import News
+from ecrproxy.cache.purge_log import News
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.aws import TokenUnavailableError
 from ecrproxy.registry.circuit import FAILURES

@@ -13,7 +13,7 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail
 
 from ecrproxy import cached
-from ecrproxy.cache import index, writer
+from ecrproxy.cache import write_behind, writer
 from ecrproxy.threads import Bounded, Disk, patient
 from ecrproxy.transfer import download
 from ecrproxy.transfer.unattended import MOST
@@ -98,7 +98,7 @@ class BrokenTests(DiskTestCase):
             moved = self.standin.push_image("team/app", "cached")
             self.get(self.manifest(moved.digest))
             hangs = broken == "a disk that hangs"
-            patch = self.patch(index, "LATE_ENTRIES", index.LATE_ENTRIES if hangs else 0)
+            patch = self.patch(write_behind, "LATE_ENTRIES", write_behind.LATE_ENTRIES if hangs else 0)
             self.assertWhole(self.get(path), moved.manifest)
             hangs = False
             patch.restore()

@@ -10,11 +10,12 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.answers import ANY
-from ecrproxy.cache import index as index_module
+from ecrproxy.cache import write_behind
 from ecrproxy.cache.database import BusyError
 from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
-from ecrproxy.cache.index import PLENTY, Index
+from ecrproxy.cache.index import Index
 from ecrproxy.cache.record import Reservation
+from ecrproxy.cache.reservations import PLENTY
 from ecrproxy.cache.scribe import Scribe
 from ecrproxy.cache.sqlite import PURGES, Rows
 from ecrproxy.identity import RegistryId
@@ -49,16 +50,16 @@ class IndexTests(SynchronousTestCase):
         self.addCleanup(self.index.close)
         self.index.open()
         self.kicks = 0
-        self.index.elsewhere = self.kicked
-        self.patch(index_module, "WAIT_SECONDS", 0.0)
+        self.index.changes.wake_writer = self.kicked
+        self.patch(write_behind, "WAIT_SECONDS", 0.0)
         self.begun: list[str] = []
-        self.index._rows._writer.set_trace_callback(self.traced)  # noqa: SLF001 (what SQLite is told)
+        self.index.database.rows._writer.set_trace_callback(self.traced)  # noqa: SLF001 (what SQLite is told)
 
     def go_on(self) -> None:
         """
         Have everything written.
         """
-        self.index.elsewhere = None
+        self.index.changes.wake_writer = None
         self.index.settle()
 
     def kicked(self) -> None:
@@ -69,22 +70,22 @@ class IndexTests(SynchronousTestCase):
             self.begun.append(statement)
 
     def test_nobody_waits_for_what_can_be_written_later(self) -> None:
-        self.assertEqual(0, self.index.reserve(Reservation("one"), BLOCK, LIMIT))
+        self.assertEqual(0, self.index.reservations.reserve(Reservation("one"), BLOCK, LIMIT))
         self.index.add(A, 10, Reservation("one"))
         self.index.save([(tag(), leads_to(A))])
         self.index.forget_answers(tag("other"), [ANY], START)
         self.index.drop([B], [Reservation("two")])
-        self.index.arrive(Reservation("two"), BLOCK)
+        self.index.reservations.arrive(Reservation("two"), BLOCK)
         self.assertEqual([], self.begun)
         self.assertEqual(6, self.kicks)
 
     def test_all_that_waits_is_one_transaction(self) -> None:
         for number in range(20):
             what = Reservation(f"{number}")
-            self.assertEqual(0, self.index.reserve(what, BLOCK, LIMIT))
+            self.assertEqual(0, self.index.reservations.reserve(what, BLOCK, LIMIT))
             self.index.add(Digest.of(b"%d" % number), BLOCK, what)
             self.index.save([(tag(f"{number}"), leads_to(A))])
-        self.index.catch_up()
+        self.index.changes.flush()
         self.assertEqual(1, len(self.begun))
         self.assertEqual((20, 20 * BLOCK, 0), self.index.totals[:3])
         self.assertEqual(leads_to(A), self.index.entry(tag("19")))
@@ -93,36 +94,38 @@ class IndexTests(SynchronousTestCase):
         promised = 0
         with self.assertRaises(BusyError):
             while True:
-                self.index.reserve(Reservation(f"{promised}"), 100 * BLOCK, LIMIT)
+                self.index.reservations.reserve(Reservation(f"{promised}"), 100 * BLOCK, LIMIT)
                 promised += 1
         self.assertEqual(9, promised)
-        self.assertEqual(900 * BLOCK, self.index.unwritten)
+        self.assertEqual(900 * BLOCK, self.index.changes.promised)
         self.go_on()
-        self.assertEqual((0, 900 * BLOCK), (self.index.unwritten, self.index.totals.arriving))
+        self.assertEqual((0, 900 * BLOCK), (self.index.changes.promised, self.index.totals.arriving))
 
     def test_room_that_there_may_not_be_is_waited_for_and_not_for_long(self) -> None:
         """
         A later write reserves nothing, and the next request does not wait at all.
         """
-        self.assertRaises(BusyError, self.index.reserve, Reservation("one"), BLOCK, 2 * BLOCK)
+        self.assertRaises(BusyError, self.index.reservations.reserve, Reservation("one"), BLOCK, 2 * BLOCK)
         before = self.kicks
-        self.assertRaises(BusyError, self.index.reserve, Reservation("two"), BLOCK, 2 * BLOCK)
+        self.assertRaises(BusyError, self.index.reservations.reserve, Reservation("two"), BLOCK, 2 * BLOCK)
         self.assertEqual(before, self.kicks)
         self.go_on()
         self.assertEqual(0, self.index.totals.arriving)
         self.assertEqual([], self.index.arriving())
-        self.assertEqual(0, self.index.reserve(Reservation("three"), BLOCK, LIMIT))
+        self.assertEqual(0, self.index.reservations.reserve(Reservation("three"), BLOCK, LIMIT))
 
     def test_room_that_is_being_promised_when_nobody_waits_any_more_is_given_back(self) -> None:
         making: list[Any] = []
 
         def take() -> None:
-            making.extend(() if making else self.index._take())  # noqa: SLF001
+            making.extend(() if making else self.index.changes._take())  # noqa: SLF001
 
-        self.index.elsewhere = take
-        self.assertRaises(BusyError, self.index.reserve, Reservation("one"), BLOCK, self.index.size + 8 * BLOCK)
+        self.index.changes.wake_writer = take
+        self.assertRaises(
+            BusyError, self.index.reservations.reserve, Reservation("one"), BLOCK, self.index.size + 8 * BLOCK
+        )
         (reserving,) = making
-        self.assertEqual(0, reserving.make(self.index._rows))  # noqa: SLF001
+        self.assertEqual(0, reserving.make(self.index.database.rows))
         self.assertEqual(1, len(self.index.arriving()))
         self.go_on()
         self.assertEqual([], self.index.arriving())
@@ -131,16 +134,16 @@ class IndexTests(SynchronousTestCase):
         """
         A thousand pulls while another process writes for long displace nothing from the queue.
         """
-        self.assertRaises(BusyError, self.index.reserve, Reservation("one"), LIMIT, LIMIT)
+        self.assertRaises(BusyError, self.index.reservations.reserve, Reservation("one"), LIMIT, LIMIT)
         kicks = self.kicks
         for number in range(10):
-            self.assertRaises(BusyError, self.index.reserve, Reservation(f"{number}"), LIMIT, LIMIT)
+            self.assertRaises(BusyError, self.index.reservations.reserve, Reservation(f"{number}"), LIMIT, LIMIT)
         self.assertEqual(kicks, self.kicks)
 
     def test_what_was_forgotten_is_not_told_though_it_is_not_written(self) -> None:
-        self.index.elsewhere = None
+        self.index.changes.wake_writer = None
         self.index.save([(tag(), leads_to(A))])
-        self.index.elsewhere = self.kicked
+        self.index.changes.wake_writer = self.kicked
         self.index.forget_answers(tag(), [ANY], START)
         self.assertIs(None, self.index.entry(tag()))
         self.assertRaises(BusyError, self.index.written, tag())
@@ -153,20 +156,20 @@ class IndexTests(SynchronousTestCase):
             raise ZeroDivisionError
 
         self.index.add(A, 1)
-        self.index._change(fail)  # noqa: SLF001
+        self.index.changes.change(fail)
         self.index.add(B, 1)
-        self.assertRaises(ZeroDivisionError, self.index.catch_up)
-        self.index.catch_up()
+        self.assertRaises(ZeroDivisionError, self.index.changes.flush)
+        self.index.changes.flush()
         self.assertEqual({A, B}, {each.digest for each in self.index.files()})
 
     def test_what_another_process_purged_while_it_waited_is_forgotten(self) -> None:
         other = Index(self.root, lambda: START)
         self.addCleanup(other.close)
         self.index.settle()
-        self.patch(index_module, "_LATE_SECONDS", -1.0)
+        self.patch(write_behind, "_LATE_SECONDS", -1.0)
         self.index.save([(tag(), leads_to(A))])
         other.purge([tag()], [])
-        self.index.catch_up()
+        self.index.changes.flush()
         self.assertTrue(self.index.settle())
         self.go_on()
         self.assertIs(None, self.index.entry(tag()))
@@ -178,14 +181,14 @@ class IndexTests(SynchronousTestCase):
         other = Index(self.root, lambda: START)
         self.addCleanup(other.close)
         self.index.settle()
-        self.patch(index_module, "_LATE_SECONDS", -1.0)
+        self.patch(write_behind, "_LATE_SECONDS", -1.0)
 
         def wait_for_the_purge() -> None:
             self.index.save([(tag(), leads_to(A)), (tag("kept"), leads_to(A))])
             other.purge([tag()], [])
-            self.index.catch_up()
+            self.index.changes.flush()
 
-        waiting = self.patch(self.index, "settle_uses", wait_for_the_purge)
+        waiting = self.patch(self.index.uses, "write", wait_for_the_purge)
         self.assertTrue(self.index.settle())
         waiting.restore()
         self.assertFalse(self.index.settle())
@@ -222,18 +225,18 @@ class IndexTests(SynchronousTestCase):
         self.index.settle()
         other.purge([tag()], [])
         self.assertTrue(self.index.settle())
-        self.patch(index_module, "_LATE_SECONDS", -1.0)
+        self.patch(write_behind, "_LATE_SECONDS", -1.0)
         self.index.save([(tag(), leads_to(B))])
         self.go_on()
         self.index.settle()
         self.assertEqual(leads_to(B), self.index.entry(tag()))
 
     def test_it_evicts_what_was_used_last_though_no_use_is_written(self) -> None:
-        self.index.elsewhere = None
+        self.index.changes.wake_writer = None
         for each in (A, B):
             self.index.add(each, 1)
-        self.index.elsewhere = self.kicked
-        self.index.use(A)
+        self.index.changes.wake_writer = self.kicked
+        self.index.uses.use(A)
         self.assertEqual([B, A], [each.digest for each in self.index.least_recently_used()])
 
 
@@ -247,12 +250,12 @@ class ScribeTests(SynchronousTestCase):
         index = Index(root, lambda: START)
         self.addCleanup(index.close)
         index.open()
-        scribe = Scribe(index, lambda write: threading.Thread(target=write, daemon=True).start())
+        scribe = Scribe(index.changes, lambda write: threading.Thread(target=write, daemon=True).start())
         scribe.startService()
         self.addCleanup(scribe.stopService)
-        index._change(lambda _: 1 // 0)  # noqa: SLF001
+        index.changes.change(lambda _: 1 // 0)
         index.add(A, 1)
-        index.wait()
+        index.changes.wait()
         self.assertEqual([A], [each.digest for each in index.files()])
         self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))
 
@@ -263,11 +266,11 @@ class PullTests(DaemonTestCase):
     """
 
     def hang(self) -> None:
-        self.patch(index_module, "WAIT_SECONDS", 0.0)
-        self.index.elsewhere = lambda: None
+        self.patch(write_behind, "WAIT_SECONDS", 0.0)
+        self.index.changes.wake_writer = lambda: None
 
     def go_on(self) -> None:
-        self.index.elsewhere = None
+        self.index.changes.wake_writer = None
         self.index.settle()
 
     def test_cold_content_is_pulled_and_kept(self) -> None:

@@ -42,7 +42,7 @@ from ecrproxy import __version__, serving, tap
 from ecrproxy.admin.history import History, Sample, merged
 from ecrproxy.admin.kept_history import KeptHistory, told, write
 from ecrproxy.buffers import give_memory_back
-from ecrproxy.cache import index
+from ecrproxy.cache import current_database
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.scrub import Scrub
@@ -612,7 +612,7 @@ class WrongSettingTests(TapCase):
         """
         One process runs on with an index in memory.
         """
-        self.patch(index, "mountinfo", lambda: "1 2 0:3 / / rw - nfs4 server:/x rw")
+        self.patch(current_database, "mountinfo", lambda: "1 2 0:3 / / rw - nfs4 server:/x rw")
         told = f"PROXY_CACHE_DIR={self.environ['PROXY_CACHE_DIR']!r}: {self.environ['PROXY_CACHE_DIR']} is on nfs4"
         self.assert_dies(told, PROXY_WORKER_PROCESSES="2")
         self.run_with(PROXY_WORKER_PROCESSES="1")

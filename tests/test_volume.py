@@ -12,7 +12,7 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.condition import FRESH_SECONDS
-from ecrproxy.cache.index import News
+from ecrproxy.cache.purge_log import News
 from ecrproxy.cache.troubles import QUIET_SECONDS
 from ecrproxy.cache.volume import Volume
 from tests.daemon import DaemonTestCase, noise

@@ -98,7 +98,7 @@ def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
         Reading(CACHE_RESERVED, lambda: index.totals.arriving),
         Reading(CACHE_LIMIT, lambda: janitor.limit),
         Reading(EVICTIONS, lambda: janitor.evicted),
-        Reading(INDEX_BUSY, lambda: index.busy),
+        Reading(INDEX_BUSY, lambda: index.changes.busy),
         Reading(OLDEST_USE, lambda: index.totals.oldest_use),
     ]
 

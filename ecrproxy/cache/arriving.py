@@ -205,7 +205,7 @@ class Arriving:
         except BaseException:
             os.close(fd)
             raise
-        self.directory.index.arrive(claim.reservation, writer.room)  # it may not be counted yet
+        self.directory.index.reservations.arrive(claim.reservation, writer.room)  # it may not be counted yet
         return writer
 
     def _resumable(self, claim: Claim) -> Record | None:
@@ -311,7 +311,7 @@ class Arriving:
             claim.drop()
             return True
         if known is None or not known.written:
-            self.directory.index.arrive(claim.reservation, room_for(record.size), record.when)
+            self.directory.index.reservations.arrive(claim.reservation, room_for(record.size), record.when)
         claim.release()
         return False
 

@@ -130,7 +130,7 @@ class Inventory:
         """
         index = self._store.index
         with contextlib.suppress(OSError):  # the disk is full: the removal makes room
-            index.settle_uses()
+            index.uses.write()
         keys = [key for key in entries if unused_since is None or not self._confirmed_since(key, unused_since)]
         gone, size, used, stuck = list[Digest](), 0, len(entries) - len(keys), 0
         for digest in content:
@@ -190,7 +190,7 @@ class Inventory:
         if verdict == "good":
             if (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size):
                 self._store.proofs.note(digest, after, good=True)
-                self._store.index.verified(digest)
+                self._store.index.uses.verified(digest)
         elif keep:
             self._store.proofs.note(digest, after, good=False)
         else:

@@ -120,7 +120,7 @@ class Janitor(Service):
         Return the bytes of disk that the cache takes, including the index and arriving files.
         """
         index = self._store.index
-        return index.totals.blocks + index.totals.arriving + index.unwritten + index.size
+        return index.totals.blocks + index.totals.arriving + index.changes.promised + index.size
 
     def fits(self, size: int) -> bool:
         """
@@ -151,7 +151,7 @@ class Janitor(Service):
         Return True if L{make_room} will not have to wait for the index.
         """
         index = self._store.index
-        return index.elsewhere is None or index.has_plenty(on_disk(size), self.limit)
+        return index.changes.wake_writer is None or index.reservations.has_plenty(on_disk(size), self.limit)
 
     async def reserve(self, what: Reservation, size: int) -> bool:
         """
@@ -222,7 +222,7 @@ class Janitor(Service):
         index = self._store.index
         index.refresh()
         self._look_again()
-        own = index.promised(what) if what else 0
+        own = index.reservations.promised(what) if what else 0
         excess = self.held - own + on_disk(size) - self.limit
         awaited = max(0, self.held - own + sum(self._awaited.values()) - self.limit)
         if excess <= 0 and awaited <= 0:
@@ -236,11 +236,13 @@ class Janitor(Service):
         if chosen is None or (excess > 0 and not chosen):
             return False
         self._evict(chosen)
-        index.wait()  # otherwise they are still counted
+        index.changes.wait()  # otherwise they are still counted
         return True
 
     def _excess(self, what: Reservation | None, size: int) -> int:
-        return self._store.index.reserve(what, size, self.limit) if what else max(0, self.held - self.limit)
+        return (
+            self._store.index.reservations.reserve(what, size, self.limit) if what else max(0, self.held - self.limit)
+        )
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -286,7 +288,7 @@ class Janitor(Service):
         else:  # all of these are open, or can't be removed
             return False
         with contextlib.suppress(OSError):
-            self._store.index.wait()  # else files still counted would be taken for room
+            self._store.index.changes.wait()  # else files still counted would be taken for room
         if by_number:
             log.warn(
                 "The cache's disk has no inodes left: evicted {count} files;"
@@ -331,7 +333,7 @@ class Janitor(Service):
         if isinstance(each.what, Reservation):
             self._store.index.pass_over(each.what)
         else:
-            self._store.index.use(each.what)
+            self._store.index.uses.use(each.what)
 
     def _look_again(self) -> None:
         """

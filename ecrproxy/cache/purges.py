@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from twisted.application.service import Service
 
-from ecrproxy.cache.index import News
+from ecrproxy.cache.purge_log import News
 from ecrproxy.periodic import Periodic
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from twisted.application.service import Service
 from twisted.logger import Logger
 
 if TYPE_CHECKING:
-    from ecrproxy.cache.index import Index
+    from ecrproxy.cache.write_behind import WriteBehind
 
 log = Logger()
 
@@ -27,17 +27,17 @@ class Scribe(Service):
     @param post: runs a function in a thread; may be called from any thread.
     """
 
-    def __init__(self, index: Index, post: Callable[[Callable[[], None]], None]) -> None:
-        self._index, self._post = index, post
+    def __init__(self, changes: WriteBehind, post: Callable[[Callable[[], None]], None]) -> None:
+        self._changes, self._post = changes, post
         self._lock, self._at_work, self._again = threading.Lock(), False, False
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
-        self._index.elsewhere = self._begin
+        self._changes.wake_writer = self._begin
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        self._index.elsewhere = None
+        self._changes.wake_writer = None
 
     def _begin(self) -> None:
         with self._lock:
@@ -52,7 +52,7 @@ class Scribe(Service):
         more = True
         while more:
             try:
-                self._index.catch_up()
+                self._changes.flush()
             except Exception:  # noqa: BLE001 (if one change fails, those behind it must still be made)
                 log.failure("Writing the cache's index")
                 self._again = True

@@ -213,10 +213,10 @@ class Scrub(Service):
         Return True unless a scan has started recently, and after everything that this process knows of.
         """
         index, now = self._store.index, self._clock.seconds()
-        if index.opened != self._opened:
-            self._opened, self._since, self._rest = index.opened, now, float("-inf")
+        if index.database.opened != self._opened:
+            self._opened, self._since, self._rest = index.database.opened, now, float("-inf")
         age, mine = self._store.now() - index.totals.compared, now - self._since
-        together = TOGETHER_SECONDS if index.shared else 0
+        together = TOGETHER_SECONDS if index.database.shared else 0
         return now >= self._rest and not 0 <= age < min(PAUSE_SECONDS, mine + together)
 
     def _work(self) -> bool:
@@ -225,9 +225,9 @@ class Scrub(Service):
         """
         index = self._store.index
         index.open()
-        if self._steps is None or index.opened != self._opened:
+        if self._steps is None or index.database.opened != self._opened:
             self._end()
-            if index.shared and not self._turn.take():
+            if index.database.shared and not self._turn.take():
                 return False
             index.refresh()  # another process may have just finished its turn
             if not self._is_due():

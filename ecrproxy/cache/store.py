@@ -415,7 +415,7 @@ class Store:
                 self.troubles.failed(TroubleKind.READ, problem)
             return None
         if found is None:
-            self.index.gone(digest)
+            self.index.uses.gone(digest)
             return None
         self.troubles.succeeded(TroubleKind.READ)
         file, status = found
@@ -429,7 +429,7 @@ class Store:
             return None
         if verdict or is_marked(status):  # otherwise the mark would hide a modification
             self.mark(file.fd)
-        self.index.use(digest)
+        self.index.uses.use(digest)
         return Content(self, digest, file, status)
 
     def _opened_file(self, digest: Digest, path: str) -> tuple[OpenFile, os.stat_result] | None:
@@ -478,7 +478,7 @@ class Store:
         """
         self.proofs.note(digest, status, good=True)
         self.mark(fd)
-        self.index.verified(digest)
+        self.index.uses.verified(digest)
 
     def drop(self, digest: Digest, status: os.stat_result, why: Exception) -> None:
         """

@@ -53,7 +53,7 @@ def take_over(root: Path, index: Index) -> Iterator[int]:
     if not folder.is_dir():
         return
     index.open()
-    opened, imported, dropped = index.opened, 0, 0
+    opened, imported, dropped = index.database.opened, 0, 0
     for batch in _batches(folder):
         some = [each for each in batch if each.is_file()]  # another process may have been faster
         count = _import(index, some)
@@ -61,7 +61,7 @@ def take_over(root: Path, index: Index) -> Iterator[int]:
             return
         imported, dropped = imported + count, dropped + len(some) - count
         yield count
-    if not index.lasts or index.opened != opened:
+    if not index.database.lasts or index.database.opened != opened:
         return
     for path in (*folder.glob("*"), folder):
         with contextlib.suppress(OSError):
@@ -117,7 +117,11 @@ def _import(index: Index, paths: Sequence[Path]) -> int | None:
     @return: the number of entries; None if they can't be written.
     """
     index.open()
-    opened, entries, files = index.opened, list[tuple[EntryKey, Entry]](), defaultdict[EntryKey, list[Path]](list)
+    opened, entries, files = (
+        index.database.opened,
+        list[tuple[EntryKey, Entry]](),
+        defaultdict[EntryKey, list[Path]](list),
+    )
     for path in paths:
         if (found := _read(path)) is not None:
             entries.append(found)
@@ -129,12 +133,12 @@ def _import(index: Index, paths: Sequence[Path]) -> int | None:
         lambda key: any(map(os.path.exists, files[key])),
     )
     try:
-        index.wait()
+        index.changes.wait()
     except OSError:  # another process is writing, or the disk is full
         return None
     if not saved:
         return None
-    if index.lasts and index.opened == opened:
+    if index.database.lasts and index.database.opened == opened:
         _remove(paths)
     return len(entries)
 

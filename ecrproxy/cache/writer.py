@@ -396,7 +396,7 @@ class Writer:
         if self.size < WORTH_RESUMING or left is None or not left.there:
             self.give_up()
             return
-        self._directory.index.arrive(self._claim.reservation, self.room, self._directory.now())
+        self._directory.index.reservations.arrive(self._claim.reservation, self.room, self._directory.now())
         with self._guard:
             self._let_go = True
             self._close_unused()
