@@ -24,6 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from twisted.application.service import Service
 
+from ecrproxy.askers import Askers
 from ecrproxy.failures import Failures
 from ecrproxy.ranking import Ranking
 
@@ -106,9 +107,11 @@ class Served:
     @ivar requests: requests by route, method, status, cache status and registry.
     @ivar saved: bytes served from the cache, by repository.
     @ivar failed: failed requests.
+    @ivar askers: the latest clients of each repository.
     """
 
     failed: Failures
+    askers: Askers
     requests: Tally = field(default_factory=Tally)
     saved: Ranking = field(default_factory=Ranking)
 
@@ -177,7 +180,7 @@ class Figures(Collector):
         self, version: str, workers: Callable[[], Iterable[int]] = tuple, now: Callable[[], float] = time.time
     ) -> None:
         self.version = version
-        self.served, self.upstream = Served(Failures(now)), Tally()
+        self.served, self.upstream = Served(Failures(now), Askers(now)), Tally()
         self._readings: list[Reading] = []
         self._registry = CollectorRegistry()
         for collector in (self, Processes(workers), PLATFORM_COLLECTOR):

@@ -51,6 +51,13 @@ class Ranking:
             :count
         ]
 
+    def of(self, name: str) -> Saved | None:
+        """
+        Return the row of a name, if it has one.
+        """
+        row = self._rows.get(name)
+        return None if row is None else (name, *row)
+
     def take(self) -> list[Saved]:
         """
         Return and remove all rows.

@@ -25,6 +25,7 @@ from ecrproxy import __version__
 from ecrproxy.access.clients import Admission
 from ecrproxy.admin.announcing import Announcing, settings_lines
 from ecrproxy.admin.api import Api
+from ecrproxy.admin.contents import ContentsView
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.kept_history import KeptHistory, read
 from ecrproxy.admin.port import Metrics, make_admin_site, make_metrics_site
@@ -34,6 +35,7 @@ from ecrproxy.admin.readings import (
 )
 from ecrproxy.admin.snapshot import Standing
 from ecrproxy.admin.status import Status
+from ecrproxy.cache.contents import Contents
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
@@ -53,11 +55,13 @@ from ecrproxy.daemon.tls import Loaded
 from ecrproxy.files import FileReader
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.site import RegistrySite
+from ecrproxy.identity import Repository
 from ecrproxy.logs.shapes import PRIORITIES, as_json
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
 from ecrproxy.metrics import Figures, Gathered, Row
 from ecrproxy.otel import complaint
 from ecrproxy.readiness import Readiness
+from ecrproxy.registries import Registries
 from ecrproxy.registry.aws import CredentialsError
 from ecrproxy.registry.egress import Egress
 from ecrproxy.registry.proxy_variables import for_botocore
@@ -408,7 +412,8 @@ def _status(
     """
     root, now, writing = Path(config.cache_dir), time.time, service.pools.threads(1)
     history = read(root, now())
-    status = Status(config.ecr_endpoint, figures, readiness, standing, incidents, now, reactor, history=history)
+    ask, called = (readiness, standing), _called(config)
+    status = Status(config.ecr_endpoint, figures, *ask, incidents, now, reactor, called, history=history)
     service.add(*status.services, KeptHistory(root, history, now, writing.call, reactor))
     return status
 
@@ -506,9 +511,11 @@ def _operators(
     if named is None:
         return found
     listing, hashing = service.pools.threads(1, yielding=False), service.pools.threads(1)
-    api = Api(Inventory(store), purged, listing.call, hashing.call, reactor)
+    inventory = Inventory(store)
+    view = ContentsView(Contents(store, inventory), status, listing.call)
+    api = Api(inventory, purged, listing.call, hashing.call, reactor)
     hosts = {socket.gethostname().lower(), *(config.admin_hosts or ())}
-    site = make_admin_site(metrics, ready, status, api, reactor, frozenset(hosts))
+    site = make_admin_site(metrics, ready, status, view, api, reactor, frozenset(hosts))
     needed = str(config.admin_listen) != ADMIN_LISTEN
     return [*found, Listening(*named, site, needed=needed, gate=Gate(reactor))]
 
@@ -525,7 +532,7 @@ def _use(serving: Serving, status: Status, settings: Settings) -> None:
     Use the registries of new settings for new requests.
     """
     serving.use(settings.config)
-    status.registry = settings.config.ecr_endpoint
+    status.registry, status.called = settings.config.ecr_endpoint, _called(settings.config)
 
 
 def _have_used(workers: Workers, status: Status, settings: Settings) -> None:
@@ -534,7 +541,14 @@ def _have_used(workers: Workers, status: Status, settings: Settings) -> None:
     """
     workers.variables = for_worker(settings.file)
     workers.tell(Reload.of(about_registries(settings.file)))
-    status.registry = settings.config.ecr_endpoint
+    status.registry, status.called = settings.config.ecr_endpoint, _called(settings.config)
+
+
+def _called(config: Config) -> Callable[[Repository], str]:
+    """
+    Return a function that returns the display names of repositories.
+    """
+    return Registries(config.registries, config.registry_aliases or ()).called
 
 
 def _configuration(reloading: Reloading, in_thread: InThread, reactor: Any) -> FileReader:  # noqa: ANN401

@@ -44,6 +44,7 @@ from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.api import Api
+from ecrproxy.admin.contents import ContentsView
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import Metrics, make_admin_site, make_metrics_site
 from ecrproxy.admin.readings import of_cache, of_clients, of_disk, of_registries, of_transfers
@@ -52,6 +53,7 @@ from ecrproxy.admin.status import Asking, Process, Status
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.condition import Condition
+from ecrproxy.cache.contents import Contents
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import Index
 from ecrproxy.cache.inventory import Inventory
@@ -747,15 +749,18 @@ class Daemon(Administered):
         )
         incidents = Incidents(self.now)
         self.status = Status(
-            standin.registry, self.figures, self.readiness, self.process.standing, incidents, self.now, clock
+            *(standin.registry, self.figures, self.readiness, self.process.standing, incidents, self.now, clock),
+            self.worlds.called,
         )
         # Separate, so that tests which count or hold calls in threads see only their own.
         # At once: tests that count or hold calls in threads mean other calls.
         self.purges = Purges(self.store.index, self.cache.forget_purged, at_once, clock)
-        api = Api(Inventory(self.store), self.purges.look, in_thread, in_thread, clock)
+        inventory = Inventory(self.store)
+        api = Api(inventory, self.purges.look, in_thread, in_thread, clock)
+        view = ContentsView(Contents(self.store, inventory), self.status, in_thread)
         metrics = Metrics(self.figures, self.readiness)
         self.scraped = Network(make_metrics_site(metrics, ready, clock), clock)
-        self.admin = Network(make_admin_site(metrics, ready, self.status, api, clock, admin_hosts), clock)
+        self.admin = Network(make_admin_site(metrics, ready, self.status, view, api, clock, admin_hosts), clock)
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)
         self.replies: list[Reply | Raw] = []

@@ -17,10 +17,12 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from ecrproxy.admin.api import Api
+from ecrproxy.admin.contents import ContentsView
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import Metrics, make_admin_site
 from ecrproxy.admin.readings import FIGURES
 from ecrproxy.admin.status import Status
+from ecrproxy.cache.contents import Contents
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.http.answering import Ready
 from ecrproxy.metrics import Figures, Gathered
@@ -167,12 +169,16 @@ class Several(Administered):
         reactor = self.machine
         self.workers = Workers(count, [], [], {}, self.gathered, counted, self.refusals.append, reactor, drain=20)
         ask = self.workers.readiness, self.workers.standing
-        self.status = Status(standin.registry, figures, *ask, self.incidents, now, self.clock)
+        self.status = Status(
+            standin.registry, figures, *ask, self.incidents, now, self.clock, case.daemon.worlds.called
+        )
         figures.watch(*self.gathered.readings())
-        api = Api(Inventory(case.daemon.store), case.daemon.purges.look, at_once, at_once, self.clock)
+        inventory = Inventory(case.daemon.store)
+        api = Api(inventory, case.daemon.purges.look, at_once, at_once, self.clock)
+        view = ContentsView(Contents(case.daemon.store, inventory), self.status, at_once)
         ready = Ready(self.workers.readiness)
         metrics = Metrics(figures, self.workers.readiness, self.workers.gather)
-        site = make_admin_site(metrics, ready, self.status, api, self.clock)
+        site = make_admin_site(metrics, ready, self.status, view, api, self.clock)
         self.admin = Network(site, self.clock)
         self.status.services[1].startService()
         self.workers.startService()

@@ -24,8 +24,8 @@ from ecrproxy.registry.ecr import Token
 from ecrproxy.registry.race import SLOW_SECONDS
 from ecrproxy.settings.registry_table import Protocol, RegistryTable
 from tests.daemon import MIB, DaemonTestCase, Reply, noise
+from tests.markup import Node, Reader
 from tests.registry import StandIn
-from tests.test_page import Node, Reader
 
 ONE = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 TWO = "444455556666.dkr.ecr.us-east-1.amazonaws.com"

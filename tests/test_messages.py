@@ -47,8 +47,16 @@ from ecrproxy.workers.messages import (
 
 ROW = ("blob", "GET", "200", "HIT", "one.test"), 1, 300, 0.5, (0,) * (len(BUCKETS) + 1)
 INCIDENT = (1000.5, "warn", "the disk fails", 3, "kind", "once")
+ASKED = "team/app", "192.0.2.7", "v1", 1001.5, 3
 FAILED = "/v2/team/app/manifests/1", 502, "upstream-failed", 1000.5, 1001.5, 3, "192.0.2.7"
-COUNTED = Counted((ROW,), ((("bucket", "206", "one.test"), *ROW[1:]),), (("team/app", 300, 1),), (FAILED,), (INCIDENT,))  # type: ignore[arg-type]
+COUNTED = Counted(
+    (ROW,),
+    ((("bucket", "206", "one.test"), *ROW[1:]),),
+    (("team/app", 300, 1),),
+    (FAILED,),
+    (ASKED,),
+    (INCIDENT,),  # type: ignore[arg-type]
+)
 STANDING = Standing(
     Readiness(can_serve=True, can_fetch=False, reasons=("no token: denied",)),
     Fill(10, 20, 30, 2, 1, (Leaving("unfinished", "sha256:1", 5, 6.5), Leaving("content", "sha256:0", 5, 7.5))),
@@ -110,7 +118,7 @@ class MessagesTests(SynchronousTestCase):
         tally = Tally()
         tally.note(("blob", "GET", "200", "HIT", "one.test"), 0.25, 5)
         rows = tuple(tally.take())
-        told = decode(encode(Counted(rows, (), (), (), ())), FromWorker)  # type: ignore[arg-type]
+        told = decode(encode(Counted(rows, (), (), (), (), ())), FromWorker)  # type: ignore[arg-type]
         sums = Tally()
         sums.add(told.requests)
         self.assertEqual(rows, tuple(sums.rows()))
@@ -188,6 +196,7 @@ class MessagesTests(SynchronousTestCase):
                 (),
                 ((odd, count, count),),
                 ((odd, count, odd, number, number, count, odd),),
+                ((odd, odd, odd, number, count),),
                 ((number, "warn", odd, count, odd, odd),),
             ),
         ):

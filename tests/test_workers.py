@@ -436,7 +436,7 @@ class ChannelTests(WorkersTestCase):
             process.tell(Listens())
 
     def test_counts_and_refusals_are_handed_on(self) -> None:
-        counted = Counted((), (), (("team/app", 5, 1),), (), ())
+        counted = Counted((), (), (("team/app", 5, 1),), (), (), ())
         self.reactor.spawned[1].tell(counted)
         self.reactor.spawned[2].tell(Refused("no credentials"))
         self.assertEqual(([counted], ["no credentials"]), (self.counted, self.refused))
@@ -447,7 +447,7 @@ class ChannelTests(WorkersTestCase):
         """
         for at, nonsense in enumerate((b'["Counted",{}]', b"\xff", b"[" * 5000)):
             process = self.reactor.running[0]
-            after = encode(Counted((), (), (), (), ()))
+            after = encode(Counted((), (), (), (), (), ()))
             process.channel.dataReceived(b"".join(len(each).to_bytes(4, "big") + each for each in (nonsense, after)))
             self.assertFalse(process.channel.connected)
             self.reactor.advance(END_SECONDS)
@@ -478,7 +478,7 @@ class ChannelTests(WorkersTestCase):
         for _ in range(SILENT_SECONDS):
             self.assertEqual([], silent.signals)
             for process in others:
-                process.tell(Counted((), (), (), (), ()))
+                process.tell(Counted((), (), (), (), (), ()))
             self.reactor.advance(1)
         self.assertEqual([["KILL"], [], []], [process.signals for process in self.reactor.spawned])
         self.reactor.advance(10 * SILENT_SECONDS)
@@ -527,14 +527,14 @@ class ChannelTests(WorkersTestCase):
         for _ in range(STILL_SECONDS):
             self.reactor.advance(1)
             for process in others:
-                process.tell(Counted((), (), (), (), ()))
+                process.tell(Counted((), (), (), (), (), ()))
         for running, missing in ((others, ("1 of 3 worker processes do not answer",)), (self.reactor.spawned, ())):
             asked = Deferred.fromCoroutine(self.workers.readiness())
             for process in running:
                 well = Readiness(can_serve=True, can_fetch=True, reasons=())
                 process.tell(ReadinessTold(process.told()[-1].number, well))
             self.assertEqual(missing, self.successResultOf(asked).reasons)
-            still.tell(Counted((), (), (), (), ()))
+            still.tell(Counted((), (), (), (), (), ()))
 
     def test_an_answer_of_another_kind_is_none(self) -> None:
         asked = Deferred.fromCoroutine(self.workers.gather())

@@ -39,21 +39,17 @@ def part(name: str) -> bytes:
     return resources.files(__package__).joinpath(name).read_bytes()
 
 
-class Page(Element):
+class Filled(Element):
     """
-    The page of the daemon, or of one of its registries.
-
-    @param whole: True for the page of the daemon.
+    A template with its values and rows.
 
     In the template, C{values} fills in single values. A table row is named after what it lists, and is repeated for
     each item; C{with_} or C{without_} before that name marks elements shown only if there are items, or none.
     """
 
-    loader = XMLString(part("page.xml"))
-
-    def __init__(self, snapshot: Snapshot, *, whole: bool = True) -> None:
+    def __init__(self, values: Values, rows: Mapping[str, Sequence[Values]]) -> None:
         super().__init__()
-        self._values, self._rows = values_of(snapshot), {**rows_of(snapshot), "whole": [{}] if whole else []}
+        self._values, self._rows = values, rows
 
     def lookupRenderMethod(self, name: str) -> Callable[[Any, Tag], Flattenable]:
         """
@@ -71,6 +67,19 @@ class Page(Element):
         return fill
 
 
+class Page(Filled):
+    """
+    The page of the daemon, or of one of its registries.
+
+    @param whole: True for the page of the daemon.
+    """
+
+    loader = XMLString(part("page.xml"))
+
+    def __init__(self, snapshot: Snapshot, *, whole: bool = True) -> None:
+        super().__init__(values_of(snapshot), {**rows_of(snapshot), "whole": [{}] if whole else []})
+
+
 def health(snapshot: Snapshot) -> tuple[str, str]:
     """
     Return the daemon's status as a level and a few words.
@@ -78,7 +87,7 @@ def health(snapshot: Snapshot) -> tuple[str, str]:
     if not snapshot.can_serve:
         return "bad", "Not ready"
     lately = snapshot.lately
-    failed = f"{_many(lately.failed, 'request', 'requests')} failed in the last {-(-lately.seconds // 60)} min"
+    failed = f"{many(lately.failed, 'request', 'requests')} failed in the last {-(-lately.seconds // 60)} min"
     if not snapshot.can_fetch:
         words = "Can't fetch from upstream, serves what is cached"
         return "warn", f"{words}; {failed}" if lately.failed else words
@@ -100,7 +109,7 @@ def values_of(snapshot: Snapshot) -> Values:
         "stamp": stamp(snapshot.when),
         "moment": moment(snapshot.when),
         "transfers": f"{len(snapshot.transfers)}",
-        "followers": _many(sum(each.followers for each in snapshot.transfers), "client", "clients"),
+        "followers": many(sum(each.followers for each in snapshot.transfers), "client", "clients"),
         **_daemon(snapshot.host, snapshot.clients),
         **_traffic(snapshot),
         **_cache(snapshot),
@@ -114,7 +123,7 @@ def _daemon(host: str, clients: Clients) -> Values:
         "machine": clean(host),
         "processes": f"{clients.processes:,}",
         "connected": f"{clients.connected:,}{limit}",
-        "being_sent": _many(clients.sending, "answer", "answers"),
+        "being_sent": many(clients.sending, "answer", "answers"),
         "stall": f"{clients.stall * 1000:,.0f} ms",
     }
 
@@ -171,7 +180,7 @@ def _ecr(snapshot: Snapshot) -> Values:
     return {
         "fetches": "yes" if snapshot.can_fetch else "no",
         "fetches_level": "ok" if snapshot.can_fetch else "bad",
-        "circuit": upstream.circuit + (f", {_many(alone, 'repository', 'repositories')} left alone" if alone else ""),
+        "circuit": upstream.circuit + (f", {many(alone, 'repository', 'repositories')} left alone" if alone else ""),
         "circuit_level": "warn" if alone and level == "ok" else level,
         "answered": "never yet" if answered is None else ago(answered),
         "retries": f"{upstream.retries:,}",
@@ -326,5 +335,8 @@ def _outcomes(host: str, outcomes: Mapping[str, int]) -> Values:
     }
 
 
-def _many(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one if count == 1 else many}"
+def many(count: int, one: str, several: str) -> str:
+    """
+    Format a number of things.
+    """
+    return f"{count:,} {one if count == 1 else several}"

@@ -25,6 +25,7 @@ from twisted.web.template import flattenString
 from ecrproxy.access.browsers import has_no_dot, is_ours
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.admin.api import BODY_LIMIT
+from ecrproxy.admin.contents_page import PATH as CONTENTS
 from ecrproxy.admin.history import SCALES, Scale
 from ecrproxy.admin.page import DOCTYPE, Page, part
 from ecrproxy.admin.readings import of_readiness
@@ -45,6 +46,7 @@ TEXT_FORMAT: Final = "text/plain; version=0.0.4; charset=utf-8"
 PARTS: Final = {
     "style.css": "text/css; charset=utf-8",
     "script.js": "text/javascript; charset=utf-8",
+    "contents.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
 API: Final = b"api"
@@ -226,6 +228,7 @@ def make_admin_site(
     metrics: Metrics,
     ready: Resource,
     status: Status,
+    contents: Resource,
     api: Resource,
     reactor: Any,  # noqa: ANN401
     hosts: frozenset[str] = frozenset(),
@@ -235,6 +238,7 @@ def make_admin_site(
 
     @param ready: answers /readyz.
     @param status: source of the page and of /status.json.
+    @param contents: answers /contents.
     @param api: answers below /api/.
     @param hosts: accepted names, in addition to those that are always accepted.
     """
@@ -246,6 +250,7 @@ def make_admin_site(
     root.putChild(b"status.json", Document(status))
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)
+    root.putChild(CONTENTS.encode(), contents)
     root.putChild(API, api)
     return OperatorsSite(root, reactor, _crowd(OperatorsSite.NAME), headers=HEADERS)
 

@@ -165,6 +165,7 @@ class Status:
     @ivar now: returns seconds since the epoch.
     @ivar clock: the clock of timers.
     @ivar host: the name of the machine or pod.
+    @ivar called: returns a repository's display name.
     @ivar history: recent traffic, including before the start.
     @ivar services: background parts that collect data for snapshots.
     """
@@ -176,6 +177,7 @@ class Status:
     incidents: Incidents
     now: Callable[[], float]
     clock: IReactorTime
+    called: Callable[[Repository], str]
     host: str = field(default_factory=socket.gethostname)
     history: History = field(default_factory=History)
 

@@ -147,8 +147,9 @@ class EntryRows(Database):
             yield from self._tags(number, RegistryId(as_text(registry)), as_text(name))
             yield from self._held(number, RegistryId(as_text(registry)), as_text(name))
 
-    def _tags(self, repository: int, registry: RegistryId, name: str) -> Iterator[tuple[EntryKey, Entry, float]]:
-        last = "", "", ""
+    def _tags(
+        self, repository: int, registry: RegistryId, name: str, last: tuple[str, str, str] = ("", "", "")
+    ) -> Iterator[tuple[EntryKey, Entry, float]]:
         while rows := self._query(
             "SELECT tag, variant, accepts, digest, media_type, size, confirmed FROM tag"
             " WHERE repository = ? AND (tag, variant, accepts) > (?, ?, ?) ORDER BY tag, variant, accepts LIMIT ?",
@@ -163,8 +164,9 @@ class EntryRows(Database):
                 key = EntryKey(registry, Kind.MANIFEST, name, as_text(tag), as_text(variant))
                 yield key, entry, max(row[6] for row in answers) / 1e6
 
-    def _held(self, repository: int, registry: RegistryId, name: str) -> Iterator[tuple[EntryKey, Entry, float]]:
-        last: tuple[object, ...] = b"", -1, ""
+    def _held(
+        self, repository: int, registry: RegistryId, name: str, last: tuple[object, ...] = (b"", -1, "")
+    ) -> Iterator[tuple[EntryKey, Entry, float]]:
         while rows := self._query(
             "SELECT holds.digest, kind, variant, media_type, holds.size, confirmed, manifest, coalesce(used, 0)"
             " FROM holds LEFT JOIN content ON content.digest = holds.digest"

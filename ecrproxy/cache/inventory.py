@@ -106,10 +106,13 @@ class Inventory:
     def _told(self, kind: Kind, descriptor: Descriptor) -> Document:
         told: Document = {"digest": str(descriptor.digest), "mediaType": descriptor.media_type}
         if kind is Kind.MANIFEST:
-            told["lists"] = sorted({str(each.digest) for _, each in self._listed(descriptor)})
+            told["lists"] = sorted({str(each.digest) for _, each in self.lists(descriptor)})
         return told
 
-    def _listed(self, descriptor: Descriptor) -> Iterable[tuple[Kind, Descriptor]]:
+    def lists(self, descriptor: Descriptor) -> Sequence[tuple[Kind, Descriptor]]:
+        """
+        Read what a manifest lists; nothing if it is not in the cache, or no manifest.
+        """
         if descriptor.size > MANIFEST_LIMIT:
             return []
         path = self._store.root / self._store.content_path(descriptor.digest)

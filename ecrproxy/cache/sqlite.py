@@ -30,8 +30,9 @@ from ecrproxy.cache.cells import (
 )
 from ecrproxy.cache.database import connect, errors_explained
 from ecrproxy.cache.entries import EntryKey
-from ecrproxy.cache.entry_rows import PAGE, EntryRows
+from ecrproxy.cache.entry_rows import PAGE
 from ecrproxy.cache.record import Reservation, Reserved
+from ecrproxy.cache.repository_rows import RepositoryRows
 from ecrproxy.oci import Digest
 
 PURGES: Final = 10_000
@@ -42,7 +43,7 @@ _TRUE_TOTALS: Final = (
 )
 
 
-class Rows(EntryRows):
+class Rows(RepositoryRows):
     """
     One database with all of its rows.
     """

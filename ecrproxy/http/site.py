@@ -269,6 +269,8 @@ class RegistrySite(Site):
             self._served.requests.note(kind, seconds, size)
             if cache in SAVING and size and repository:
                 self._served.saved.note(repository, size)
+            if kind[0] == "manifest" and repository and status < HTTPStatus.BAD_REQUEST:
+                self._served.askers.note(repository, client, path.rpartition("/")[2])
             if status >= HTTPStatus.INTERNAL_SERVER_ERROR and kind[0] in ROUTES:
                 # A client that was not admitted must not put its own words there, nor fill the table.
                 self._served.failed.note(path if repository else NOBODYS, status, reason, client)

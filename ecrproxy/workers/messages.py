@@ -64,6 +64,7 @@ class Counted:
     @ivar upstream: requests to registries and buckets.
     @ivar saved: repositories, the bytes saved, and in how many responses.
     @ivar failed: failures, as in L{failures.Failed}.
+    @ivar asked: requests for manifests, as in L{askers.Asked} after the repository.
     @ivar incidents: time, level, text, count, and the two parts of its kind.
     """
 
@@ -71,6 +72,7 @@ class Counted:
     upstream: tuple[Counts, ...]
     saved: tuple[tuple[str, int, int], ...]
     failed: tuple[tuple[str, int, str, float, float, int, str], ...]
+    asked: tuple[tuple[str, str, str, float, int], ...]
     incidents: tuple[tuple[float, Literal["warn", "error", "critical"], str, int, str, str], ...]
 
     def __post_init__(self) -> None:

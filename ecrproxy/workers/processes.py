@@ -250,6 +250,7 @@ def add_up(figures: Figures, incidents: Incidents, counted: Counted) -> None:
     figures.served.requests.add(counted.requests)
     figures.served.saved.add(counted.saved)
     figures.served.failed.add(counted.failed)
+    figures.served.askers.add(counted.asked)
     figures.upstream.add(counted.upstream)
     incidents.add(counted.incidents)
 

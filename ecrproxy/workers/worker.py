@@ -100,14 +100,15 @@ class Reports(Service):
             return
         served = self._figures.served
         requests, upstream = served.requests.take(), self._figures.upstream.take()
-        once = tuple(served.saved.take()), tuple(served.failed.take()), tuple(self._incidents.take())
+        shown = tuple(served.saved.take()), tuple(served.failed.take()), tuple(served.askers.take())
+        once = *shown, tuple(self._incidents.take())
         while True:
             told, requests = requests[:TOGETHER], requests[TOGETHER:]
             asked, upstream = upstream[:TOGETHER], upstream[TOGETHER:]
             self._channel.tell(Counted(tuple(told), tuple(asked), *once))  # type: ignore[arg-type]
             if not (requests or upstream):
                 break
-            once = (), (), ()
+            once = (), (), (), ()
 
     def _heard(self, message: FromParent) -> None:
         if isinstance(message, Question):

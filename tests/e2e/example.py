@@ -187,7 +187,7 @@ def main() -> None:
     reactor = cast(Any, global_reactor)
     status = cast("Status", Example())
     metrics = Metrics(Figures("1.0.0"), status.readiness)
-    site = make_admin_site(metrics, Resource(), status, Resource(), reactor)
+    site = make_admin_site(metrics, Resource(), status, Resource(), Resource(), reactor)
     reactor.listenTCP(int(sys.argv[1]), site, interface="127.0.0.1")
     reactor.run()
 
