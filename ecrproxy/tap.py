@@ -40,6 +40,7 @@ from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
+from ecrproxy.cache.upkeep import Upkeep
 from ecrproxy.cores import usable_cores
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Drain, Signals
@@ -512,8 +513,10 @@ def _operators(
         return found
     listing, hashing = service.pools.threads(1, yielding=False), service.pools.threads(1)
     inventory = Inventory(store)
-    view = ContentsView(Contents(store, inventory), status, listing.call)
-    api = Api(inventory, purged, listing.call, hashing.call, reactor)
+    contents = Contents(store, inventory)
+    upkeep = Upkeep(store, inventory, contents, time.time)
+    api = Api(inventory, upkeep, purged, listing.call, hashing.call, reactor)
+    view = ContentsView(contents, status, listing.call)
     hosts = {socket.gethostname().lower(), *(config.admin_hosts or ())}
     site = make_admin_site(metrics, ready, status, view, api, reactor, frozenset(hosts))
     needed = str(config.admin_listen) != ADMIN_LISTEN

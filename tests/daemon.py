@@ -62,6 +62,7 @@ from ecrproxy.cache.kept_open import KeptOpen
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
+from ecrproxy.cache.upkeep import Upkeep
 from ecrproxy.cached import Cache
 from ecrproxy.catalog import Catalog
 from ecrproxy.http.access_log import AccessLog
@@ -756,8 +757,10 @@ class Daemon(Administered):
         # At once: tests that count or hold calls in threads mean other calls.
         self.purges = Purges(self.store.index, self.cache.forget_purged, at_once, clock)
         inventory = Inventory(self.store)
-        api = Api(inventory, self.purges.look, in_thread, in_thread, clock)
-        view = ContentsView(Contents(self.store, inventory), self.status, in_thread)
+        contents = Contents(self.store, inventory)
+        upkeep = Upkeep(self.store, inventory, contents, self.now)
+        api = Api(inventory, upkeep, self.purges.look, in_thread, in_thread, clock)
+        view = ContentsView(contents, self.status, in_thread)
         metrics = Metrics(self.figures, self.readiness)
         self.scraped = Network(make_metrics_site(metrics, ready, clock), clock)
         self.admin = Network(make_admin_site(metrics, ready, self.status, view, api, clock, admin_hosts), clock)

@@ -24,6 +24,7 @@ from ecrproxy.admin.readings import FIGURES
 from ecrproxy.admin.status import Status
 from ecrproxy.cache.contents import Contents
 from ecrproxy.cache.inventory import Inventory
+from ecrproxy.cache.upkeep import Upkeep
 from ecrproxy.http.answering import Ready
 from ecrproxy.metrics import Figures, Gathered
 from ecrproxy.workers.channel import Channel
@@ -174,8 +175,11 @@ class Several(Administered):
         )
         figures.watch(*self.gathered.readings())
         inventory = Inventory(case.daemon.store)
-        api = Api(inventory, case.daemon.purges.look, at_once, at_once, self.clock)
-        view = ContentsView(Contents(case.daemon.store, inventory), self.status, at_once)
+        store = case.daemon.store
+        contents = Contents(store, inventory)
+        upkeep = Upkeep(store, inventory, contents, now)
+        api = Api(inventory, upkeep, case.daemon.purges.look, at_once, at_once, self.clock)
+        view = ContentsView(contents, self.status, at_once)
         ready = Ready(self.workers.readiness)
         metrics = Metrics(figures, self.workers.readiness, self.workers.gather)
         site = make_admin_site(metrics, ready, self.status, view, api, self.clock)

@@ -42,6 +42,7 @@ ARROWS: dict[str, set[str]] = {
         "cache.janitor",
         "cache.repository_rows",
         "cache.store",
+        "cache.upkeep",
         "endpoint_string",
         "failures",
         "files",

@@ -36,6 +36,21 @@ def is_ours(host: str, named: frozenset[str] = frozenset()) -> bool:
     return is_address(host.removeprefix("[").removesuffix("]")) or _is_local(name) or name in named
 
 
+def is_own_page(origin: str, site: str | None, host: str, *, secure: bool) -> bool:
+    """
+    Return True if a page of the very server that it sends a request to has sent it. Its names must be L{is_ours}.
+
+    @param origin: C{Origin}.
+    @param site: C{Sec-Fetch-Site}; None if the browser does not send it, as over plain HTTP to another machine.
+    @param host: C{Host} with the port.
+    @param secure: True for TLS. Something in front may have ended it: then the browser tells C{site}.
+    """
+    scheme, _, authority = origin.partition("://")
+    if scheme not in ("http", "https") or authority.lower() != host.lower() or not host:
+        return False
+    return site == "same-origin" if site is not None else scheme == ("https" if secure else "http")
+
+
 def has_no_dot(host: str) -> bool:
     """
     Return True for names that only the local network resolves: containers, Kubernetes Services.

@@ -3,8 +3,9 @@ The API for the command C{ecr-proxy}, on the admin port below /api/.
 
 Rules:
 
-- No web page can send requests: each needs a header of ours, which browsers send to other sites only after a preflight,
-  and this port allows none. Requests with side effects are POSTs of JSON without an Origin.
+- No web page but our own can send requests: each needs a header of ours, which browsers send to other sites only after
+  a preflight, and this port allows none. Requests with side effects are POSTs of JSON without an Origin, or with that
+  of this very port, whose names no stranger can own: see L{port}.
 - The work is done step by step in its own threads, so neither the event loop nor a pull waits for it.
 - Long responses are JSON documents, one per line, generated while they are sent, at the client's pace. If one fails
   midway, its connection is aborted. If the client disconnects, the work ends.
@@ -26,10 +27,13 @@ from twisted.logger import Logger
 from twisted.web.http import OK
 from zope.interface import implementer
 
+from ecrproxy.access.browsers import is_own_page
 from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.inventory import STEP, Document, Inventory
+from ecrproxy.cache.upkeep import Meant, Upkeep
 from ecrproxy.http.answering import Answering, begin, send_body
-from ecrproxy.http.request import field
+from ecrproxy.http.request import field, fields
+from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Digest, RegistryError
 from ecrproxy.transfer.sending import LEAST_PIECE
 
@@ -47,6 +51,8 @@ BODY_LIMIT: Final = 2**16
 """Maximum bytes of a request's body, which Twisted keeps in memory: hundreds of names."""
 _TOGETHER: Final = 256
 """Documents per step: that many small files are read in milliseconds."""
+_LONG: Final = frozenset({"imported", "files"})
+"""What documents of longer steps have: an import, and a removal."""
 _MOST: Final = 10**18
 """The largest valid number: bytes per second, or seconds since the epoch."""
 
@@ -65,13 +71,14 @@ class Api(Answering):
     def __init__(
         self,
         inventory: Inventory,
+        upkeep: Upkeep,
         purged: Callable[[], Awaitable[None]],
         listing: InThread,
         hashing: InThread,
         clock: IReactorTime,
     ) -> None:
         super().__init__()
-        self._inventory, self._purged, self._clock = inventory, purged, clock
+        self._inventory, self._upkeep, self._purged, self._clock = inventory, upkeep, purged, clock
         self._listing, self._hashing = listing, hashing
 
     async def respond(self, request: Request) -> None:
@@ -90,13 +97,17 @@ class Api(Answering):
                 await self._remove(request, _document(request))
             case (b"POST", b"verify"):
                 await self._verify(request, _document(request))
+            case (b"POST", b"purge"):
+                await self._stream(
+                    request, self._listing, self._upkeep.purge(_meant(_document(request))), after=self._purged
+                )
             case (_, b"entries" | b"content"):
                 raise _not_so("GET")
-            case (_, b"remove" | b"verify"):
+            case (_, b"remove" | b"verify" | b"purge"):
                 raise _not_so("POST")
             case _:
                 raise RegistryError(
-                    404, "UNSUPPORTED", "no such path: below /api/ are entries, content, remove, verify"
+                    404, "UNSUPPORTED", "no such path: below /api/ are entries, content, remove, verify, purge"
                 )
 
     async def _remove(self, request: Request, document: Document) -> None:
@@ -117,29 +128,40 @@ class Api(Answering):
 
     async def _verify(self, request: Request, document: Document) -> None:
         keep, rate = document.get("keep") is True, _number(document, "rate")
+        if "digests" not in document:
+            await self._stream(request, self._hashing, self._upkeep.verify(_meant(document)), rate)
+            return
         each = (self._inventory.verify(digest, keep=keep) for digest in _digests(document, "digests"))
         await self._stream(request, self._hashing, itertools.chain.from_iterable(each), rate)
 
     async def _stream(
-        self, request: Request, in_thread: InThread, documents: Iterator[Document], rate: float | None = None
+        self,
+        request: Request,
+        in_thread: InThread,
+        documents: Iterator[Document],
+        rate: float | None = None,
+        after: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """
         Send documents as they are generated.
 
         @param rate: maximum bytes per second to hash.
+        @param after: called after each step that has some.
         """
         begin(request, OK)
         request.setHeader("Content-Type", "application/x-ndjson")
         flow = _Flow(request)
         while True:
-            lines, hashed = await in_thread(_step, documents)
-            if not lines:
-                break
+            lines, hashed, more = await in_thread(_step, documents)
+            if lines and after is not None:
+                await after()
             for start in range(0, len(lines), LEAST_PIECE):
                 request.write(lines[start : start + LEAST_PIECE])
                 await flow.open()
             if rate and hashed:
                 await deferLater(self._clock, hashed / rate)
+            if not more:
+                break
         request.unregisterProducer()
         request.finish()
 
@@ -181,19 +203,20 @@ class _Flow:
         """
 
 
-def _step(documents: Iterator[Document]) -> tuple[bytes, int]:
+def _step(documents: Iterator[Document]) -> tuple[bytes, int, bool]:
     """
     Generate some documents. Runs in a thread.
 
-    @return: their lines, empty at the end, and the bytes that were hashed for them.
+    @return: their lines, the bytes that were hashed for them, and False at the end. Empty documents have no line.
     """
-    lines, hashed = bytearray(), 0
+    lines, hashed, more = bytearray(), 0, False
     for each in itertools.islice(documents, _TOGETHER):
-        lines += _line(each)
+        more = True
+        lines += _line(each) if each else b""
         hashed += each.get("hashed", 0)
-        if hashed >= STEP or len(lines) >= LEAST_PIECE or "imported" in each:
+        if hashed >= STEP or len(lines) >= LEAST_PIECE or _LONG & each.keys():
             break
-    return bytes(lines), hashed
+    return bytes(lines), hashed, more
 
 
 def _line(document: Document) -> bytes:
@@ -208,10 +231,17 @@ def _refuse_pages(request: Request) -> None:
     """
     if not request.requestHeaders.hasHeader(SHOWN):
         raise RegistryError(403, "DENIED", f"this is for programs: send the header {SHOWN.decode()}: 1")
-    if request.method == b"POST" and request.requestHeaders.hasHeader(b"Origin"):
-        raise RegistryError(403, "DENIED", "this is not for web pages")
+    if request.method == b"POST" and request.requestHeaders.hasHeader(b"Origin") and not _is_own_page(request):
+        raise RegistryError(403, "DENIED", "this is not for web pages of others")
     if request.method == b"POST" and (field(request, b"Content-Type") or "").partition(";")[0] != "application/json":
         raise RegistryError(415, "UNSUPPORTED", "send JSON, and say so: Content-Type: application/json")
+
+
+def _is_own_page(request: Request) -> bool:
+    origins, hosts = fields(request, b"Origin"), fields(request, b"Host")
+    if len(origins) != 1 or len(hosts) != 1:
+        return False
+    return is_own_page(origins[0], field(request, b"Sec-Fetch-Site"), hosts[0], secure=request.isSecure())
 
 
 def _not_so(method: str) -> RegistryError:
@@ -226,6 +256,20 @@ def _document(request: Request) -> Document:
     if not isinstance(document, dict):
         raise _wrong("the body is no JSON object")
     return document
+
+
+def _meant(document: Document) -> Meant:
+    registry, *more = (document.get(name) for name in ("registry", "repository", "reference"))
+    repository, reference = more
+    texts = all(each is None or (isinstance(each, str) and each) for each in more)
+    if not isinstance(registry, str) or not registry or not texts or (reference is not None and repository is None):
+        raise _wrong("give a registry, as /api/entries does, and possibly a repository, and a reference in it")
+    try:
+        if reference is not None and ":" in reference:
+            Digest.parse(reference)
+    except ValueError as problem:
+        raise _wrong(str(problem)) from None
+    return Meant(RegistryId(registry), repository, reference)
 
 
 def _list(document: Document, name: str) -> list[Any]:

@@ -137,7 +137,7 @@ def _rows(shown: Shown) -> Mapping[str, Sequence[Values]]:
     return {
         "trail": [{"link": each} for each in _trail(shown)],
         "tiles": _tiles(shown),
-        "work": [],
+        "work": [{}] if shown.registry is not None else [],
         "fetching": [],
         "repositories": [_repository(each, shown.when) for each in shown.repositories],
         "images": [_image(repository, each, shown.when) for each in shown.images] if repository is not None else [],

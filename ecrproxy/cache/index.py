@@ -217,13 +217,13 @@ class Index:
 
     def known(self, digest: Digest) -> File | None:
         """
-        Look up a file of content. Uses that are not written yet count.
+        Look up a file of content. Uses and verifications that are not written yet count.
 
         @raise OSError: if the index can't be read.
         """
-        used = self.uses.last(digest)
+        used, verified = self.uses.last(digest)
         found = self.database.ask(lambda rows: rows.known(digest))
-        return None if found is None else found._replace(used=max(found.used, used))
+        return found and found._replace(used=max(found.used, used), verified=verified or found.verified)
 
     def least_recently_used(self) -> Iterator[File]:
         """

@@ -76,12 +76,12 @@ class Uses:
             for each in digests:
                 self._used.pop(each, None)
 
-    def last(self, digest: Digest) -> float:
+    def last(self, digest: Digest) -> tuple[float, float | None]:
         """
-        Return the last use that is not written; minus infinity if there is none.
+        Return the last use and verification that are not written; minus infinity and None if there are none.
         """
         with self._lock:
-            return self._used.get(digest, float("-inf"))
+            return self._used.get(digest, float("-inf")), self._verified.get(digest)
 
     def unwritten(self) -> Mapping[Digest, float]:
         """
