@@ -130,10 +130,10 @@ class PurgeTests(UpkeepTestCase):
         self.assertEqual(4, len(self.files()))
 
     def test_an_index_that_can_not_be_written_is_told(self) -> None:
-        self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
         told = self.told("purge", repository="team/app")
         self.assertIn("can't be used", told[-1]["problem"])
-        self.index._rows._writer.execute("PRAGMA query_only = 0")  # noqa: SLF001
+        self.index.database.rows._writer.execute("PRAGMA query_only = 0")  # noqa: SLF001
 
     def test_an_image_of_too_many_parts_is_refused(self) -> None:
         self.patch(upkeep, "PARTS", 3)
