@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
-from ecrproxy.cached import FACTS
+from ecrproxy.cached.permissions import FACTS
 from ecrproxy.documents import layers
 from ecrproxy.identity import Repository
 from ecrproxy.oci import Descriptor, Digest

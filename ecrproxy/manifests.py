@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.cache.entries import Confirmed, Entry
 from ecrproxy.cache.memory import Memory
-from ecrproxy.cached import Cache
+from ecrproxy.cached.cache import Cache
 from ecrproxy.documents import Document, is_digest_of
 from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.identity import Repository
@@ -84,16 +84,16 @@ class Manifests:
         """
         if asked.route.digest is not None:
             return self._cache.at_hand(asked)
-        entry = self._cache.entry_at_hand(asked) if self._tag_ttl else None
+        entry = self._cache.tags.at_hand(asked) if self._tag_ttl else None
         known = self._trusted(asked, entry) if entry is not None else None
-        document = self._cache.held(known.descriptor.digest) if known is not None else None
+        document = self._cache.bodies.held(known.descriptor.digest) if known is not None else None
         return None if known is None or document is None else _trusted_answer(asked, known, document)
 
     def knows(self, asked: Asked) -> bool:
         """
         Return True if memory has a tag's last answer for such a client, which ECR then only has to confirm.
         """
-        entry = self._cache.entry_at_hand(asked)
+        entry = self._cache.tags.at_hand(asked)
         return entry is not None and asked.accept in entry.answers
 
     async def answer(self, asked: Asked) -> Answer:
@@ -167,13 +167,13 @@ class Manifests:
             raise UnavailableError(
                 502, "UNAVAILABLE", f"{self._upstream(asked.route).name} does not say which manifest it has"
             )
-        document = await self._cache.document(asked.digest) if here else None
+        document = await self._cache.bodies.document(asked.digest) if here else None
         if document is None or (head.media_type == SIGNED_TYPE and not document.signed):
             answer = manifest_answer(CacheStatus.MISS, found, asked, head)
             return answer if asked.head else await self._fetch_by_digest(asked, found)
         descriptor = Descriptor(self._checked_type(asked, head.media_type, document), asked.digest, len(document.body))
         if since == self._cache.purges:
-            on_its_own(self._cache.confirm(asked, descriptor, document, since))
+            on_its_own(self._cache.permissions.record_manifest(asked, descriptor, document, since))
         return manifest_answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, asked, descriptor, document.body)
 
     async def _fetch_by_digest(self, asked: Asked, missing: Reason) -> Answer:
@@ -181,7 +181,7 @@ class Manifests:
         why = (CacheStatus.MISS, missing) if (asked.route, ANY, since) not in self._manifests else _JOINED
         descriptor, document = await self._of_digest(asked, self._manifests, self._fetch, lambda found: found[0].digest)
         if since == self._cache.purges:
-            self._cache.remember(asked, descriptor)
+            self._cache.permissions.record(asked, descriptor)
         return manifest_answer(*why, asked, descriptor, document.body)
 
     async def _of_digest(
@@ -208,9 +208,9 @@ class Manifests:
         return by_tag.answer
 
     async def _by_tag(self, asked: Asked) -> Answer:
-        entry = await self._cache.entry(asked)
+        entry = await self._cache.tags.entry(asked)
         if (trusted := self._trusted(asked, entry)) is not None:
-            document = await self._cache.document(trusted.descriptor.digest)
+            document = await self._cache.bodies.document(trusted.descriptor.digest)
             if document is not None:
                 return _trusted_answer(asked, trusted, document)
         known = entry.answers.get(asked.accept)
@@ -245,7 +245,7 @@ class Manifests:
         Return what any process knows of a tag; if the disk is slow, what this one knows.
         """
         try:
-            return await within(INDEX_SECONDS, self._cache.last_known(asked), self._call_later)
+            return await within(INDEX_SECONDS, self._cache.tags.last_known(asked), self._call_later)
         except DeadlineExceededError:
             return entry
 
@@ -260,7 +260,7 @@ class Manifests:
         last = entry.latest(asked.accept)
         if last is None or (before is not None and last.descriptor == before[0].descriptor):
             return before if last is not None else None
-        document = await self._cache.document(last.descriptor.digest)
+        document = await self._cache.bodies.document(last.descriptor.digest)
         return None if document is None else (last, document)
 
     async def _ask_for_tag(self, asked: Asked, known: Confirmed | None) -> Answer:
@@ -274,11 +274,11 @@ class Manifests:
         if known is not None or asked.head:
             since = self._cache.purges
             question, head = await self._of_tag(asked, self._heads, lambda: self._head(route, accept))
-            document = await self._cache.document(head.digest) if head is not None else None
+            document = await self._cache.bodies.document(head.digest) if head is not None else None
             if head is not None and document is not None:
                 head = Descriptor(self._checked_type(asked, head.media_type, document), head.digest, len(document.body))
             if head is not None and (document is not None or asked.head):
-                on_its_own(self._cache.record(asked, question, head, document, since))
+                on_its_own(self._cache.tags.record(asked, question, head, document, since))
                 if document is None:
                     named = _Named(route, accept, self._now())
                     self._named.put((route.repository, head.digest), named, 2 * len(route.path) + 500)
@@ -293,7 +293,7 @@ class Manifests:
                 problem.named = str(head.digest)
             raise
         descriptor, document = fetched
-        on_its_own(self._cache.record(asked, question, descriptor, None, since))
+        on_its_own(self._cache.tags.record(asked, question, descriptor, None, since))
         missing = self._missing(asked, known, descriptor)
         why = _JOINED if joined else (CacheStatus.MISS, missing)
         return manifest_answer(*why, asked, descriptor, document.body)
@@ -322,7 +322,7 @@ class Manifests:
 
     async def _forget(self, asked: Asked, question: int) -> None:
         key = asked.route, asked.key, asked.accept, question
-        await self._forgetting.join(key, lambda: self._cache.forget(asked, question))
+        await self._forgetting.join(key, lambda: self._cache.tags.forget(asked, question))
 
     async def _noted(self, asked: Asked, question: Coroutine[Any, Any, T]) -> _Said[T]:
         said = await self._numbered(question)
@@ -371,16 +371,16 @@ class Manifests:
         if route.digest is not None and not is_digest_of(route.digest, manifest.body, manifest.content_type):
             said = f"{upstream.name} gave something else than {route.digest}"
             raise RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
-        held = self._cache.held(digest)  # one copy in memory for all slow clients
+        held = self._cache.bodies.held(digest)  # one copy in memory for all slow clients
         try:
-            document = held if held is not None else await self._cache.parse(manifest.body, Document.read)
+            document = held if held is not None else await self._cache.bodies.parse(manifest.body, Document.read)
             media_type = document.type_as(manifest.content_type)
         except ValueError as problem:
             raise _no_manifest(upstream.name, problem, manifest.named) from None
         if not kept:  # signed: content is only kept under the digest of all its bytes
             return Descriptor(media_type, route.digest or digest, len(document.body)), document
         descriptor = Descriptor(media_type, digest, len(document.body))
-        self._cache.keep(route, descriptor, document, since)
+        self._cache.manifests.store(route, descriptor, document, since)
         return descriptor, document
 
     def _checked_type(self, asked: Asked, content_type: str, document: Document) -> str:

@@ -28,7 +28,7 @@ from ecrproxy.blobs.fetches import Fetches
 from ecrproxy.blobs.opening import Opening
 from ecrproxy.blobs.peers import Peers
 from ecrproxy.blobs.requests import Blobs
-from ecrproxy.cached import Cache
+from ecrproxy.cached.cache import Cache
 from ecrproxy.lists import Lists
 from ecrproxy.manifests import Manifests
 from ecrproxy.oci import Kind, Route

@@ -26,7 +26,8 @@ from twisted.python.failure import Failure
 
 from ecrproxy import tracing
 from ecrproxy.answers import Asked
-from ecrproxy.cached import SMALL_BLOB, Cache
+from ecrproxy.cached.bodies import SMALL_BLOB
+from ecrproxy.cached.cache import Cache
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.images import IMAGES, Image, Images, image_of
 from ecrproxy.oci import Descriptor, Digest, Kind, RegistryError, Route
@@ -221,7 +222,7 @@ class ReadingAhead:
                 on_its_own(self._note(route.repository, digest, body, media_type))
 
     async def _note(self, repository: Repository, digest: Digest, body: bytes, media_type: str) -> None:
-        image = await self._cache.parse(body, lambda manifest: image_of(repository, manifest, media_type))
+        image = await self._cache.bodies.parse(body, lambda manifest: image_of(repository, manifest, media_type))
         self._images.note(digest, image)
 
     def again(self, route: Route, digest: Digest) -> None:
@@ -259,7 +260,7 @@ class ReadingAhead:
         Start reading ahead for a client that got the manifest from another process, or before a restart.
         """
         try:
-            found = await self._cache.manifest_of(asked)
+            found = await self._cache.permissions.manifest_of(asked)
             if found is not None:
                 known, document = found
                 await self._note(asked.route.repository, known.digest, document.body, known.media_type)
@@ -388,7 +389,7 @@ class ReadingAhead:
 
     async def _open(self, pull: Pull, opening: Opening, route: Route, layer: Descriptor) -> Download | None:
         tracing.current.set(pull.span)
-        if not await self._cache.lacks(layer.digest, layer.size) or self._pulls.get(pull.image) is not pull:
+        if not await self._cache.begin_prefetch(layer.digest, layer.size) or self._pulls.get(pull.image) is not pull:
             return None
         if self._transfers.has(layer.digest):
             return None
@@ -405,7 +406,7 @@ class ReadingAhead:
 
     def _opened(self, result: Download | Failure | None, pull: Pull, layer: Descriptor, opening: Opening) -> None:
         del self._openings[layer.digest]
-        self._cache.lacks_no_more(layer.digest)
+        self._cache.end_prefetch(layer.digest)
         if result is None or isinstance(result, Failure):
             pull.remove(layer.digest)
             if self._unasked.pop(layer.digest, None) is pull and opening.before is not None:

@@ -39,7 +39,8 @@ from ecrproxy.cache.scribe import Scribe
 from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.troubles import TroubleKind
-from ecrproxy.cached import VERIFICATIONS, Cache
+from ecrproxy.cached.cache import Cache
+from ecrproxy.cached.verifications import VERIFICATIONS
 from ecrproxy.daemon.ending import Connections
 from ecrproxy.daemon.process import clients_beside_spare, kept_files
 from ecrproxy.daemon.service import Daemon

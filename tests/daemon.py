@@ -63,7 +63,7 @@ from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.upkeep import Upkeep
-from ecrproxy.cached import Cache
+from ecrproxy.cached.cache import Cache
 from ecrproxy.catalog import Catalog
 from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready

@@ -40,7 +40,7 @@ from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.store import Candidate, Store
 from ecrproxy.cache.troubles import QUIET_SECONDS
 from ecrproxy.cache.writer import Writer
-from ecrproxy.cached import Cache
+from ecrproxy.cached.cache import Cache
 from ecrproxy.oci import Digest
 from ecrproxy.reasons import Reason
 from ecrproxy.threads import Disk
@@ -489,7 +489,7 @@ class WaitingTests(SmallCache):
         digest = Digest.of(b"arriving")
         claim = self.store.claim(digest)
         assert isinstance(claim, Claim)
-        return Deferred.fromCoroutine(self.cache.writer(claim, digest, blocks * BLOCK, 0))
+        return Deferred.fromCoroutine(self.cache.claims.writer(claim, digest, blocks * BLOCK, 0))
 
     def assert_nothing_arrives(self) -> None:
         """

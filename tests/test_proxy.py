@@ -20,7 +20,7 @@ from ecrproxy.answers import Asked
 from ecrproxy.cache import allocation
 from ecrproxy.cache.entries import Entry
 from ecrproxy.cache.store import Store
-from ecrproxy.cached import FACTS
+from ecrproxy.cached.permissions import FACTS
 from ecrproxy.logs.repeats import kind_of
 from ecrproxy.manifests import NAMED_SECONDS
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, parse_route
@@ -2320,15 +2320,15 @@ class OrderTests(DaemonTestCase):
         cache = self.daemon.cache
 
         def known() -> list[Descriptor | None]:
-            entry = self.successResultOf(Deferred.fromCoroutine(cache.entry(asked[0])))
+            entry = self.successResultOf(Deferred.fromCoroutine(cache.tags.entry(asked[0])))
             return [entry.answers[each.accept].descriptor if each.accept in entry.answers else None for each in asked]
 
         def record(number: int, question: int, descriptor: Descriptor) -> None:
-            work = cache.record(asked[number], question, descriptor, None, 0)
+            work = cache.tags.record(asked[number], question, descriptor, None, 0)
             self.successResultOf(Deferred.fromCoroutine(work))
 
         def forget(number: int, question: int) -> None:
-            self.successResultOf(Deferred.fromCoroutine(cache.forget(asked[number], question)))
+            self.successResultOf(Deferred.fromCoroutine(cache.tags.forget(asked[number], question)))
 
         record(0, 2, new)
         record(0, 1, old)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.inventory import Inventory
-from ecrproxy.cached import SMALL_BLOB
+from ecrproxy.cached.bodies import SMALL_BLOB
 from ecrproxy.oci import Digest
 from ecrproxy.threads import Disk, InThread
 from tests.daemon import DaemonTestCase, Hands, Reply, at_once, noise

@@ -328,13 +328,13 @@ class TagsTests(SeveralTestCase):
         early = self.moment()
         self.several.pass_time(5)
         self.assertWhole(other.ask("GET", self.path, Accept=OCI_MANIFEST), self.image.manifest)
-        self.done(one.cache.forget(asked, early))
-        self.done(one.cache.record(asked, early, old, None, 0))
+        self.done(one.cache.tags.forget(asked, early))
+        self.done(one.cache.tags.record(asked, early, old, None, 0))
         self.standin.refuse("registry")
         for daemon in (one, other, self.start()):
             self.assertWhole(daemon.ask("GET", self.path, Accept=OCI_MANIFEST), self.image.manifest, "STALE")
         self.several.pass_time(1)
-        self.done(one.cache.forget(asked, self.moment()))
+        self.done(one.cache.tags.forget(asked, self.moment()))
         self.assertIsNone(other.store.written(key))
 
     def test_what_was_said_before_the_clock_was_set_back_is_no_news(self) -> None:
@@ -343,7 +343,7 @@ class TagsTests(SeveralTestCase):
         key, new = EntryKey.of(asked.route, asked.key), Descriptor(OCI_MANIFEST, Digest.of(b"new"), 3)
         for _ in range(2):
             other.store.save((key, Entry({asked.accept: Confirmed(new, one.now() + 3600)})))
-            self.done(one.cache.forget(asked, self.moment()))
+            self.done(one.cache.tags.forget(asked, self.moment()))
             self.assertIsNone(other.store.written(key))
         other.store.save((key, Entry({asked.accept: Confirmed(new, one.now() + 3600)})))
         self.assertWhole(one.ask("GET", self.path, Accept=OCI_MANIFEST), self.image.manifest)

@@ -12,8 +12,8 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, fail
 
-from ecrproxy import cached
 from ecrproxy.cache import write_behind, writer
+from ecrproxy.cached import stored_manifests
 from ecrproxy.threads import Bounded, Disk, patient
 from ecrproxy.transfer import download
 from ecrproxy.transfer.unattended import MOST
@@ -392,27 +392,27 @@ class SlowTests(DiskTestCase):
     def test_manifests_that_wait_for_the_disk_are_bounded_in_bytes(self) -> None:
         hands = Hands()
         self.begin(committing=self.bounded(hands), writing=at_once)
-        self.patch(cached, "_STORING_BYTES", 10_000)
+        self.patch(stored_manifests, "_STORING_BYTES", 10_000)
         for number in range(100):
             image = self.standin.push_image("team/app", f"tag{number}")
             self.assertWhole(self.get(f"/v2/team/app/manifests/tag{number}"), image.manifest, "MISS")
-        self.assertLessEqual(self.daemon.cache._storing, 10_000)  # noqa: SLF001
+        self.assertLessEqual(self.daemon.cache.manifests._storing, 10_000)  # noqa: SLF001
         hands.work_off()
-        self.assertEqual(0, self.daemon.cache._storing)  # noqa: SLF001
-        self.assertEqual({}, self.daemon.cache._unwritten)  # noqa: SLF001
+        self.assertEqual(0, self.daemon.cache.manifests._storing)  # noqa: SLF001
+        self.assertEqual({}, self.daemon.cache.entries._unwritten)  # noqa: SLF001
 
     def test_what_they_list_is_bounded_with_them(self) -> None:
         """
         What is known of a layer takes nine times the bytes of its line in a manifest.
         """
         self.begin(committing=self.bounded(Hands()), writing=at_once)
-        self.patch(cached, "_STORING_BYTES", 100_000)
+        self.patch(stored_manifests, "_STORING_BYTES", 100_000)
         for number in range(50):
             layers = [b"%d of %d" % (each, number) for each in range(20)]
             self.standin.push_image("team/app", f"tag{number}", layers=layers)
             self.get(f"/v2/team/app/manifests/tag{number}")
-        self.assertLess(0, len(self.daemon.cache._unwritten))  # noqa: SLF001
-        self.assertLessEqual(len(self.daemon.cache._unwritten), 100)  # noqa: SLF001
+        self.assertLess(0, len(self.daemon.cache.entries._unwritten))  # noqa: SLF001
+        self.assertLessEqual(len(self.daemon.cache.entries._unwritten), 100)  # noqa: SLF001
 
     def test_a_tag_that_ecr_no_longer_has_is_not_served_as_last_known(self) -> None:
         hands = Hands()
@@ -499,12 +499,20 @@ class HungTests(DiskTestCase):
         return reply
 
     def test_what_is_in_memory_needs_no_disk(self) -> None:
-        self.start()
+        hands, hangs = Hands(), False
+        bounded = self.bounded(hands)
+
+        def bounded_if_it_hangs(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+            return (bounded if hangs else at_once)(blocking, *args)
+
+        def in_hand_if_it_hangs(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+            return (hands if hangs else at_once)(blocking, *args)
+
+        kinds = {**dict.fromkeys(KINDS, bounded_if_it_hangs), "digesting": at_once, "closing": in_hand_if_it_hangs}
+        self.start(disk=Disk(**kinds))
         self.get(self.manifest(self.cached.digest))
         self.get(self.config)
-        hands = Hands()
-        bounded = self.bounded(hands)
-        self.daemon.cache._disk = Disk(bounded, bounded, bounded, bounded, at_once, hands)  # noqa: SLF001
+        hangs = True
         self.assertWhole(self.get(self.manifest(self.cached.digest)), self.cached.manifest, "HIT")
         self.assertEqual("HIT", self.get(self.config).cache)
 

@@ -14,7 +14,7 @@ from typing import Any
 from ecrproxy.cache import allocation, verification
 from ecrproxy.cache.content import Content
 from ecrproxy.cache.verification import STEP
-from ecrproxy.cached import VERIFICATIONS
+from ecrproxy.cached.verifications import VERIFICATIONS
 from tests.daemon import BUFFER, MIB, DaemonTestCase, Hands, Reply, noise
 from tests.registry_content import OCI_MANIFEST
 from tests.store_contract import being_read, failing

@@ -14,7 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.access.browsers import Pages
 from ecrproxy.byte_ranges import MOST, QUESTIONS, SMALL_GAP, Ranges, joined, questions
 from ecrproxy.cache.cache_key import CacheKey
-from ecrproxy.cached import SMALL_BLOB
+from ecrproxy.cached.bodies import SMALL_BLOB
 from ecrproxy.http import web
 from ecrproxy.http.answering import Missing, Ready
 from ecrproxy.http.conditions import matches

@@ -12,7 +12,7 @@ from ecrproxy.blobs.downloads import Downloads
 from ecrproxy.blobs.fetches import Carrier, Fetches
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.writer import Writer
-from ecrproxy.cached import Cache
+from ecrproxy.cached.cache import Cache
 from ecrproxy.oci import Descriptor, Route
 from ecrproxy.registry.bucket import BlobSource
 from ecrproxy.registry.unavailable import UnavailableError
@@ -80,11 +80,11 @@ class LayersAhead:
         """
         digest, file, (blob, since) = layer.digest, None, given
         try:
-            claimed = await self._cache.claim(digest)
+            claimed = await self._cache.claims.take(digest)
             if isinstance(claimed, Claim) and digest not in self._fetches:
-                file = await self._cache.writer(claimed, digest, blob.size, since)
+                file = await self._cache.claims.writer(claimed, digest, blob.size, since)
             else:
-                self._cache.unclaim(claimed)
+                self._cache.claims.release(claimed)
         finally:
             if not isinstance(file, Writer):
                 blob.first.drop()

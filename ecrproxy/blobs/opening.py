@@ -22,7 +22,7 @@ from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS
 from ecrproxy.cache.writer import Writer
-from ecrproxy.cached import Cache
+from ecrproxy.cached.cache import Cache
 from ecrproxy.flights import Flights
 from ecrproxy.oci import Digest, RegistryError, Route
 from ecrproxy.reasons import Reason
@@ -105,7 +105,7 @@ class Opening:
             if claimed is Met.CONTENT and unread:
                 claimed = Reason.DISK
             if isinstance(claimed, Met):
-                self._cache.unclaim(claimed)
+                self._cache.claims.release(claimed)
                 body = None
             elif isinstance(claimed, PeerTransfer):
                 body = await self._beside(claimed, fetch, route, expected, parts)
@@ -127,7 +127,7 @@ class Opening:
         Retries back off: ECR may be slow to answer for many blobs at once.
         """
         waited = 0.0
-        while (claimed := await self._cache.claim(digest)) is Met.BUSY and waited < STALLED_SECONDS:
+        while (claimed := await self._cache.claims.take(digest)) is Met.BUSY and waited < STALLED_SECONDS:
             pause = max(POLL_SECONDS, waited / 8)
             await self._pause(pause)
             waited += pause
@@ -150,11 +150,11 @@ class Opening:
         try:
             size = await self.size_of(route) if expected is None else expected
         except BaseException:
-            self._cache.unclaim(peer)
+            self._cache.claims.release(peer)
             raise
         download = self._peers.follow(peer, fetch, route, size, parts)
         if download is None:
-            self._cache.unclaim(peer)
+            self._cache.claims.release(peer)
             return await self._transfer(Reason.PASSED, fetch, route, size, parts)
         return download
 
@@ -173,7 +173,7 @@ class Opening:
         @param claim: the claim, or why the blob is not stored.
         @return: the transfer; already released if it is a part from another registry: each client asks its own.
         """
-        left, lanes = self._cache.left(claim) if isinstance(claim, Claim) else None, self._downloads.lanes
+        left, lanes = self._cache.claims.left(claim) if isinstance(claim, Claim) else None, self._downloads.lanes
         if left is not None:
             said = "Going on with {digest} at byte {at} of {size}"
             log.info(said, digest=fetch.digest, at=left.gaps[0][0], size=left.size)
@@ -184,14 +184,14 @@ class Opening:
             settle_size(blob, expected, parts)
         except BaseException:
             if isinstance(claim, Claim):
-                self._cache.unclaim(claim)
+                self._cache.claims.release(claim)
             raise
         if given is not route:
             asked, fetch.carrier = None, Carrier(given.repository, since)
         try:
             file: Writer | Reason
             if isinstance(claim, Claim):
-                file = await self._cache.writer(claim, fetch.digest, blob.size, since, blob.first.begin, asked)
+                file = await self._cache.claims.writer(claim, fetch.digest, blob.size, since, blob.first.begin, asked)
             else:
                 file = claim
         except BaseException:

@@ -17,7 +17,7 @@ from ecrproxy.byte_ranges import Span
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import Step
 from ecrproxy.cache.writer import Writer
-from ecrproxy.cached import Cache
+from ecrproxy.cached.cache import Cache
 from ecrproxy.oci import Route
 from ecrproxy.registry.bucket import BlobSource
 from ecrproxy.registry.unavailable import is_passed_on_always
@@ -83,7 +83,7 @@ class Peers:
         digest, step = download.digest, await download.watch(self._looks.at)
         while step is Step.TAKE_OVER:
             try:
-                writer = await self._cache.take_over(peer, digest)
+                writer = await self._cache.claims.take_over(peer, digest)
             except OSError:
                 step = Step.GO_ALONE
                 break

@@ -13,7 +13,7 @@ from ecrproxy.blobs.fetches import Carrier, Fetch, Fetches
 from ecrproxy.blobs.opening import Opening
 from ecrproxy.blobs.parts import OtherSizeError, is_part, parts_of, serves, uncertain
 from ecrproxy.byte_ranges import Ranges, Span
-from ecrproxy.cached import Cache
+from ecrproxy.cached.cache import Cache
 from ecrproxy.oci import BLOB_TYPE, RegistryError
 from ecrproxy.reading_ahead import ReadingAhead
 from ecrproxy.reasons import Reason
@@ -133,7 +133,7 @@ class Blobs:
         """
         since = self._cache.purges
         size = await self._opening.size_of(asked.route)
-        self._cache.holds(asked, size, since)
+        self._cache.permissions.record_blob(asked, size, since)
         return size, since
 
     def _missed(self, asked: Asked, ranges: Ranges | None, size: int | None, *, lacking: bool) -> None:
@@ -184,7 +184,7 @@ class Blobs:
         if body is None or self._fetches.carrier(digest) not in (None, repository):
             return None  # that another registry sends it proves nothing about this one
         if isinstance(body, Passing) or not body.kept or body.elsewhere:  # otherwise noted with the file
-            self._cache.holds(asked, body.size, since)
+            self._cache.permissions.record_blob(asked, body.size, since)
         missing = self._cache.why_missing(asked, missing)
         if isinstance(body, Passing) or not body.kept:
             return Answer(CacheStatus.BYPASS, body.unkept, BLOB_TYPE, digest, body.size, body)
@@ -236,7 +236,7 @@ class Blobs:
         if isinstance(body, Passing) or body.size != size or not serves(body, parts):
             return await self._alone(asked, parts, size, confirmed=confirmed is not None)
         if confirmed is None:  # otherwise already noted
-            self._cache.holds(asked, body.size, since)
+            self._cache.permissions.record_blob(asked, body.size, since)
         fetch.also_ask(asked.route)
         tracing.link(body.span)
         return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)

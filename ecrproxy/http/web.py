@@ -22,7 +22,7 @@ from ecrproxy.answers import Answer, Asked, CacheStatus
 from ecrproxy.byte_ranges import Multipart, Ranges, Span, content_range, joined
 from ecrproxy.cache.cache_key import NOBODY, CacheKey
 from ecrproxy.cache.content import Content
-from ecrproxy.cached import SMALL_BLOB
+from ecrproxy.cached.bodies import SMALL_BLOB
 from ecrproxy.http.answering import Answering, begin, holding, send_body, send_small, send_source, transferring
 from ecrproxy.http.conditions import matches
 from ecrproxy.http.request import Hit, RegistryRequest, asker_of, field, fields, host_of

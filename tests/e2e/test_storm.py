@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 
-from ecrproxy.cached import SMALL_BLOB
+from ecrproxy.cached.bodies import SMALL_BLOB
 from tests.test_hit_ratio import LESS, PART, Exact, trace
 
 from .conftest import Figures

@@ -1,0 +1,3 @@
+"""
+The cache as requests see it.
+"""
