@@ -169,7 +169,7 @@ class Bearers(Tokens):
         query = parse_qs(asked.query)
         if query.get("service") != ["registry.test"]:
             return registry_error(400, "UNSUPPORTED", "no such service")
-        (scope,) = query["scope"]
+        (scope,) = query.get("scope", [""])  # without, a token that only proves the login
         token = f"{next(self._serials):04d}.{scope}"
         self._until[token] = self.clock.seconds() + self.lifetime
         body = json.dumps({"token": token, "expires_in": self.lifetime}).encode()

@@ -8,6 +8,7 @@ import base64
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given
@@ -18,7 +19,7 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.registry.aws import TokenUnavailableError
-from ecrproxy.registry.bearer import REDIRECTS, TOGETHER, TOKEN_SECONDS
+from ecrproxy.registry.bearer import REDIRECTS, REFUSED_SECONDS, TOGETHER, TOKEN_SECONDS
 from ecrproxy.registry.challenges import LONGEST_TOKEN, Challenge, Pass, may_follow
 from ecrproxy.registry.login import LONGEST, READ_SECONDS, Login
 from ecrproxy.settings.registry_table import Protocol, RegistryTable
@@ -484,6 +485,49 @@ class OthersTests(DaemonTestCase):
         for _ in range(2):
             self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, "STALE")
         self.assertEqual(2, self.hub.count("realm"))
+
+    def log_in(self, password: str) -> Path:
+        """
+        Log in at Docker Hub with the password of a file, which is returned.
+        """
+        self.begin(anonymous=False)
+        file = scratch(self)
+        file.write_text(password)
+        bearer: Any = self.daemon.others["docker.io"].authorization
+        bearer._login = Login("ann", file, at_once, self.clock)  # noqa: SLF001
+        self.hub.bearers.logins = {base64.b64encode(b"ann:right").decode()}
+        self.hub.push_image("library/redis", "latest")
+        return file
+
+    def test_a_wrong_password_is_not_shown_for_any_token_until_the_file_has_another(self) -> None:
+        """
+        Accounts and addresses get locked that show one again and again.
+        """
+        file = self.log_in("wrong")
+        for _ in range(2):
+            self.hub.forget_asked()
+            for path in ("nginx/manifests/latest", "redis/manifests/latest", "nginx/tags/list"):
+                reply = self.get(f"/v2/hub/{path}")
+                self.assertRefused(reply, 502, "UNAVAILABLE", f"{REALM} refuses the proxy's user and password")
+            self.assertEqual([True, False], ["scope=" in each.query for each in self.hub.requests("realm")])
+            self.pass_time(REFUSED_SECONDS)
+        self.get("/v2/hub/redis/manifests/latest")
+        file.write_text("right")
+        self.assertEqual(200, self.get("/v2/hub/redis/manifests/latest").code)
+
+    def test_no_herd_shows_a_wrong_password_before_it_is_known(self) -> None:
+        self.log_in("wrong")
+        for number in range(5 * TOGETHER):
+            self.daemon.send("GET", f"/v2/hub/made/up{number}/manifests/latest")
+        self.flush()
+        self.assertLess(self.hub.count("realm"), 3 * TOGETHER)
+
+    def test_a_password_that_is_refused_for_one_repository_is_shown_for_others(self) -> None:
+        self.log_in("right")
+        self.hub.fail("realm", status=401, path_contains="nginx")
+        for _ in range(2):
+            self.assertEqual(502, self.get("/v2/hub/nginx/manifests/latest").code)
+        self.assertEqual(200, self.get("/v2/hub/redis/manifests/latest").code)
 
     def test_a_registry_says_anew_where_its_tokens_are_after_it_gave_none(self) -> None:
         """

@@ -10,6 +10,8 @@ Rules:
 - The user and password are sent to the realm that the registry names, if it may be followed; tokens to the registry.
   A redirect of the realm is followed if that may be followed, too, with the password if it stays on the same host.
 - One request serves all clients that need a token for the same repository, and takes at most C{TOKEN_SECONDS}.
+- A password that is refused without a scope, too, as for C{docker login}, is wrong: it is not shown for any token for a
+  while, because accounts get locked. Another one is tried at once.
 - A token service that throttles is not asked for the same token until its Retry-After. Other tokens are not affected.
 
 Sources: distribution's "Token Authentication Specification"; RFC 6750 and 7617; docs/ecr.rst for ECR Public.
@@ -17,6 +19,7 @@ Sources: distribution's "Token Authentication Specification"; RFC 6750 and 7617;
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +58,8 @@ REDIRECTS: Final = 5
 """Maximum redirects of a token service that are followed."""
 REST_SECONDS: Final = 5.0, 60.0
 """Seconds until a token service that throttles is asked for the same token again: without Retry-After, and at most."""
+REFUSED_SECONDS: Final = 30
+"""Seconds for which a wrong password is not shown again."""
 _RESTS_BYTES: Final = 2**20
 _KEPT: Final = 0.9
 """The fraction of a token's life for which it is used, so that it does not expire on its way."""
@@ -74,6 +79,13 @@ class _Answer:
     location: str | None
     proved: bool
 
+    @property
+    def is_refusal(self) -> bool:
+        """
+        Return True if the password is refused, for one scope at least.
+        """
+        return self.status == UNAUTHORIZED and self.proved
+
 
 class Bearer:
     """
@@ -92,6 +104,8 @@ class Bearer:
         self._fetching: Flights[str] = Flights(foreseen=RegistryError)
         self._turns = Turns(TOGETHER, TOKEN_SECONDS, wire.clock)
         self._tokens: Memory[str, tuple[str, float]] = Memory(_TOKENS_BYTES)
+        self._wrong = "", 0, 0.0
+        self._proving: Flights[None] = Flights(foreseen=RegistryError)
         self._rests: Memory[tuple[str, str, int], float] = Memory(_RESTS_BYTES)
 
     async def show(self, repository: str) -> str:
@@ -194,9 +208,11 @@ class Bearer:
         if answer.status == UNAUTHORIZED and self._login is not None:
             again = await self._login.renew(secret)
             if again != secret:
-                answer = await self._issued(wanted, scope, again)
-            if answer.status == UNAUTHORIZED and answer.proved:
-                raise self._failed(f"{wanted.realm} refuses the proxy's user and password")
+                secret, answer = again, await self._issued(wanted, scope, again)
+            if answer.is_refusal:
+                with contextlib.suppress(RegistryError):
+                    await self._proving.join((wanted.realm, hash(secret)), partial(self._prove, wanted, secret))
+                raise self._refused(wanted.realm)
         if (status := answer.status) in (UNAUTHORIZED, FORBIDDEN, NOT_FOUND):
             log.error("{realm} gives no token for {scope}: {status}", realm=wanted.realm, scope=scope, status=status)
             said = f"{urlsplit(self._url).hostname} denies the proxy access to {repository}"
@@ -210,6 +226,16 @@ class Bearer:
         until = began + _KEPT * given.seconds
         self._tokens.put(scope, (given.token, until), len(scope) + len(given.token) + 300)
         return given.token
+
+    async def _prove(self, wanted: Challenge, secret: str) -> None:
+        """
+        Find out whether a password that was refused is wrong, or refused for a repository.
+        """
+        if wanted.scope or (await self._issued(wanted, "", secret)).is_refusal:
+            self._wrong = wanted.realm, hash(secret), self._wire.clock.seconds() + REFUSED_SECONDS
+
+    def _refused(self, realm: str) -> UnavailableError:
+        return self._failed(f"{realm} refuses the proxy's user and password")
 
     async def _issued(self, wanted: Challenge, scope: str, secret: str) -> _Answer:
         """
@@ -233,7 +259,7 @@ class Bearer:
         """
         url = wanted.url(scope)
         for _ in range(REDIRECTS + 1):
-            answer = await self._get(url, secret)
+            answer = await self._get(url, secret, realm=wanted.realm, queues=bool(scope))
             if answer.status not in REDIRECT_STATUSES or answer.location is None:
                 return answer
             try:
@@ -247,11 +273,15 @@ class Bearer:
         log.error("{said}", said=said, once=said)
         return UnavailableError(502, "UNAVAILABLE", said, reason=Reason.NO_TOKEN)
 
-    async def _get(self, url: str, secret: str, *, headers_only: bool = False) -> _Answer:
+    async def _get(
+        self, url: str, secret: str, *, realm: str = "", queues: bool = True, headers_only: bool = False
+    ) -> _Answer:
         headers = Headers({"User-Agent": ["ecrproxy"], **({"Authorization": [f"Basic {secret}"]} if secret else {})})
 
         async def ask() -> _Answer:
-            async with self._turns.turn():
+            async with self._turns.turn() if queues else contextlib.nullcontext():
+                if self._wrong[:2] == (realm, hash(secret)) and self._wire.clock.seconds() < self._wrong[2]:
+                    raise self._refused(realm)
                 response = await self._wire.request("GET", url, headers, TOKEN_SECONDS)
                 body = b""
                 if response.code == OK and not headers_only:
