@@ -222,6 +222,38 @@ class LimitTests(DaemonTestCase):
         self.flush()
         self.assertTrue(client.got.endswith(self.data))
 
+    def test_one_that_has_half_closed_and_reads_the_end_of_its_response_keeps_its_place(self) -> None:
+        self.start(limits=Limits(connections=1))
+        self.push()
+        client, wire = self.connect()
+        wire.pauseProducing()
+        wire.write(GOOD)
+        wire.half_close()
+        self.flush()
+        self.assertIn(b" 503 ", self.daemon.raw(GOOD))
+        wire.resumeProducing()
+        self.flush()
+        self.assertIn(b" 200 OK", bytes(client.got))
+
+    def test_what_was_sent_before_is_not_cut_off(self) -> None:
+        """
+        A client whose second request is unanswered may still be reading the first response: a reset would discard it.
+        """
+        self.start(limits=Limits(connections=1))
+        self.push()
+        self.standin.hang("bucket")
+        client, wire = self.connect()
+        wire.pauseProducing()
+        wire.write(GOOD + self.ask)
+        wire.half_close()
+        self.flush()
+        self.assertIn(b" 200 OK", self.daemon.raw(GOOD))
+        wire.resumeProducing()
+        self.flush()
+        self.assertIn(b" 200 OK", bytes(client.got))
+        self.assertTrue(client.closed)
+        self.assertIsInstance(client.lost.value, ConnectionDone)
+
     def test_health_is_told_though_all_connections_are_taken(self) -> None:
         """
         Other requests get 503 with Retry-After, and are closed; a silent connection is closed for the next.

@@ -95,13 +95,13 @@ class Closable(Protocol):
 
     @property
     def unanswered(self) -> bool:
-        """Whether nothing of a response has been sent to a client that waits for one."""
+        """Whether a client waits for a response, and nothing of it has been sent."""
 
     def abort(self) -> None:
         """Close at once; unsent data is lost."""
 
     def yield_place(self) -> None:
-        """Close an idle connection; the kernel still sends the rest of the last response."""
+        """Close an idle or unanswered connection; the kernel still sends the rest of an earlier response."""
 
 
 class Crowd:
@@ -222,7 +222,7 @@ class Crowd:
             if address in (None, whose) and each.unanswered:
                 del self.half_closed[each]
                 self.refuse_connection("the maximum is reached, and half-closed connections are closed", address or "")
-                each.abort()
+                each.yield_place()
                 return True
         return False
 

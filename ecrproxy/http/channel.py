@@ -185,9 +185,12 @@ class StrictChannel(FramedChannel):
     @property
     def unanswered(self) -> bool:
         """
-        Return True if nothing of a response has been sent to a client that waits for one.
+        Return True if a client waits for a response, and nothing of it has been sent.
+
+        Not after the response: it may be on its way to a slow client.
         """
-        return not self._waitingForTransport and not any(request.startedWriting for request in self.requests)
+        waits = bool(self.requests) or self._question is not None
+        return waits and not self._waitingForTransport and not any(request.startedWriting for request in self.requests)
 
     def _note_idle(self) -> None:
         self._idle_since = self.factory.reactor.seconds()
@@ -425,9 +428,9 @@ class StrictChannel(FramedChannel):
 
     def yield_place(self) -> None:
         """
-        Close an idle connection to make room for another.
+        Close a connection that is idle or unanswered, to make room for another.
 
-        The kernel may still be sending megabytes of the last response; a reset would cut off that blob.
+        The kernel may still be sending megabytes of an earlier response; a reset would cut off that blob.
         """
         self._stop_input()
         self._breaking = Patience(self.callLater, YIELD_SECONDS, self.abort)
