@@ -44,7 +44,7 @@ class HedgedTests(SynchronousTestCase):
         """
         Send a request with a deadline.
         """
-        return Hedged(self.send, seconds, self.clock.callLater, lambda: None)
+        return Hedged(self.send, seconds, self.clock.callLater, self.send)
 
     def pass_time(self, seconds: int) -> None:
         """

@@ -1247,6 +1247,37 @@ class UpstreamTroubleTests(DaemonTestCase):
             for reply in replies:
                 self.assertWhole(reply, data)
 
+    def test_a_refusal_of_the_second_request_does_not_outweigh_the_first(self) -> None:
+        """
+        A server with too much to do is slow with the first, and refuses the second: the first is still answered.
+        """
+        for status in (429, 503):
+            digest = self.standin.push_blob("team/app", noise(str(status), 100))
+            self.standin.quirks.latency = 12
+            reply = self.daemon.send("HEAD", f"/v2/team/app/blobs/{digest}")
+            self.flush()
+            self.standin.quirks.latency = 0
+            fault = self.standin.fail("registry", status=status, path_contains=str(digest))
+            self.pass_time(11)
+            fault.remove()
+            self.pass_time(2)
+            self.assertEqual(200, reply.code)
+
+    def test_a_refusal_of_the_first_request_is_not_waited_with(self) -> None:
+        """
+        The second one is given up: the server answers, so it is asked again at once.
+        """
+        digest = self.standin.push_blob("team/app", noise("refused", 100))
+        self.standin.quirks.latency = 6
+        reply = self.daemon.send("HEAD", f"/v2/team/app/blobs/{digest}")
+        self.flush()
+        self.standin.quirks.latency = 0
+        hanging = self.standin.hang("registry", times=1)
+        self.pass_time(5)
+        fault = self.standin.fail("registry", status=503, times=1)
+        self.pass_time(3)
+        self.assertEqual((0, 0, 200), (hanging.times, fault.times, reply.code))
+
     def test_a_bucket_that_refuses(self) -> None:
         """
         A bucket's answer other than a blob is 502, its 503 is 503; the bucket is named, without its words or URL.

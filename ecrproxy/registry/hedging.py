@@ -37,7 +37,8 @@ class Hedged(Generic[T]):
 
     @param send: sends it; called in the context of the constructor's caller.
     @param seconds: its deadline.
-    @param repeating: called before it is sent again.
+    @param again: sends it again; called in the same context. What it fails with counts only if nothing better comes: a
+        server that is slow and has too much to do refuses a second request, but may be about to answer the first.
     @ivar answer: fires with the first answer; with a failure once no attempt is under way; after the deadline, with the
         first failure, or C{TimeoutError}. Cancelling it cancels all attempts.
     @ivar late: whether the deadline has passed, and no attempt has failed.
@@ -48,9 +49,9 @@ class Hedged(Generic[T]):
         send: Callable[[], Deferred[T]],
         seconds: float,
         call_later: Callable[..., IDelayedCall],
-        repeating: Callable[[], object],
+        again: Callable[[], Deferred[T]],
     ) -> None:
-        self._send, self._context, self._call_later, self._repeating = send, copy_context(), call_later, repeating
+        self._again, self._context, self._call_later = again, copy_context(), call_later
         self._left = seconds
         self._step = AGAIN_SECONDS if seconds > SHORT_SECONDS else seconds
         self._attempts: list[Deferred[T]] = []
@@ -88,8 +89,7 @@ class Hedged(Generic[T]):
         self._step = min(2 * self._step, self._left)
         self._timer = self._call_later(self._step, self._wake)
         self._give_up(self._attempts[1:])
-        self._repeating()
-        self._await(self._context.run(self._send))
+        self._await(self._context.run(self._again))
 
     def _stop(self) -> None:
         if self._timer.active():

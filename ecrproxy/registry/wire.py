@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
-from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -159,22 +159,22 @@ class Wire:
         @param seconds: deadline for the headers of the answer.
         @raise TransientError: if there is no answer, or one that says to try again.
         """
-        response = await self._sent(method, url, headers, seconds)
-        if response.code not in TRANSIENT_STATUSES:
-            return response
-        discard(response, self.clock)
-        wait = asked_wait(header(response, "Retry-After"), header(response, "Date"))
-        raise failure(urlsplit(url).hostname or "", response.code, wait)
+        host = urlsplit(url).hostname or ""
 
-    async def _sent(self, method: str, url: str, headers: Headers, seconds: float) -> IResponse:
-        host = urlsplit(url).hostname
-        send = partial(self._client.request, method, url, headers=headers, allow_redirects=False, unbuffered=True)
+        def send() -> Deferred[IResponse]:
+            asked = self._client.request(method, url, headers=headers, allow_redirects=False, unbuffered=True)
+            return asked.addCallback(attrgetter("original"))
+
+        def again() -> Deferred[IResponse]:
+            self._note_repeat(host)
+            return send().addCallback(self._accepted, host)
+
         try:
-            asked = Hedged(send, seconds, self.clock.callLater, partial(self._note_repeat, host))
+            asked = Hedged(send, seconds, self.clock.callLater, again)
         except ValueError:
             raise UnavailableError(502, "UNAVAILABLE", f"{self.name} redirects to what is no URL") from None
         try:
-            return (await asked.answer).original
+            return self._accepted(await asked.answer, host)
         except (RegistryError, CancelledError):
             raise
         except Exception as problem:
@@ -182,7 +182,17 @@ class Wire:
                 raise TransientError(504, "UNAVAILABLE", f"{host} has not answered for {seconds:.0f} s") from None
             raise _judged(f"{host} can't be reached", problem) from problem
 
-    def _note_repeat(self, host: str | None) -> None:
+    def _accepted(self, response: IResponse, host: str) -> IResponse:
+        """
+        Return an answer, unless it says to try again.
+        """
+        if response.code not in TRANSIENT_STATUSES:
+            return response
+        discard(response, self.clock)
+        wait = asked_wait(header(response, "Retry-After"), header(response, "Date"))
+        raise failure(host, response.code, wait)
+
+    def _note_repeat(self, host: str) -> None:
         self.retried += 1
         said = "{host} has not answered for {seconds:.0f} s: asking again over another connection"
         log.info(said, host=host, seconds=AGAIN_SECONDS, once=host)
