@@ -96,7 +96,9 @@ from ecrproxy.settings.registry_table import RegistryTable
 from ecrproxy.settings.values import parse_pattern
 from ecrproxy.threads import Disk, InThread
 from ecrproxy.tracing import Tracing
+from ecrproxy.transfer.file_backed import FileBacked
 from ecrproxy.transfer.inflow import GATHER_SECONDS, Lanes
+from ecrproxy.transfer.peer_backed import PeerBacked
 from ecrproxy.upstreams import Upstreams
 from ecrproxy.world import World, Worlds
 from tests.registry import StandIn
@@ -829,9 +831,9 @@ class Daemon(Administered):
         End as by SIGKILL: the kernel closes files and connections, and nothing is cleaned up.
         """
         for download in self.pull_through.transfers():
-            for file in (download._file, download._followed):  # noqa: SLF001
-                if file is not None:
-                    file.close()
+            for backing in (download._backing, *download._earlier):  # noqa: SLF001
+                if isinstance(backing, FileBacked | PeerBacked) and backing._file is not None:  # noqa: SLF001
+                    backing._file.close()  # noqa: SLF001
         for _, server in self.back.ends:
             if server.connected:
                 server._over(ConnectionLost())  # noqa: SLF001

@@ -18,7 +18,7 @@ from ecrproxy.cache.intents import NAME
 from ecrproxy.cache.kept_open import KEPT_SECONDS
 from ecrproxy.cache.locks import is_free
 from ecrproxy.cache.record import POLL_SECONDS
-from ecrproxy.transfer import download, gaps, inflow
+from ecrproxy.transfer import gaps, inflow, peer_backed
 from tests.daemon import Daemon, DaemonTestCase, Hands, Reply, noise
 from tests.test_following import opened
 
@@ -75,7 +75,7 @@ class AnyOrderTests(DaemonTestCase):
         the index matches the directory.
         """
         if parts:  # the size of some of the blobs
-            for module in (blob_parts, inflow, gaps, download):
+            for module in (blob_parts, inflow, gaps, peer_backed):
                 self.patch(module, "SMALLEST_PART", 2**18)
             self.patch(gaps, "LARGEST_PART", 2**19)
             self.patch(inflow, "SPLIT", 2**20)

@@ -29,11 +29,13 @@ from ecrproxy.cache.writer import Writer
 from ecrproxy.logs.repeats import Repeats
 from ecrproxy.oci import Digest
 from ecrproxy.threads import Disk
-from ecrproxy.transfer.download import STUCK_SECONDS, TAIL, WINDOW, Download
+from ecrproxy.transfer.download import Download
+from ecrproxy.transfer.file_backed import TAIL
 from ecrproxy.transfer.follower import Follower
 from ecrproxy.transfer.gaps import LARGEST_PART, SMALLEST_PART
 from ecrproxy.transfer.inflow import GATHER_SECONDS, HIGH_WATER, Buffered, Inflow
 from ecrproxy.transfer.lane import TRIES, ShortBodyError
+from ecrproxy.transfer.windowed import STUCK_SECONDS, WINDOW
 from tests.daemon import Hands, noise
 from tests.store_contract import begin, failing
 

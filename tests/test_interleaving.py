@@ -22,7 +22,8 @@ from twisted.python.failure import Failure
 
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.threads import Bounded, Disk
-from ecrproxy.transfer.download import TAIL, Download
+from ecrproxy.transfer.download import Download
+from ecrproxy.transfer.file_backed import TAIL
 from ecrproxy.transfer.gaps import SMALLEST_PART
 from tests.daemon import noise
 from tests.test_download import PWRITE, DownloadTestCase, Reader, Source, Tap, is_data

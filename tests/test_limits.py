@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.access.limits import SPARE, Crowd, Limits, Patience, counted
 from ecrproxy.http.channel import SETTLED_SECONDS, YIELD_SECONDS
 from ecrproxy.shares import share
-from ecrproxy.transfer.download import STUCK_SECONDS
+from ecrproxy.transfer.windowed import STUCK_SECONDS
 from tests.daemon import MIB, DaemonTestCase, End, Raw, Reply, noise
 
 GOOD = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"

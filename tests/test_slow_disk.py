@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred, fail
 from ecrproxy.cache import write_behind, writer
 from ecrproxy.cached import stored_manifests
 from ecrproxy.threads import Bounded, Disk, patient
-from ecrproxy.transfer import download
+from ecrproxy.transfer import file_backed
 from ecrproxy.transfer.unattended import MOST
 from tests.daemon import DaemonTestCase, Hands, Reply, at_once, noise
 
@@ -325,7 +325,7 @@ class SlowTests(DiskTestCase):
         However long all of it takes: no call does more than fits its time.
         """
         hands = Hands()
-        self.patch(download, "PIECE", 2**20)
+        self.patch(file_backed, "PIECE", 2**20)
         self.begin(committing=self.bounded(hands))
         self.assertWhole(self.get(self.unknown), self.data, "MISS")
         for _ in range(3):
@@ -341,7 +341,7 @@ class SlowTests(DiskTestCase):
         def fail(fd: int, start: int, size: int) -> None:
             raise OSError(errno.EIO, f"{size} bytes of {fd} from {start} on")
 
-        self.patch(download, "PIECE", 2**20)
+        self.patch(file_backed, "PIECE", 2**20)
         self.patch(writer, "write_back", fail)
         self.begin()
         self.assertWhole(self.get(self.unknown), self.data, "MISS")

@@ -24,6 +24,7 @@ from ecrproxy.registry.unavailable import is_passed_on_always
 from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.looks import Looks
+from ecrproxy.transfer.peer_backed import PeerDownload
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
@@ -56,14 +57,8 @@ class Peers:
 
         @param size: in bytes, as ECR has confirmed for the repository.
         """
-        download = Download(
-            fetch.digest,
-            peer.size,
-            peer,
-            self._disk,
-            buffered=self._downloads.lanes.buffered,
-            call_later=self._call_later,
-        )
+        buffered = self._downloads.lanes.buffered
+        download = PeerDownload(fetch.digest, peer, self._disk, buffered, self._call_later)
         if peer.size != size or not serves(download, parts):
             return None
         download.attendance = self._downloads.unattended.settle
@@ -72,14 +67,14 @@ class Peers:
         on_its_own(self._run(download, peer, fetch, route))
         return download
 
-    async def _run(self, download: Download, peer: PeerTransfer, fetch: Fetch, route: Route) -> None:
+    async def _run(self, download: PeerDownload, peer: PeerTransfer, fetch: Fetch, route: Route) -> None:
         try:
             await download.to_the_end(self._follow(download, peer, fetch, route))
         finally:
             self._cache.used(download.digest)  # unknown to the writer, which may have read it ahead
             self._downloads.ended(download, fetch)
 
-    async def _follow(self, download: Download, peer: PeerTransfer, fetch: Fetch, route: Route) -> None:
+    async def _follow(self, download: PeerDownload, peer: PeerTransfer, fetch: Fetch, route: Route) -> None:
         digest, step = download.digest, await download.watch(self._looks.at)
         while step is Step.TAKE_OVER:
             try:
@@ -100,24 +95,24 @@ class Peers:
         else:
             download.end_beside(step)
 
-    async def _take_over(self, download: Download, writer: Writer, fetch: Fetch, route: Route) -> None:
+    async def _take_over(self, download: PeerDownload, writer: Writer, fetch: Fetch, route: Route) -> None:
         """
         Finish the transfer of a process that has exited, in the same file.
         """
         start, stop = writer.gaps[0]
         log.info("Taking over {digest} at byte {at}: its writer has exited", digest=writer.digest, at=start)
-        download.continue_in(writer)
+        file = download.continue_in(writer)
         self._downloads.unattended.settle()  # the readers may have left meanwhile
         blob = await _rest(download, fetch, route, stop, start)
         if blob.size is None:
             blob.size = download.size
         check_size(blob, download.size)
-        lanes = self._downloads.lanes.take(writer.missing if blob.ranged else 0)
+        file.lanes = self._downloads.lanes.take(writer.missing if blob.ranged else 0)
         download.split_off = partial(self._downloads.run_apart, blob)
         try:
-            await download.fetch(blob, lanes)
+            await download.fetch(blob)
         finally:
-            self._downloads.lanes.give_back(lanes)
+            self._downloads.lanes.give_back(file.lanes)
 
 
 async def _rest(download: Download, fetch: Fetch, route: Route, stop: int | None, start: int) -> BlobSource:
