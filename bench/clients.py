@@ -226,17 +226,17 @@ def hashing_seconds(ground: Ground, path: Path) -> float:
     return after.children_user + after.children_system - before.children_user - before.children_system
 
 
-def ask(served: Served, path: str, seconds: float, *, anew: bool, connections: int = 16) -> int:
+def ask(served: Served, path: str, seconds: float, *, reconnecting: bool, connections: int = 16) -> int:
     """
     Request C{path}, which has less than 16 KiB, on so many plain connections; return the number of answers.
 
-    @param anew: whether each request has a connection of its own, which this side closes once it has the answer, as
+    @param reconnecting: whether each request has its own connection, which this side closes once it has the answer, as
         programs without keep-alive do. They don't announce that.
     """
     request = f"GET {path} HTTP/1.1\r\nHost: {LOCAL}\r\nAccept: {MANIFEST_TYPE}\r\n\r\n".encode()
     deadline, count, opened = time.monotonic() + seconds, 0, list[socket.socket]()
     while time.monotonic() < deadline:
-        if anew or count % (_ON_ONE * connections) == 0:
+        if reconnecting or count % (_ON_ONE * connections) == 0:
             for each in opened:
                 each.close()
             opened = [socket.create_connection((LOCAL, served.port), timeout=30) for _ in range(connections)]

@@ -180,10 +180,10 @@ def connecting(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> Non
     with ground.upstream() as upstream, served(peer, ground, upstream, settings=settings) as one:
         pull(ground, one.url)
         costs = []
-        for anew in (False, True):
-            ask(one, path, 0.5, anew=anew)
+        for reconnecting in (False, True):
+            ask(one, path, 0.5, reconnecting=reconnecting)
             used = cpu_seconds(one.pid)
-            count = ask(one, path, sizes.hammering, anew=anew)
+            count = ask(one, path, sizes.hammering, reconnecting=reconnecting)
             costs.append((cpu_seconds(one.pid) - used) / count * 1e6)
         figures.add("kept cpu", peer, costs[0])
         figures.add("new cpu", peer, costs[1] - costs[0])

@@ -93,7 +93,7 @@ class Hashed:
         Compare the hash with the digest.
         """
         if f"sha256:{self._state.hexdigest()}" != self._digest:
-            raise PullError(f"what came is not {self._digest}")
+            raise PullError(f"the bytes do not match {self._digest}")
 
 
 class Compared:
@@ -136,7 +136,7 @@ class Client:
         digest = head.headers["Docker-Content-Digest"]
         manifest = link.ask("GET", f"/v2/{REPOSITORY}/manifests/{digest}").read()
         if f"sha256:{hashlib.sha256(manifest).hexdigest()}" != digest:
-            raise PullError("what came is not the manifest")
+            raise PullError("the bytes are not the manifest")
         document = json.loads(manifest)
         layers: queue.SimpleQueue[str] = queue.SimpleQueue()
         for each in document["layers"]:

@@ -63,7 +63,7 @@ ROWS: Sequence[Row] = (
     Row("storm blobs", "- blob requests to ECR", 0),
     Row("storm bytes", "- bytes from the bucket, in images"),
     Row("storm cpu", "- CPU seconds"),
-    Row("storm stall", "- longest stall of the event loop, by its own account, ms", 0),
+    Row("storm stall", "- longest stall of the event loop, as it reports, ms", 0),
     Row("warm", "the same, warm, s"),
     Row("warm asked", "- requests to ECR", 0),
     Row("warm connections", "- new connections upstream", 0),

@@ -37,7 +37,7 @@ TTL: Final = 30
 USER, PASSWORD, OTHER = "ann", "client canary", "another canary"
 CONNECTIONS: Final = 4
 _IN_STORIES: Final = (0, 1, CONNECTIONS - 1)
-"""Connections used by stories: one byte encodes no more."""
+"""Connections used by stories: as many as one byte encodes."""
 FILE_BYTES: Final = 100_000
 """Size of a blob that is sent from its file."""
 LIMIT: Final = 200_000

@@ -312,7 +312,7 @@ class End:
 
     def half_close(self) -> None:
         """
-        Send no more, but go on reading.
+        Stop sending, but go on reading.
         """
         self.peer._fin = True  # noqa: SLF001
 

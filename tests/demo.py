@@ -113,7 +113,7 @@ def fetch(place: str, path: str, digest: str, pull: Pull, end: float) -> bytes:
         pull.answered(response.getheader("X-Cache-Status", "none"))
         digest = digest or response.getheader("Docker-Content-Digest", "")
     if f"sha256:{state.hexdigest()}" != digest:
-        raise DemoError(f"{path}: what came is not {digest}")
+        raise DemoError(f"{path}: the bytes do not match {digest}")
     return b"".join(parts)
 
 

@@ -898,7 +898,7 @@ class LeftOverTests(ArrivingTests):
 
     def test_is_counted_by_a_sweep(self) -> None:
         """
-        As what a killed writer left; what is resumed meanwhile stays.
+        As the rest of a killed writer; a resumed one stays.
         """
         self.left_over((0, 1000))
         for _ in range(2):

@@ -404,7 +404,7 @@ class OthersTests(DaemonTestCase):
 
     def ask_after_redirect(self, location: str, *, then: str = REALM, anonymous: bool = False) -> Reply:
         """
-        Redirect who asks for the token of a repository, and ask for its image.
+        Redirect requests for a repository's token, and request its image.
 
         @param then: where the token service is by then.
         """

@@ -247,7 +247,7 @@ class SettingsTests(SynchronousTestCase):
 
     def test_limits_are_shared_among_workers(self) -> None:
         """
-        Each worker has its share of what there is; times and the size of a request are the same for all.
+        Each worker has its share of the totals; times and the size of a request are the same for all.
         """
         alone = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="100", PROXY_TRANSFERS="0")
         config, limits = alone.share(), alone.limits()

@@ -96,7 +96,7 @@ class Source:
     A blob of a bucket in a test.
 
     @ivar taps: its connections, in the order of the requests.
-    @ivar refuses: why there can be no more, if so.
+    @ivar refuses: why it fails, if so.
     @ivar late: answers that are still to come; None where they come at once.
     """
 

@@ -1027,7 +1027,7 @@ class TokenServiceTests(SynchronousTestCase):
 
     def test_a_fetch_that_fails_before_it_begins_is_a_failure_like_others(self) -> None:
         """
-        A thread pool that accepts no more work does not end the refreshing.
+        A thread pool that refuses work does not end the refreshing.
         """
         calls: list[int] = []
 

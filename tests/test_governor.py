@@ -192,7 +192,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_many_repositories_of_one_prefix_start_without_waiting(self) -> None:
         """
-        Two hundred repositories of one prefix, answered in 50 ms each, take no more turns than half of the slots need.
+        Two hundred repositories of one prefix, answered in 50 ms each, need half of the slots.
         """
         self.govern(MANY)
         asked = [self.ask(Call.MANIFEST, str(number), f"team/{number}", held=True) for number in range(200)]
@@ -297,7 +297,7 @@ class GovernorTests(SynchronousTestCase):
 
     def test_what_waits_for_a_throttled_prefix_lets_others_by(self) -> None:
         """
-        A rest that is worth waiting for is waited for; what comes later about others goes before.
+        A rest that is worth waiting for is waited for; later requests for others go before.
         """
         self.govern(MANY)
         self.governor.rest(Call.MANIFEST, "docker-hub/library/nginx", 5)

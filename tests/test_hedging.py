@@ -88,7 +88,7 @@ class HedgedTests(SynchronousTestCase):
 
     def test_the_answer_to_the_first_attempt_counts_however_late(self) -> None:
         """
-        Where all answers take 20 s; meanwhile there are no more than two attempts at a time.
+        Where all answers take 20 s; meanwhile there are two attempts at a time, at most.
         """
         asked = self.ask()
         self.pass_time(20)
@@ -152,7 +152,7 @@ class HedgedTests(SynchronousTestCase):
 
     def test_an_attempt_that_ends_as_cancelled_is_no_cancelled_request(self) -> None:
         """
-        As where a pool closes: who waits would take it for their own doing.
+        As where a pool closes: the caller would believe that it cancelled the request itself.
         """
         asked = self.ask()
         self.sent[0][1].errback(CancelledError())

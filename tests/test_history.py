@@ -72,7 +72,7 @@ class HistoryTests(SynchronousTestCase):
     @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 50)), min_size=1, max_size=300))
     def test_never_holds_more_than_its_steps(self, turns: list[tuple[int, int]]) -> None:
         """
-        Whatever the intervals were, no more is kept than is shown, and of that time nothing is lost.
+        Whatever the intervals were, only what is shown is kept, and of that time nothing is lost.
         """
         history, total, passed = History(), 0, 0
         for more, missed in turns:

@@ -146,7 +146,7 @@ class SharedQuestionTests(SynchronousTestCase):
 
     def test_all_get_what_a_tag_leads_to_now(self) -> None:
         """
-        ECR is asked no more often than if each had taken the long way, and the heads are known from then on.
+        ECR is asked only as often as if each had taken the long way, and the heads are known from then on.
         """
         self.scene.move_tag()
         self.ask_together()

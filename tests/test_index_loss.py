@@ -1171,7 +1171,7 @@ class ShutOutTests(DaemonTestCase):
 
     def reasons(self) -> str:
         """
-        Return what is wrong, though all requests are served.
+        Return the problem, though all requests are served.
         """
         self.pass_time(FRESH_SECONDS)
         reply = self.get("/readyz")

@@ -271,7 +271,7 @@ class InflowTests(SynchronousTestCase):
                 came += PIECE
             batch = self.successResultOf(self.batch())
             self.assertEqual((HIGH_WATER + PIECE, came), (came, len(b"".join(batch))))
-            self.assertTrue(self.tap.paused, "what was taken is not written yet")
+            self.assertTrue(self.tap.paused, "the bytes are not written yet")
             waiting, came = self.batch(), 0
             self.assertFalse(self.tap.paused)
             self.tap.arrived(b"x")

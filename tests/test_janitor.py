@@ -271,7 +271,7 @@ class JanitorTests(SmallCache):
 
     def test_a_client_waits_for_room_for_two_seconds(self) -> None:
         """
-        A later reservation is released; what was evicted for it is free for the next one.
+        A later reservation is released; the bytes evicted for it are free for the next one.
         """
         one = self.keep(90)
         hands = Hands()

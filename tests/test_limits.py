@@ -59,7 +59,7 @@ class CountingTests(SynchronousTestCase):
 
     def test_one_of_several_processes_has_its_part_and_a_quarter_of_it_more(self) -> None:
         """
-        The kernel does not distribute connections evenly; what is unlimited stays so.
+        The kernel does not distribute connections evenly; unlimited settings stay so.
         """
         parts = [(each.connections, each.transfers) for each in map(Limits(transfers=0).share, (1, 2, 3, 8))]
         self.assertEqual([(10_000, 0), (6250, 0), (4167, 0), (1563, 0)], parts)
@@ -72,7 +72,7 @@ class CountingTests(SynchronousTestCase):
 
     def test_patience_ends_once(self) -> None:
         """
-        It lasts from its latest start, and what was ended, or is endless, never runs out.
+        It lasts from its latest start, and one that was ended, or is endless, never runs out.
         """
         clock, out = Clock(), list[float]()
         patience = Patience(clock.callLater, 10, lambda: out.append(clock.seconds()))

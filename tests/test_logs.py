@@ -310,7 +310,7 @@ class OmittedTests(ShapeTestCase):
 
     def lines_of(self, shape: Shape) -> str:
         """
-        Return what was logged, and what is said of it a minute later.
+        Return the lines at once, and those of a minute later.
         """
         self.file.truncate(0)
         self.file.seek(0)

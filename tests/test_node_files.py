@@ -1,5 +1,5 @@
 """
-The files of deploy/nodes, which nodes are made with: whoever reads them finds in them what it is to do.
+The files of deploy/nodes, which nodes are made with: their programs can read them.
 """
 
 from __future__ import annotations

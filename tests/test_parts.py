@@ -304,7 +304,7 @@ class JoinedPartTests(PartsTestCase):
 
     def test_a_lane_leaves_its_part_for_what_is_wanted(self) -> None:
         """
-        With no more connections than before, and no byte twice except those in flight.
+        With as many connections as before, and no byte twice except those in flight.
         """
         reply = self.part(SIZE - FOOTER, SIZE)
         self.assertEqual(4, self.standin.held(self.digest))

@@ -216,7 +216,7 @@ class PasswordsTests(SynchronousTestCase):
 
     def test_unknown_names_wrong_passwords_and_none_at_all_are_refused_alike(self) -> None:
         """
-        Status, words, headers: nothing reveals who has an account.
+        Status, words, headers: nothing reveals which users exist.
         """
         nothing: Deferred[None] = Deferred.fromCoroutine(self.passwords.admit(HERE, None))
         found = [self.refusal(each) for each in (nothing, self.ask("mallory", "one"), self.ask("ann", "other"))]

@@ -40,7 +40,7 @@ class ProofsTests(SynchronousTestCase):
 
     def verdict(self) -> bool | None:
         """
-        Return what is known of the file as it is now.
+        Return the proof of the file in its present state.
         """
         return self.proofs.verdict(DIGEST, self.path.stat())
 

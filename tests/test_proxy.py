@@ -2363,7 +2363,7 @@ class ForgettingTests(BlobTestCase):
 
     def test_confirmed_twice_after_the_content_is_deleted(self) -> None:
         """
-        Any file of the directory may be deleted: what is missing is fetched or confirmed again.
+        Any file of the directory may be deleted: missing content is fetched or confirmed again.
         """
         self.get(self.path)
         self.lose_index()

@@ -786,7 +786,7 @@ class HoldTests(StandInTests):
 
     def test_who_leaves_is_no_longer_held(self) -> None:
         """
-        A client that disconnects gets no more bytes.
+        A client that disconnects gets no further bytes.
         """
         got = Body(self.answer(self.url))
         got.leave()

@@ -457,7 +457,7 @@ class SlowTests(DiskTestCase):
 class JoiningTests(DiskTestCase):
     def test_who_joins_the_transfer_of_its_own_repository_asks_no_disk(self) -> None:
         """
-        However slow the disk is: it knows no more of the blob than the transfer does.
+        However slow the disk is: it knows only as much of the blob as the transfer does.
         """
         hands = Hands()
         self.start(disk=Disk(hands, *[at_once] * 5))

@@ -215,7 +215,7 @@ def call_at_once(
     """
     try:
         outcome = True, blocking(*args, **kwargs)
-    except Exception:  # noqa: BLE001 (told to who waits, as a thread's is)
+    except Exception:  # noqa: BLE001 (the caller gets it, as from a thread)
         outcome = False, Failure()
     done(*outcome)
 

@@ -64,7 +64,7 @@ class ManifestTests(DaemonTestCase):
 
 class SignedTests(DaemonTestCase):
     """
-    Registries call a signed manifest of schema 1 by the digest of what is signed, which is not that of its bytes.
+    Registries call a signed manifest of schema 1 by the digest of the signed bytes, which is not that of its bytes.
     """
 
     def setUp(self) -> None:

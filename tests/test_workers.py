@@ -505,7 +505,7 @@ class ChannelTests(WorkersTestCase):
 
     def test_those_that_do_not_answer_are_not_waited_for(self) -> None:
         """
-        One answers, one hangs, one dies meanwhile: what is known is returned, and which are missing.
+        One answers, one hangs, one dies meanwhile: the known parts are returned, and the names of the missing.
         """
         asked = Deferred.fromCoroutine(self.workers.readiness())
         answers, hangs, dies = self.reactor.spawned

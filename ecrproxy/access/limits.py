@@ -121,7 +121,7 @@ class Crowd:
     @ivar slow_readers: connections closed because the client stopped reading.
     @ivar idle_ones: idle connections with their addresses, longest idle first.
     @ivar half_closed: connections whose client sends nothing more, and waits for a response or has left, with their
-        addresses, oldest first. TCP does not tell which until something is sent to it.
+        addresses, oldest first. TCP does not distinguish them until something is sent.
     @ivar spare: connections beyond the limit, oldest first; they only get health responses.
     """
 

@@ -28,7 +28,7 @@ _NAMES = frozenset(
 )
 _OF_ROUTE = frozenset({"uri", "args", "repository", "reference", "digest"})
 _PREFIXES = ("arg_", "http_")
-# These hold secrets, and anyone who can list the cache's files could test guesses against their hash.
+# These hold secrets, and anyone with access to the cache's file names could test guesses against their hash.
 _SECRET = frozenset({"http_authorization", "http_proxy_authorization", "http_cookie"})
 
 

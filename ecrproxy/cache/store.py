@@ -168,7 +168,7 @@ class Store:
                 self._see_volume()
                 return make()
             except FileNotFoundError:
-                log.warn("{root} is not what it was: its directories are made anew", root=str(self.root))
+                log.warn("{root} is not what it was: its directories are created again", root=str(self.root))
                 self.make()
             except OSError as problem:
                 if problem.errno not in FULL or not self.evict(size):

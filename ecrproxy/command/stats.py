@@ -55,7 +55,7 @@ def run(call: Invocation) -> int:
         if options.json:
             call.terminal.tell(status, in_one_line=pause is not None)
         else:
-            _print(call, status, anew=pause is not None)
+            _print(call, status, refreshing=pause is not None)
         if pause is None:
             return WRONG if status["reasons"] else FINE
         call.terminal.stdout.flush()
@@ -78,8 +78,8 @@ def _narrowed(call: Invocation, status: Mapping[str, Any]) -> dict[str, Any]:
     return {**status, "transfers": kept(status["transfers"]), "repositories": kept(status["repositories"])}
 
 
-def _print(call: Invocation, status: Mapping[str, Any], *, anew: bool) -> None:
-    if anew:
+def _print(call: Invocation, status: Mapping[str, Any], *, refreshing: bool) -> None:
+    if refreshing:
         call.terminal.stdout.write(_ANEW if call.terminal.stdout.isatty() else "\n")
     for line in [*_lines(status), *_registries(status), *_transfers(status), *_repositories(status)]:
         call.terminal.print(line)

@@ -50,7 +50,7 @@ class _Excerpt(Protocol):
         if self._left < 0:
             self._close()
 
-    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: ARG002 (what came is all there is)
+    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: ARG002 (a body that breaks off ends here)
         self._end()
 
     def _close(self) -> None:

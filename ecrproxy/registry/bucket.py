@@ -275,7 +275,7 @@ async def _see_begin(stretch: BlobRange, source: _Source) -> None:
         raise
     if not begun:
         stretch.drop()
-        raise UnavailableError(504, "UNAVAILABLE", f"{source.upstream.name} sends next to nothing once more")
+        raise UnavailableError(504, "UNAVAILABLE", f"{source.upstream.name} sends next to nothing again")
 
 
 async def _refusal(response: IResponse, clock: IReactorTime, host: str, what: str) -> str:

@@ -353,7 +353,7 @@ def _judge(status: int, headers: Headers) -> None:
     Reject an answer with an invalid status, or an ambiguous length: RFC 9112, 6.1 and 6.3.
     """
     if not 100 <= status <= 599:  # noqa: PLR2004
-        raise OddAnswerError("a status that is none")
+        raise OddAnswerError("an invalid status")
     lengths = headers.getRawHeaders(b"Content-Length", [])
     if not all(_LENGTH.fullmatch(length) for value in lengths for length in value.split(b",")):
         raise OddAnswerError("a length that is no number of bytes")

@@ -1,5 +1,5 @@
 """
-Hedged requests: what is not answered soon is sent again, and the first answer counts.
+Hedged requests: a request without an early answer is sent again, and the first answer counts.
 
 A server that loses a request, or the connection that it came by, answers the next one (Dean and Barroso, "The Tail at
 Scale", 2013; AWS advises the same for S3: "Performance design patterns"). The first attempt is kept, because
@@ -37,10 +37,10 @@ class Hedged(Generic[T]):
 
     @param send: sends it; called in the context of the constructor's caller.
     @param seconds: its deadline.
-    @param again: sends it again; called in the same context. What it fails with counts only if nothing better comes: a
-        server that is slow and has too much to do refuses a second request, but may be about to answer the first.
-    @ivar answer: fires with the first answer; with a failure once no attempt is under way; after the deadline, with the
-        first failure, or C{TimeoutError}. Cancelling it cancels all attempts.
+    @param again: sends it again; called in the same context. Its failure counts only without a better outcome: an
+        overloaded server refuses a second request, but may be about to answer the first.
+    @ivar answer: fires with the first answer; with a failure once no attempt is in progress; after the deadline, with
+        the first failure, or C{TimeoutError}. Cancelling it cancels all attempts.
     @ivar late: whether the deadline has passed, and no attempt has failed.
     """
 
@@ -70,7 +70,7 @@ class Hedged(Generic[T]):
         if attempt not in self._attempts:
             return  # given up
         self._attempts.remove(attempt)
-        if isinstance(result, Failure) and result.check(CancelledError):  # not by who waits for the answer
+        if isinstance(result, Failure) and result.check(CancelledError):  # not by the caller
             result = Failure(ConnectionAborted("it was given up"))
         if isinstance(result, Failure):
             self._failure = self._failure or result

@@ -23,7 +23,7 @@ TRANSIENT_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
 FIRST_WAIT: Final = 1.0
 """Maximum seconds before the second attempt; doubled before each further one."""
 LONGEST_ASKED: Final = 86400.0
-"""Maximum seconds of a Retry-After that are obeyed; clients are told no more."""
+"""Maximum seconds of a Retry-After that are obeyed; clients are told at most that."""
 
 
 @dataclass(frozen=True, slots=True)

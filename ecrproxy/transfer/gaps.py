@@ -86,7 +86,7 @@ class Gaps:
 
     def take_from(self, start: int, stop: int) -> tuple[int, int] | None:
         """
-        Take what is missing from C{start} on, up to C{stop} at most; none if the byte at C{start} is not missing.
+        Take the missing bytes from C{start} on, up to C{stop} at most; none if the byte at C{start} is not missing.
 
         Also none for an empty or reversed range: taking it would widen the gap.
         """

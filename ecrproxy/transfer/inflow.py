@@ -95,7 +95,7 @@ class Buffered:
     @property
     def full(self) -> bool:
         """
-        Return True if transfers should accept no more bytes.
+        Return True if transfers should stop accepting bytes.
         """
         return self.size > self.most
 

@@ -127,7 +127,7 @@ class Machine:
         """
         Stop everything that runs there.
         """
-        self._process.kill()  # what it has started goes with it
+        self._process.kill()  # with its children
         eventually(self._forget, "its control groups are empty")
 
     def _forget(self) -> bool:

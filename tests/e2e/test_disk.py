@@ -1,5 +1,5 @@
 """
-Disk troubles that only a kernel causes: full, read-only, changed behind the daemon's back; and no more descriptors.
+Disk troubles that only a kernel causes: full, read-only, changed behind the daemon's back; and out of descriptors.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def test_a_blob_larger_than_the_disk_is_handed_through(make_chain: MakeChain, im
 
 def test_a_disk_that_others_fill_up_has_room_made(make_chain: MakeChain, images: Images, disk: Path) -> None:
     """
-    Below its limit, the cache evicts what was used least recently for what is used now.
+    Below its limit, the cache evicts the least recently used content for new content.
     """
     run("mount", "-o", f"remount,size={BIG + BIG // 4}", disk)
     chain = make_chain(settings={"PROXY_CACHE_DIR": str(disk)})

@@ -322,7 +322,7 @@ def test_haproxy_stands_before_all_pods_by_their_names(tmp_path: Path) -> None:
     (variable,) = container["env"]
     headless = rendered.workload["spec"]["serviceName"]
     assert variable == {"name": "DAEMONS", "value": f"{headless}.ecr-proxy.svc.cluster.local"}
-    assert services[headless]["publishNotReadyAddresses"] is True, "HAProxy finds out by itself who is ready"
+    assert services[headless]["publishNotReadyAddresses"] is True, "HAProxy checks by itself which pods are ready"
     assert f"{rendered.workload['metadata']['name']}-0.${{DAEMONS}}:5000" in text
 
     ports = {each["name"]: each["containerPort"] for each in container["ports"]}

@@ -90,7 +90,7 @@ def test_figures_move_while_a_pull_runs(make_chain: MakeChain, images: Images, b
         hold.unlink()
         assert {each.result().size for each in pulls} == {size}
     eventually(lambda: browser.texts("#way ~ p") == ["Nothing is on its way."], "the end is seen")
-    eventually(lambda: "64 MiB" in browser.texts(".figure")[5], "what came from upstream is seen")
+    eventually(lambda: "64 MiB" in browser.texts(".figure")[5], "the bytes from upstream are shown")
     eventually(lambda: browser.texts("#saving ~ table tbody th") == [images.big.repository], "who joined saved bytes")
     assert browser.run("return window.kept")
     assert browser.complaints() == []
@@ -221,7 +221,7 @@ def test_can_be_read_in_light_and_dark(example: str, browse: Open, *, dark: bool
 
 def test_can_be_used_with_a_keyboard(example: str, browse: Open) -> None:
     """
-    Every control is reached in reading order, with a visible focus; what is opened stays open.
+    Every control is reached in reading order, with a visible focus; opened parts stay open.
     """
     browser = browse()
     browser.driver.get(example)

@@ -49,7 +49,7 @@ def test_a_manifests_images_come_for_one_platform_or_for_all(
     make_chain: MakeChain, images: Images, tmp_path: Path
 ) -> None:
     """
-    A Kubernetes manifest names them; what is cached already is not transferred again.
+    A Kubernetes manifest names them; cached content is not transferred again.
     """
     chain = make_chain()
     host = chain.front_url.removeprefix("http://")

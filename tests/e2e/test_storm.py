@@ -133,7 +133,7 @@ def test_a_storm_keeps_to_the_limit_and_breaks_off_nobody(standin: StandIn, grou
     clients = [client for each in group.connect(CLIENTS).values() for client in each]
     slow = [Slow(client, large) for (client,) in group.connect(1).values()]
     path = group.content(large)
-    eventually(path.exists, "what is read slowly is content")
+    eventually(path.exists, "a slow reader's blob becomes content")
     inode, began = path.stat().st_ino, time.monotonic()
     with weighed(group.cache) as seen, ThreadPoolExecutor(len(clients)) as pool:
         running = [pool.submit(pull_all, *each) for each in zip(clients, orders(many, len(clients)), strict=True)]

@@ -193,7 +193,7 @@ def test_started_means_that_clients_are_served(unit: Unit, docker: Docker, image
 
 def test_it_starts_while_ecr_is_away(unit: Unit, images: Images) -> None:
     """
-    It serves what it has; its status says what is missing, and that it is there once it is.
+    It serves cached content; its status names the missing role, and says when that is there.
     """
     unit.start()
     eventually(answers(f"{unit.url}/readyz"), "the daemon is ready")

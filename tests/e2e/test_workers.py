@@ -258,7 +258,7 @@ class TestUnixSocket:
 
     def test_keeps_its_mode(self, chain: Chain, path: Path) -> None:
         """
-        The operator's setting decides who may connect.
+        The operator's setting decides which clients may connect.
         """
         wait_for_workers(chain)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 MARK = "# Written by ecr-proxy's installer for nodes"
 SECONDS = 30.0
 ENDS = (signal.SIGTERM, signal.SIGINT)
-# The pods of an update overlap, and take turns with a directory: one name for what is not complete yet is enough.
+# The pods of an update overlap, and take turns with a directory: one name for an incomplete file is enough.
 PARTIAL = ".ecr-proxy.hosts.toml"
 # containerd looks for these where there is no hosts.toml, and only there.
 CERTIFICATES = {".crt", ".cert", ".key"}
