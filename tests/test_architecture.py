@@ -273,7 +273,7 @@ ARROWS: dict[str, set[str]] = {
         "admin.merging",
     },
 }
-OUTERMOST = {"tap", "serving", "upstream_wiring", "command"}
+OUTERMOST = {"tap", "process_wiring", "operator_wiring", "reload_wiring", "serving", "upstream_wiring", "command"}
 TYPES_ONLY = {
     ("http.channel", "daemon.ending"),
     ("access.clients", "access.passwords"),

@@ -38,7 +38,7 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy import __version__, serving, tap
+from ecrproxy import __version__, process_wiring, reload_wiring, serving, tap
 from ecrproxy.admin.history import History, Sample, merged
 from ecrproxy.admin.kept_history import KeptHistory, told, write
 from ecrproxy.buffers import give_memory_back
@@ -63,13 +63,14 @@ from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal, generation
 from ecrproxy.daemon.service import Daemon
 from ecrproxy.daemon.supervision import Supervised, Supervisor
 from ecrproxy.files import READ_SECONDS, FileReader
+from ecrproxy.process_wiring import build
 from ecrproxy.registry.aws import CredentialsError
 from ecrproxy.registry.resolver import SharedLookups
 from ecrproxy.settings.config import Config
 from ecrproxy.settings.file import about_registries, for_worker, parse_file
 from ecrproxy.settings.options import Options
 from ecrproxy.settings.table import GROUPS, SETTINGS
-from ecrproxy.tap import build, makeService
+from ecrproxy.tap import makeService
 from ecrproxy.upstream_wiring import AwsTokens
 from ecrproxy.workers.channel import Channel
 from ecrproxy.workers.messages import Refused, Reload, Reread
@@ -1191,7 +1192,7 @@ class WorkersTests(TapCase):
             self.assertEqual([], self.spawning.spawned)
 
     def test_a_process_that_has_no_parent_is_no_worker(self) -> None:
-        self.patch(tap, "CHANNEL_FD", 799)
+        self.patch(process_wiring, "CHANNEL_FD", 799)
         said = self.dies(lambda: self.run_with(**{VARIABLE: "0", "PROXY_LISTEN": "unix:/nowhere"}))
         self.assertIn("ECRPROXY_WORKER is for the daemon's own workers", said)
 
@@ -1232,18 +1233,18 @@ class WorkersTests(TapCase):
         listening = [each for each in service if isinstance(each, Listening)]
         loaded = [each.load() for each in listening]
         found = generation(each.seen for each in loaded if each)
-        self.assertEqual(len(loaded), len(tap._load_as_told(listening, found) or ()))  # noqa: SLF001
+        self.assertEqual(len(loaded), len(reload_wiring.load_as_told(listening, found) or ()))
         for name in ("key.pem", "certificate.pem"):
             (others.folder / name).rename(files.folder / name)
-        self.assertIsNone(tap._load_as_told(listening, found))  # noqa: SLF001
+        self.assertIsNone(reload_wiring.load_as_told(listening, found))
 
     def test_a_worker_reads_passwords_while_certificates_hang(self) -> None:
         held, read = Hands(), list[str]()
         held.idle = False
         certificates = FileReader("Certificates", read.append, read.append, held, self.reactor)
         admission: Any = type("Admission", (), {"reread": lambda _: read.append("passwords")})()
-        tap._reread_as_told(certificates, admission, "a" * 64)  # noqa: SLF001
-        tap._reread_as_told(certificates, admission, "")  # noqa: SLF001
+        reload_wiring.reread_as_told(certificates, admission, "a" * 64)
+        reload_wiring.reread_as_told(certificates, admission, "")
         self.assertEqual((["passwords"], [("a" * 64,)]), (read, [args for _, _, args in held.waiting]))
 
 
@@ -1443,7 +1444,7 @@ class HangUpTests(TapCase):
         self.reactor = spawning = Spawning()
         end, other = socket.socketpair()
         self.addCleanup(other.close)
-        self.patch(tap, "CHANNEL_FD", end.detach())
+        self.patch(process_wiring, "CHANNEL_FD", end.detach())
         began = for_worker(parse_file("x.toml", self.file.read_bytes()))
         service = self.run_with("--worker-processes=2", **{VARIABLE: "0", **began})
         (tokens,) = (each for each in service if isinstance(each, AwsTokens))
