@@ -4,18 +4,14 @@ One run of C{ecr-proxy doctor}: the checks, and their dependencies on each other
 
 from __future__ import annotations
 
-import contextlib
-import secrets
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from ecrproxy import __version__
 from ecrproxy.command.checkup import account, assumptions, metadata, names, ports
-from ecrproxy.command.checkup.aws import Identity
 from ecrproxy.command.checkup.disk import judge_directory, judge_room
 from ecrproxy.command.checkup.findings import (
     Check,
@@ -30,24 +26,23 @@ from ecrproxy.command.checkup.findings import (
     skipped,
     warning,
 )
+from ecrproxy.command.checkup.hosts import Hosts
+from ecrproxy.command.checkup.image import image_of
 from ecrproxy.command.checkup.network import judge_clock, look_at_host
+from ecrproxy.command.checkup.other_registry import look_at_registry
 from ecrproxy.command.checkup.permissions import Trial
+from ecrproxy.command.checkup.principals import Principals, without_role
 from ecrproxy.command.checkup.questions import DoctorRequest, interview
-from ecrproxy.command.checkup.reach import BODY_BYTES, Contact, split
-from ecrproxy.command.checkup.senses import Account, Senses
-from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_password, look_at_settings
+from ecrproxy.command.checkup.reach import Contact, split
+from ecrproxy.command.checkup.senses import Senses
+from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, CommandError, Invocation
 from ecrproxy.endpoint_string import parse_endpoint_string
-from ecrproxy.oci import RegistryError, parse_route
-from ecrproxy.registries import Known, Registries, own_name
-from ecrproxy.registry.aws import Credentials
-from ecrproxy.registry.egress import Egress, Proxy
-from ecrproxy.registry.guard import is_forbidden, is_loopback
-from ecrproxy.registry.login import login_of, read_password
+from ecrproxy.registries import Registries
+from ecrproxy.registry.guard import is_forbidden
 from ecrproxy.settings.config import Config, given
 from ecrproxy.settings.contradictions import load
-from ecrproxy.settings.registry_table import Protocol, RegistryTable
-from ecrproxy.settings.table import ConfigError
+from ecrproxy.settings.registry_table import RegistryTable
 
 
 def run(call: Invocation, senses: Senses | None = None) -> int:
@@ -115,32 +110,6 @@ _LAST_SECONDS: Final = 12.0
 _OTHERS: Final = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", *_ROLES)
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """
-    Credentials in a region, with their identity and ECR token.
-    """
-
-    account: Account
-    identity: Once[Identity]
-    token: Once[tuple[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """
-    An image to test the permissions with.
-
-    @ivar name: the repository's name for clients of the registry; C{asked} is its name upstream.
-    @ivar reference: a tag or digest; None for any.
-    """
-
-    registry: Known
-    name: str
-    asked: str
-    reference: str | None
-
-
 class Doctor:
     """
     The checks for one configuration.
@@ -151,22 +120,14 @@ class Doctor:
         self._given = given(call.flags, call.world.variables, call.file)
         self._variables, self._now, self._seconds = call.world.variables, call.world.now, call.world.seconds
         default, *self._others = config.registries
-        base = senses.account(config.region, replace(_key(default)[0], role=None, external_id=None))
+        base = without_role(default, config.region, senses)
         self._provider, self._identity = Once(base.provider), Once(base.identity)
-        keys = {_key(each) for each in config.registries}
-        accounts = {(credentials, region): senses.account(region, credentials) for credentials, region in keys}
-        self._principals = {
-            key: Principal(each, Once(each.identity), Once(each.token)) for key, each in accounts.items()
-        }
-        self._default = self._principals[_key(default)]
+        self._principals = Principals(config.registries, senses)
+        self._default = self._principals.of(default)
         self._role, self._token = default.role, self._default.token
-        self._host, _, _ = split(config.ecr_endpoint)
-        self._egress = _egress(call.world.variables)
-        self._system = Once(lambda: senses.ask_system(self._host))
-        self._servers = Once(self._ask_servers)
-        self._greeting = Once(lambda: self._touch(config.ecr_endpoint + "/v2/", self._address()))
-        registries = Registries(config.registries, config.registry_aliases or ())
-        self._image = _image(call.options, registries)
+        self._hosts = hosts = Hosts(config, senses, call.world.variables)
+        self._greeting = Once(lambda: hosts.touch(config.ecr_endpoint + "/v2/", hosts.address()))
+        self._image = image_of(call.options, Registries(config.registries, config.registry_aliases or ()))
         self._assumes = call.options.image is not None
         self._until = call.world.seconds() + max(limit / 2, limit - _LAST_SECONDS)
         self._trial = Once(self._try)
@@ -178,7 +139,7 @@ class Doctor:
         """
         config, senses, role = self._config, self._senses, self._role
         slow = "see that AWS can be reached from here: by NAT, VPC endpoints, or HTTPS_PROXY"
-        registry = self._host.partition(".")[0]
+        registry = self._hosts.registry.partition(".")[0]
         owner = registry if registry.isdecimal() and self._role is None else None
         return (
             Check("settings", lambda: look_at_settings(config, self._given, self._variables, senses.cores())),
@@ -248,85 +209,27 @@ class Doctor:
 
     # The network.
 
-    def _address(self) -> str:
-        """
-        Return the registry's address, as the daemon would find it.
-        """
-        if (proxy := self._proxy(self._config.ecr_endpoint)) is not None:
-            return f"the egress proxy {proxy}"
-        found = [address for answer in self._servers.get().values() for address in answer.addresses]
-        found = found or list(self._system.get().addresses)
-        if not found:
-            raise SkippedError("not without an address of the registry")
-        return found[0]
-
-    def _addresses(self, url: str) -> list[str]:
-        """
-        Return the addresses of a URL's host, as the daemon would find them.
-        """
-        if (proxy := self._proxy(url)) is not None:
-            return [f"the egress proxy {proxy}"]
-        host, _, _ = split(url)
-        found = [address for answer in self._asked(host).values() for address in answer.addresses]
-        return found or list(self._senses.ask_system(host).addresses)
-
-    def _ask_servers(self) -> dict[str, names.LookupResult]:
-        return self._asked(self._host)
-
-    def _asked(self, host: str) -> dict[str, names.LookupResult]:
-        """
-        Ask all name servers for a host; the configured ones are not asked for addresses and local names.
-        """
-        if self._config.dns_resolver is None or names.is_local(host):
-            return {}
-        return {
-            f"{address}:{port}": names.ask_server((address, port), host, secrets.randbelow(2**16), self._senses.send)
-            for address, port in self._config.dns_resolver
-        }
-
     def _resolver(self) -> Iterator[Finding]:
-        if (proxy := self._proxy(self._config.ecr_endpoint)) is not None:
-            return iter([ok("resolver", f"the egress proxy {proxy} looks {self._host} up")])
-        return names.judge_names(self._host, self._servers.get(), self._system.get())
-
-    def _proxy(self, url: str) -> Proxy | None:
-        """
-        Return the egress proxy for a URL's host; None if there is none.
-        """
-        host, port, secure = split(url)
-        return self._egress.proxy_for(host, port) if secure else None
-
-    def _touch(
-        self,
-        url: str,
-        address: str,
-        headers: Mapping[str, str] | None = None,
-        method: str = "GET",
-        most: int = BODY_BYTES,
-    ) -> Contact:
-        return self._senses.touch(url, address, headers or {}, method=method, through=self._proxy(url), most=most)
+        if (proxy := self._hosts.proxy(self._config.ecr_endpoint)) is not None:
+            return iter([ok("resolver", f"the egress proxy {proxy} looks {self._hosts.registry} up")])
+        return names.judge_names(self._hosts.registry, self._hosts.servers.get(), self._hosts.system.get())
 
     def _registry(self) -> Iterator[Finding]:
         greeting = self._greeting.get()
         url = self._config.ecr_endpoint
         yield from look_at_host("registry", url, [greeting.address], lambda _: greeting, self._now())
-        if self._is_tunnel():
-            said = f"{self._host} is at {greeting.address}: its redirects may lead to any service on loopback here"
+        if self._hosts.is_tunnel():
+            host, at = self._hosts.registry, greeting.address
+            said = f"{host} is at {at}: its redirects may lead to any service on loopback here"
             advice = "use it for trusted registries only, or move the tunnel to another address"
             yield warning("redirects", said, advice)
-
-    def _is_tunnel(self) -> bool:
-        """
-        Return True if the registry is on loopback, so that redirects may lead to loopback, too.
-        """
-        return self._proxy(self._config.ecr_endpoint) is None and is_loopback(self._address())
 
     def _login(self) -> Iterator[Finding]:
         if not self._greeting.need("an answer of the registry").status:
             raise SkippedError("not without an answer of the registry")
         token, _ = self._token.need("a token")
         url = f"{self._config.ecr_endpoint}/v2/"
-        answer = self._touch(url, self._address(), {"Authorization": f"Basic {token}"})
+        answer = self._hosts.touch(url, self._hosts.address(), {"Authorization": f"Basic {token}"})
         if answer.status == 200:  # noqa: PLR2004
             yield ok("login", "the registry accepts the token")
         else:
@@ -345,11 +248,11 @@ class Doctor:
         if image is None:
             raise SkippedError("not without an image")
         table = image.registry.table
-        token, url = self._principals[_key(table)].token.get()[0], table.endpoint or ""
-        (address, *_) = self._addresses(url)
+        token, url = self._principals.of(table).token.get()[0], table.endpoint or ""
+        (address, *_) = self._hosts.addresses(url)
 
         def ask(method: str, path: str, headers: Mapping[str, str]) -> Contact:
-            return self._touch(url + path, address, {**headers, "Authorization": f"Basic {token}"}, method)
+            return self._hosts.touch(url + path, address, {**headers, "Authorization": f"Basic {token}"}, method)
 
         trial = Trial(ask, image.asked)
         trial.run(image.reference)
@@ -363,41 +266,22 @@ class Doctor:
         if image is None or image.reference is None:
             raise SkippedError("not without an image")
         table = image.registry.table
-        url, (token, expires) = table.endpoint or "", self._principals[_key(table)].token.need("a token")
+        url, (token, expires) = table.endpoint or "", self._principals.of(table).token.need("a token")
         places: dict[str, list[str]] = {}
 
         def ask(question: DoctorRequest) -> Contact:
             if question.target.startswith("/"):
                 shown = {"Authorization": f"Basic {token}", **question.headers}
-                return self._answer_to(replace(question, target=url + question.target, headers=shown), places)
-            return self._answer_to(question, places, tunnel=self._is_tunnel())
+                return self._hosts.answer_to(replace(question, target=url + question.target, headers=shown), places)
+            return self._hosts.answer_to(question, places, tunnel=self._hosts.is_tunnel())
 
         seen = interview(ask, url, image.asked, image.reference, in_time=lambda: self._seconds() < self._until)
         location = seen.known.get("location", "")
-        at = places.get(split(location)[0], []) if self._proxy(location) is None else []
+        at = places.get(split(location)[0], []) if self._hosts.proxy(location) is None else []
         if not assumptions.is_there(seen):
             said = f"ECR answers 404: it has no {image.asked}:{image.reference}"
             yield failed("image", said, "check the spelling, and give an existing one")
         yield from assumptions.findings(replace(seen, token_seconds=expires - self._now(), bucket=at))
-
-    def _answer_to(
-        self, question: DoctorRequest, places: dict[str, list[str]], *, tunnel: bool | None = None
-    ) -> Contact:
-        """
-        Send a request to the first address of a host.
-
-        @param places: the addresses of hosts that were looked up before.
-        @param tunnel: for a redirect, True if it may lead to loopback; None for the registry itself.
-        """
-        url, (host, _, _) = question.target, split(question.target)
-        addresses = places.get(host)
-        if addresses is None:
-            addresses = places[host] = self._addresses(url)
-        if not addresses:
-            return Contact("", "it has no address")
-        if tunnel is not None and self._proxy(url) is None and any(is_forbidden(at, tunnel=tunnel) for at in addresses):
-            return Contact("", "the proxy does not connect to it")
-        return self._touch(url, addresses[0], question.headers, question.method, question.most)
 
     def _bucket(self) -> Iterator[Finding]:
         """
@@ -408,11 +292,11 @@ class Doctor:
             yield skipped("bucket", "its address is unknown", "give --repository NAME:TAG")
             return
         host, _, _ = split(location)
-        addresses = self._addresses(location)
-        if self._proxy(location) is not None:
+        addresses = self._hosts.addresses(location)
+        if self._hosts.proxy(location) is not None:
             yield from self._look_at_bucket(location, addresses)
             return
-        tunnel = self._is_tunnel()
+        tunnel = self._hosts.is_tunnel()
         forbidden = [address for address in addresses if is_forbidden(address, tunnel=tunnel)]
         if forbidden:
             said = f"{host} is at {forbidden[0]}, which the proxy does not connect to"
@@ -425,69 +309,21 @@ class Doctor:
     def _look_at_bucket(self, location: str, addresses: Sequence[str]) -> Iterator[Finding]:
         asked = {"Range": "bytes=0-0"}
         return look_at_host(
-            "bucket", location, addresses, lambda address: self._touch(location, address, asked), self._now()
+            "bucket", location, addresses, lambda address: self._hosts.touch(location, address, asked), self._now()
         )
 
     def _location(self) -> str:
         if self._image is not None:
             return self._trial.need("a token and a registry").location
-        if not self._host.endswith(".amazonaws.com"):
+        if not self._hosts.registry.endswith(".amazonaws.com"):
             return ""
         region = self._config.region
         return f"https://prod-{region}-starport-layer-bucket.s3.{region}.amazonaws.com/"
 
-    # The other registries.
+    # The other registries, and this machine.
 
     def _look_at(self, table: RegistryTable) -> Iterator[Finding]:
-        """
-        Check another registry than the default: role, token and login, or its password.
-        """
-        token = None
-        found: list[Finding] = []
-        if table.protocol is not Protocol.OCI and not table.anonymous:
-            principal = self._principals[_key(table)]
-            if table.role is not None:
-                found += account.look_at_role(principal.identity, table.role)
-            found += account.look_at_token(principal.token, self._now())
-            with contextlib.suppress(Exception):  # already reported
-                token = principal.token.get()[0] if table.protocol is Protocol.ECR else None
-        if table.password_file is not None:
-            found.append(look_at_password(table.password_file))
-        if table.endpoint is not None:
-            found += self._answer(table.endpoint, token, table)
-        for each in found:
-            yield replace(each, check=table.name, said=f"{each.check}: {each.said}")
-
-    def _answer(self, url: str, token: str | None, table: RegistryTable) -> Iterator[Finding]:
-        check, shown = "registry", {} if token is None else {"Authorization": f"Basic {token}"}
-        contacts: list[Contact] = []
-
-        def touch(address: str) -> Contact:
-            contacts.append(self._touch(f"{url}/v2/", address, shown))
-            return contacts[-1]
-
-        found = list(look_at_host(check, url, self._addresses(url), touch, self._now()))
-        if any(each.verdict is Verdict.FAILED for each in found):
-            yield from found
-        elif token is None:
-            yield from found
-            challenge = contacts[-1].headers.get("www-authenticate", "")
-            yield from account.look_at_realm(challenge, url, table.realms)
-            with contextlib.suppress(OSError, ValueError):  # told already
-                if (login := _login(table)) is not None:
-                    yield from account.look_at_login(challenge, url, table.realms, login, self._ask_with)
-        elif contacts[-1].status == 200:  # noqa: PLR2004
-            yield from (replace(each, said=f"{each.said}; it accepts the token") for each in found)
-        else:
-            said = f"answers {contacts[-1].status or contacts[-1].problem} to a fresh token"
-            yield failed(check, said, "check that it is in the token's region, and that its account allows this one")
-
-    def _ask_with(self, url: str, headers: Mapping[str, str]) -> Contact:
-        host = split(url)[0]
-        addresses = self._addresses(url)
-        return self._touch(url, addresses[0], headers) if addresses else Contact(host, f"{host} has no address")
-
-    # This machine.
+        return look_at_registry(table, self._principals, self._hosts, self._now())
 
     def _ports(self) -> Iterator[Finding]:
         config, senses = self._config, self._senses
@@ -497,61 +333,3 @@ class Doctor:
         theirs = [("PROXY_ADMIN_LISTEN", config.admin_listen), ("PROXY_METRICS_LISTEN", config.metrics_listen)]
         operators = [(variable, endpoint) for variable, endpoint in theirs if endpoint is not None]
         return ports.look_at_ports([*ours, *operators], senses.touch_place, senses.bind)
-
-
-def _login(table: RegistryTable) -> str | None:
-    """
-    Return the login of a registry's table; None if it has none.
-
-    @raise OSError: if the password can't be read.
-    @raise ValueError: if the file has none.
-    """
-    if table.username is None or table.password_file is None:
-        return None
-    return login_of(table.username, read_password(Path(table.password_file)))
-
-
-def _egress(environ: Mapping[str, str]) -> Egress:
-    """
-    Read the egress settings, as the daemon does.
-    """
-    try:
-        return Egress.read(environ)
-    except ValueError as problem:
-        raise ConfigError(f"HTTPS_PROXY: {problem}") from None
-
-
-def _key(table: RegistryTable) -> tuple[Credentials, str]:
-    """
-    Return the credentials for a registry, and the region where their token is valid.
-    """
-    public = table.protocol is Protocol.ECR_PUBLIC
-    return Credentials(table.role, table.external_id, table.profile, table.instance_auth, public), table.region or ""
-
-
-def _image(options: Namespace, registries: Registries) -> Image | None:
-    """
-    Parse the image to test with.
-    """
-    flag, text = ("--repository", options.repository) if options.image is None else ("--image", options.image)
-    if text is None:
-        return None
-    whole, at, digest = text.partition("@")
-    folder, slash, last = whole.rpartition("/")
-    last, colon, tag = last.partition(":")
-    known, rest = registries.split(folder + slash + last)
-    first, slash, _ = rest.partition("/")
-    if slash and ("." in first or ":" in first):
-        raise CommandError(f"{flag}={text!r}: {first} is not a configured registry", MISUSED)
-    if known.table.protocol is not Protocol.ECR:
-        said = f"{known.table.name} is not a private ECR registry, so permissions can't be tested"
-        raise CommandError(f"{flag}={text!r}: {said}", MISUSED)
-    name, asked = own_name(known.table, rest)
-    reference = digest if at else tag if colon else None
-    if options.image is not None and (at or not colon):
-        raise CommandError(f"--image={text!r}: name a tag, as in NAME:TAG", MISUSED)
-    try:
-        parse_route(f"/v2/{asked}/manifests/{reference or 'latest'}", known.identity)
-    except RegistryError as problem:
-        raise CommandError(f"{flag}={text!r}: {problem.message}", MISUSED) from None
-    return Image(known, name, asked, reference)
