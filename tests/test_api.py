@@ -11,7 +11,7 @@ from typing import Any
 from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.oci import Digest
-from ecrproxy.transfer.sending import LEAST_PIECE
+from ecrproxy.transfer.response_body import LEAST_PIECE
 from tests.daemon import DaemonTestCase, Hands, Reply, noise
 from tests.registry_content import OCI_LAYER, OCI_MANIFEST, Image
 

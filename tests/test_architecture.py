@@ -61,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
         "settings.config",
         "settings.registry_table",
         "threads",
-        "transfer.sending",
+        "transfer.response_body",
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"buffers", "identity", "oci", "periodic", "threads", "documents"},

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.stale import STALE_SECONDS
-from ecrproxy.transfer.sending import PIECE
+from ecrproxy.transfer.response_body import PIECE
 from tests.both_ways import PASSWORD, USER, Scene, compare, deeds, heads, step_of
 from tests.daemon import BUFFER, MIB, DaemonTestCase, Raw, noise, ours
 from tests.store_contract import being_read

@@ -16,7 +16,7 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from ecrproxy.access.limits import Limits
 from ecrproxy.buffers import AT_ONCE
 from ecrproxy.daemon.tls import Certificate
-from ecrproxy.transfer.sending import LEAST_PIECE
+from ecrproxy.transfer.response_body import LEAST_PIECE
 from tests.daemon import MIB, DaemonTestCase, noise
 from tests.store_contract import scratch
 from tests.test_sending import PipeConnection, Reactor

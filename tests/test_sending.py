@@ -23,9 +23,12 @@ from ecrproxy.access.limits import Limits, Patience
 from ecrproxy.answers import Asked
 from ecrproxy.oci import Digest, parse_route
 from ecrproxy.threads import Disk
-from ecrproxy.transfer import sending
+from ecrproxy.transfer import slot_sending
 from ecrproxy.transfer.download import Download
-from ecrproxy.transfer.sending import LEAST_PIECE, PIECE, TOGETHER, KernelSending, PieceSending, piece_size, send
+from ecrproxy.transfer.piece_sending import PieceSending
+from ecrproxy.transfer.response_body import LEAST_PIECE, PIECE
+from ecrproxy.transfer.sending import TOGETHER, piece_size, send
+from ecrproxy.transfer.slot_sending import KernelSending
 from ecrproxy.transfer.sources import FilePiece, Held
 from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Hands, Raw, at_once, noise
 from tests.registry_content import OCI_MANIFEST
@@ -730,7 +733,7 @@ class KernelTests(DaemonTestCase):
             return pread(fd, count, offset)
 
         self.patch(os, "pread", noting)
-        self.patch(sending, "in_memory", lambda *_: 0)
+        self.patch(slot_sending, "in_memory", lambda *_: 0)
         self.ask()
         self.assertEqual([], sent)
         self.read()
@@ -749,7 +752,7 @@ class KernelTests(DaemonTestCase):
             warmed.append(offset)
             return 0
 
-        self.patch(sending, "in_memory", cold)
+        self.patch(slot_sending, "in_memory", cold)
         for _ in range(2):
             self.ask("Range: bytes=2000000-2999999,5-9,1000000-1000099")
             self.read()
@@ -793,7 +796,7 @@ class KernelTests(DaemonTestCase):
         self.start(in_thread=in_thread)
         self.get(self.path)
         self.connection = self.connect(self.daemon)
-        self.patch(sending, "in_memory", there)
+        self.patch(slot_sending, "in_memory", there)
         self.patch(os, "sendfile", send)
         self.patch(os, "pread", read)
         self.patch(os, "posix_fadvise", advise)

@@ -35,7 +35,7 @@ from ecrproxy.http.answering import Answering, begin, send_body
 from ecrproxy.http.request import field, fields
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Digest, RegistryError
-from ecrproxy.transfer.sending import LEAST_PIECE
+from ecrproxy.transfer.response_body import LEAST_PIECE
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime

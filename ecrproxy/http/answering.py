@@ -28,7 +28,8 @@ from ecrproxy.reasons import Reason
 from ecrproxy.request_id import current
 from ecrproxy.threads import InThread
 from ecrproxy.transfer.lane import ShortBodyError
-from ecrproxy.transfer.sending import LEAST_PIECE, CutShortError, send
+from ecrproxy.transfer.response_body import LEAST_PIECE, CutShortError
+from ecrproxy.transfer.sending import send
 from ecrproxy.transfer.sources import Held, Source
 
 if TYPE_CHECKING:

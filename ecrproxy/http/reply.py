@@ -16,7 +16,7 @@ from twisted.web.http_headers import Headers
 
 from ecrproxy.cache.content import Content
 from ecrproxy.transfer.outgoing import has_sent_all, write
-from ecrproxy.transfer.sending import warm_start
+from ecrproxy.transfer.slot_sending import warm_start
 
 
 class Written(NamedTuple):

@@ -45,7 +45,8 @@ from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import InThread, patient
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.passing import Passing
-from ecrproxy.transfer.sending import LEAST_PIECE, piece_size
+from ecrproxy.transfer.response_body import LEAST_PIECE
+from ecrproxy.transfer.sending import piece_size
 from ecrproxy.transfer.sources import Held, Parted, Shelved, Source
 from ecrproxy.world import World, Worlds
 
