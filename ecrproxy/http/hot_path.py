@@ -183,7 +183,7 @@ class HotPath:
             hit = hit._replace(answer=hit.answer._replace(body=None))
         elif self._at_hand(hit.asked) != (None if asks else hit.answer):
             return
-        response = _response(request, hit.answer.body if words.size else None)
+        response = Written.of(request, hit.answer.body if words.size else None)
         if response is None:
             return
         noted = _Noted(
@@ -393,23 +393,3 @@ def _authorization(request: RegistryRequest, head: bytes) -> slice | None:
         return None
     at = head.index(shown[0].encode("latin-1"))
     return slice(at, at + len(shown[0]))
-
-
-def _response(request: RegistryRequest, body: object) -> Written | None:
-    """
-    Return the response that was just sent, split at its id and its date.
-
-    @return: None if id and date are not both present, in this order.
-    """
-    lines = [b"HTTP/1.1 %d %b\r\n" % (request.code, request.code_message)]
-    parts = []
-    for name, values in request.responseHeaders.getAllRawHeaders():
-        if name in (REQUEST_ID, b"Date"):
-            parts.append((name, b"".join([*lines, name, b": "])))
-            lines = [b"\r\n"]
-        else:
-            lines += [b"%b: %b\r\n" % (name, value) for value in values]
-    if [name for name, _ in parts] != [REQUEST_ID, b"Date"]:
-        return None
-    after = b"".join([*lines, b"\r\n", body if isinstance(body, bytes) else b""])
-    return Written(parts[0][1], parts[1][1], after)

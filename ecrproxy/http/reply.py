@@ -15,6 +15,8 @@ from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 
 from ecrproxy.cache.content import Content
+from ecrproxy.http.request import RegistryRequest
+from ecrproxy.request_id import REQUEST_ID
 from ecrproxy.transfer.outgoing import has_sent_all, write
 from ecrproxy.transfer.slot_sending import warm_start
 
@@ -31,6 +33,26 @@ class Written(NamedTuple):
     before: bytes
     between: bytes
     after: bytes
+
+    @classmethod
+    def of(cls, request: RegistryRequest, body: object) -> Written | None:
+        """
+        Return the response that a request was just sent.
+
+        @return: None if id and date are not both present, in this order.
+        """
+        lines = [b"HTTP/1.1 %d %b\r\n" % (request.code, request.code_message)]
+        parts = []
+        for name, values in request.responseHeaders.getAllRawHeaders():
+            if name in (REQUEST_ID, b"Date"):
+                parts.append((name, b"".join([*lines, name, b": "])))
+                lines = [b"\r\n"]
+            else:
+                lines += [b"%b: %b\r\n" % (name, value) for value in values]
+        if [name for name, _ in parts] != [REQUEST_ID, b"Date"]:
+            return None
+        after = b"".join([*lines, b"\r\n", body if isinstance(body, bytes) else b""])
+        return cls(parts[0][1], parts[1][1], after)
 
     def with_those(self, request_id: str, date: bytes) -> bytes:
         """
