@@ -161,7 +161,7 @@ def _clients(crowd: Crowd, stall: LoopStall) -> Clients:
 
 def _store(config: Config, kept: KeptOpen) -> Store:
     store = Store(Path(config.cache_dir), time.time)
-    store.kept = kept
+    store.files.kept = kept
     return store
 
 
@@ -285,7 +285,7 @@ def begin(store: Store, processes: int) -> bool:
     def begin() -> tuple[bool, bool]:
         warm = store.begin()
         try:
-            return warm, store.has_locks()
+            return warm, store.checks.has_locks()
         except OSError:  # no file can be written at the moment
             return warm, True
 

@@ -665,7 +665,7 @@ class Daemon(Administered):
         self.store = Store(root, self.now, index)
         self.store.prepare()
         if hot_path:  # without it, each request opens its file
-            self.store.kept = KeptOpen(KEPT, clock, at_once)
+            self.store.files.kept = KeptOpen(KEPT, clock, at_once)
         disk = disk or Disk.of(in_thread)
         self.janitor = Janitor(self.store, limit, disk.writing, clock)
         self.scrub = Scrub(self.store, self.janitor.tidy, at_once, clock)

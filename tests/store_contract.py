@@ -117,8 +117,8 @@ def being_read(store: Store) -> set[Digest]:
     """
     Return which content a store holds open for readers, not only in its pool.
     """
-    kept = store.kept._files if store.kept is not None else {}  # noqa: SLF001
-    return {digest for digest, file in store._opened.items() if file._holders > (digest in kept)}  # noqa: SLF001
+    kept = store.files.kept._files if store.files.kept is not None else {}  # noqa: SLF001
+    return {digest for digest, file in store.files._opened.items() if file._holders > (digest in kept)}  # noqa: SLF001
 
 
 def read(store: Store, digest: Digest) -> bytes | None:

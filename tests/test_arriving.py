@@ -219,10 +219,10 @@ class ClaimTests(ArrivingTests):
         self.assertEqual([], self.names())
 
     def test_locks_that_exclude_nobody_are_noticed(self) -> None:
-        self.assertTrue(self.store.has_locks())
+        self.assertTrue(self.store.checks.has_locks())
         for broken in (failing(errno.ENOLCK), lambda *_: None):
             self.patch(fcntl, "flock", broken)
-            self.assertFalse(self.store.has_locks())
+            self.assertFalse(self.store.checks.has_locks())
         self.assertEqual([], self.names())
 
     def test_locks_take_no_descriptor_for_good_where_there_are_few(self) -> None:
@@ -235,7 +235,7 @@ class ClaimTests(ArrivingTests):
             self.patch(os, "open", failing(errno.EMFILE))
             return opens(*args)
 
-        for lock in (self.store.has_locks, locked(self.store.root / "evict.lock").__enter__):
+        for lock in (self.store.checks.has_locks, locked(self.store.root / "evict.lock").__enter__):
             self.patch(os, "open", one)
             self.assertRaises(OSError, lock)
         self.patch(os, "open", opens)
@@ -586,10 +586,10 @@ class LocksTests(ArrivingTests):
         status = (self.store.root / self.store.content_path(DIGEST)).stat()
         claim = self.arriving.hold(DIGEST)
         assert claim is not None
-        self.store.drop(DIGEST, status, OSError())
+        self.store.files.drop(DIGEST, status, OSError())
         self.assertTrue(self.store.has(DIGEST))
         self.arriving.let_go(claim)
-        self.store.drop(DIGEST, status, OSError())
+        self.store.files.drop(DIGEST, status, OSError())
         self.assertEqual((False, []), (self.store.has(DIGEST), self.names()))
 
 

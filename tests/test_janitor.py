@@ -617,7 +617,7 @@ class SmallDisk(SmallCache):
             return real(path, data)
 
         self.patch(Path, "write_bytes", write)
-        self.store.check()
+        self.store.checks.run()
         self.assertEqual([False], self.has(one))
 
     def fill_the_disk_of_the_index(self) -> None:
@@ -732,22 +732,22 @@ class SmallDisk(SmallCache):
         self.others = self.CAPACITY
         for _ in range(3):
             self.clock.advance(PAUSE_SECONDS)
-            self.assertIn("other files leave the cache", str(self.store.reasons()))
+            self.assertIn("other files leave the cache", str(self.store.checks.reasons()))
         self.others = 0
         self.now += QUIET_SECONDS
-        self.assertEqual([], self.store.reasons())
+        self.assertEqual([], self.store.checks.reasons())
         self.assertEqual(self.CAPACITY - self.CAPACITY // 100, self.janitor.limit)
 
     def test_a_disk_that_others_fill_up_is_told_before_the_next_count(self) -> None:
         self.start(self.store, self.CAPACITY // 2)
         self.others = self.CAPACITY
-        self.assertIn("other files leave the cache", str(self.store.reasons()))
+        self.assertIn("other files leave the cache", str(self.store.checks.reasons()))
 
     def test_small_files_that_are_written_meanwhile_do_not_end_it(self) -> None:
         self.others = self.CAPACITY - self.CAPACITY // 100 - 100
         with capturedLogs() as events:
             for number in range(2):
-                self.assertIn("other files leave the cache", str(self.store.reasons()))
+                self.assertIn("other files leave the cache", str(self.store.checks.reasons()))
                 self.now += QUIET_SECONDS
                 put(self.store, b"%d" % number)
         self.assertEqual(1, sum(event["log_namespace"] == "ecrproxy.cache.troubles" for event in events))
@@ -793,14 +793,16 @@ class FewInodes(SmallCache):
         self.assertEqual({True}, set(self.has(*digests[FILES_AT_ONCE:])))
         self.assertEqual(FILES_AT_ONCE, self.janitor.evicted)
         self.assertEqual(self.limit, self.janitor.limit)
-        self.assertEqual([], self.store.reasons())
+        self.assertEqual([], self.store.checks.reasons())
         self.assertEqual(["inodes"], [event["once"] for event in events if "no inodes" in event["log_format"]])
 
     def test_where_nothing_can_go_the_reason_is_said(self) -> None:
         self.keep(1)
         self.INODES = 1
-        self.store.evict = lambda _: False
-        self.assertEqual(["the cache directory can't be written: No inodes left on device"], self.store.reasons())
+        self.store.folders.evict = lambda _: False
+        self.assertEqual(
+            ["the cache directory can't be written: No inodes left on device"], self.store.checks.reasons()
+        )
 
     def test_a_disk_that_lacks_bytes_too_is_full(self) -> None:
         """
@@ -808,9 +810,9 @@ class FewInodes(SmallCache):
         """
         full = SimpleNamespace(f_blocks=2**30, f_frsize=1, f_bavail=0, f_files=100, f_favail=0)
         self.patch(os, "statvfs", lambda _: full)
-        self.assertFalse(self.store.lacks_inodes())
+        self.assertFalse(self.store.space.lacks_inodes())
         self.patch(os, "statvfs", failing(errno.EIO))
-        self.assertFalse(self.store.lacks_inodes())
+        self.assertFalse(self.store.space.lacks_inodes())
 
 
 class ScrubTests(SmallCache):

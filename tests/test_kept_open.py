@@ -35,7 +35,7 @@ class KeptOpenTests(SynchronousTestCase):
         self.store, self.other = (Store(root, lambda: START) for _ in range(2))
         self.store.prepare()
         self.hands = Hands()
-        self.kept = self.store.kept = KeptOpen(LIMIT, self.clock, self.hands)
+        self.kept = self.store.files.kept = KeptOpen(LIMIT, self.clock, self.hands)
 
     def keep(self, data: bytes = b"data") -> Digest:
         """

@@ -156,13 +156,13 @@ class ConditionTests(DaemonTestCase):
 
     def test_readyz_writes_to_the_disk_once_for_all_who_ask(self) -> None:
         written: list[int] = []
-        check = self.daemon.store.check
+        check = self.daemon.store.checks.run
 
         def counted() -> None:
             written.append(1)
             check()
 
-        self.patch(self.daemon.store, "check", counted)
+        self.patch(self.daemon.store.checks, "run", counted)
         self.pass_time(FRESH_SECONDS)
         replies = [self.daemon.send("GET", "/readyz") for _ in range(100)]
         self.flush()

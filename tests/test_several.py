@@ -203,7 +203,7 @@ class StatusTests(SeveralTestCase):
         """
         self.assertEqual(200, self.several.ask_admin("/readyz").code)
         worse, better = self.several.daemons
-        self.patch(worse.store, "reasons", lambda: ["the disk fails"])
+        self.patch(worse.store.checks, "reasons", lambda: ["the disk fails"])
         self.several.pass_time(3)
         found = self.several.ask_admin("/readyz")
         self.assertEqual(503, found.code)

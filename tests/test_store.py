@@ -141,10 +141,10 @@ class StartTests(StoreTests):
         blocked = scratch(self)
         blocked.write_text("a file where the directory should be")
         self.assertRaises(OSError, Store(blocked, lambda: START).prepare)
-        self.store.check()
+        self.store.checks.run()
         self.store.arriving.folder.rmdir()
         self.store.arriving.folder.touch()
-        self.assertRaises(OSError, self.store.check)
+        self.assertRaises(OSError, self.store.checks.run)
 
     def begun(self, number: int, *, there: bool = True) -> tuple[Store, bool]:
         """
@@ -183,12 +183,12 @@ class StartTests(StoreTests):
         Rename does not work across two mounts of one file system.
         """
         store = self.reopened(scratch(self))
-        self.assertEqual([], store.reasons())
+        self.assertEqual([], store.checks.reasons())
         patch = self.patch(os, "rename", failing(errno.EXDEV))
-        self.assertIn("content/ is on another file system than arriving/; move the", str(store.reasons()))
+        self.assertIn("content/ is on another file system than arriving/; move the", str(store.checks.reasons()))
         patch.restore()
         self.now += QUIET_SECONDS
-        self.assertEqual([], store.reasons())
+        self.assertEqual([], store.checks.reasons())
 
     def test_a_directory_that_is_a_wrong_setting_keeps_the_daemon_from_starting(self) -> None:
         for number in (errno.EACCES, errno.EPERM):
@@ -205,7 +205,7 @@ class StartTests(StoreTests):
         A check that fails midway removes its file.
         """
         self.patch(Path, "write_bytes", lambda path, data: (path.touch(), failing(errno.ENOSPC)()))
-        self.assertRaises(OSError, self.store.check)
+        self.assertRaises(OSError, self.store.checks.run)
         self.assertEqual([], files_in(self.store.root))
 
     def test_what_a_dead_daemon_was_receiving_is_swept(self) -> None:
@@ -644,7 +644,7 @@ class ContentTests(StoreTests):
         digest = put(self.store, b"x")
         self.store.proofs.forget(digest)
         give_to_another(self, self.store)
-        self.store.check()
+        self.store.checks.run()
         self.assertTrue(self.store.has(digest))
         self.assertIsNotNone(self.store.open(digest))
 

@@ -88,7 +88,9 @@ class Condition:
         self._in_thread(self._look).addBoth(self._ended)
 
     def _look(self) -> ConditionReport:
-        return ConditionReport(tuple(self._store.reasons()), self._store.has_content(), self._store.index.trouble)
+        return ConditionReport(
+            tuple(self._store.checks.reasons()), self._store.has_content(), self._store.index.trouble
+        )
 
     def _ended(self, found: ConditionReport | Failure) -> None:
         self._began, self._fresh_until = None, self._clock.seconds() + FRESH_SECONDS

@@ -197,5 +197,5 @@ class Inventory:
         elif keep:
             self._store.proofs.note(digest, after, good=False)
         else:
-            self._store.drop(digest, after, why)
+            self._store.files.drop(digest, after, why)
         yield {"digest": str(digest), "verdict": verdict, **({} if verdict == "good" else {"bytes": after.st_size})}

@@ -89,8 +89,8 @@ class Janitor(Service):
         self._waited_in_vain = False
         self._clock = clock
         self._turns = Periodic("Keeping the limit", lambda: in_thread(self.tidy), clock)
-        store.evict = store.index.evict = self.evict
-        store.see_room = self.see_room
+        store.folders.evict = store.index.evict = self.evict
+        store.checks.see_room = self.see_room
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -186,7 +186,7 @@ class Janitor(Service):
         @raise OSError: if other files have taken it.
         """
         self._fit()
-        if self.limit < min(self._wanted, self._store.spare()):
+        if self.limit < min(self._wanted, self._store.space.spare()):
             raise OSError(errno.ENOSPC, f"No space left on device: other files leave the cache {self.limit} bytes")
 
     def make_room(self, what: Reservation | None, size: int) -> bool:
@@ -277,7 +277,7 @@ class Janitor(Service):
             self._evicting.release()
 
     def _evict_for(self, size: int) -> bool:
-        by_number = self._store.lacks_inodes()
+        by_number = self._store.space.lacks_inodes()
         for _ in range(_ROUNDS):
             chosen = self._chosen_for(size, by_number=by_number)
             if not chosen:
@@ -353,7 +353,7 @@ class Janitor(Service):
         """
         index = self._store.index
         kept = index.taken
-        least = self._store.holds(kept)
+        least = self._store.space.capacity(kept, counted=self._store.counted)
         if least is None:
             return
         most = least + self.held - kept - pending

@@ -101,8 +101,8 @@ class Cache:
         self._verifications = Verifications(disk.hashing)
         self._only_heads: Memory[tuple[EntryKey, frozenset[str]], bool] = Memory(_ONLY_HEADS_BYTES)
         self._looks: Flights[tuple[Confirmed, Document] | Reason] = Flights()
-        if store.kept is not None:
-            store.kept.renew = lambda digest: on_its_own(self._reopen(digest))
+        if store.files.kept is not None:
+            store.files.kept.renew = lambda digest: on_its_own(self._reopen(digest))
 
     @property
     def purges(self) -> int:
@@ -133,7 +133,7 @@ class Cache:
         """
         Answer with the file of a blob, if it is already open.
         """
-        kept = self.store.kept
+        kept = self.store.files.kept
         known = None if kept is None else permission(asked, self.entries.at_hand)[0]
         content = None if kept is None or known is None else kept.get(asked.digest)
         if content is None:
@@ -154,8 +154,8 @@ class Cache:
         """
         Keep a large file open for the next request. Small content is in memory.
         """
-        if self.store.kept is not None and content.size > SMALL_BLOB and not self.store.index.database.unfit:
-            self.store.kept.keep(content)
+        if self.store.files.kept is not None and content.size > SMALL_BLOB and not self.store.index.database.unfit:
+            self.store.files.kept.keep(content)
 
     async def look_up(self, asked: Asked) -> Found:
         """
