@@ -152,7 +152,7 @@ class GateTests(SynchronousTestCase):
 
 class RoomTests(SynchronousTestCase):
     def test_descriptors_are_left_for_files_and_upstream(self) -> None:
-        self.assertEqual([1, 60, 300, 21738], [most_clients(files) for files in (10, 256, 1024, 65536)])
+        self.assertEqual([1, 45, 225, 16304], [most_clients(files) for files in (10, 256, 1024, 65536)])
 
     def test_an_endless_limit_is_none(self) -> None:
         self.assertGreater(most_clients(-1), 10**9)

@@ -333,5 +333,5 @@ class SettingsTests(SynchronousTestCase):
         """
         self.assertEqual(Verdict.WARNING, judge_files(1024, config()).verdict)
         self.assertEqual(Verdict.OK, judge_files(65536, config()).verdict)
-        self.assertEqual(Verdict.OK, judge_files(20000, config({"worker-processes": "2"})).verdict)
+        self.assertEqual(Verdict.OK, judge_files(26000, config({"worker-processes": "2"})).verdict)
         self.assertEqual(Verdict.OK, judge_files(1024, config({"connections": "0"})).verdict)

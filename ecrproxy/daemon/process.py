@@ -26,8 +26,11 @@ KEPT_FILES: Final = 256
 """Maximum number of content files that are kept open for a second."""
 _KEPT_PART: Final = 16
 """The maximum part of all descriptors for kept files: the rest is for clients."""
-FILES_OF_A_CLIENT: Final = 3
-"""Descriptors per client: its socket, the file being sent, and a connection upstream."""
+FILES_OF_A_CLIENT: Final = 4
+"""
+Descriptors per client: its socket, the file being sent, and a connection upstream; two, while nothing answers there:
+see C{registry.hedging}.
+"""
 GIVEN_BACK_SECONDS: Final = 30.0
 """Interval for returning freed memory to the system."""
 STILL_SECONDS: Final = 2.0
@@ -134,7 +137,7 @@ def give_memory_back_now_and_then(reactor: Any) -> None:  # noqa: ANN401
 
 def open_many_files() -> None:
     """
-    Raise the limit of open files to its maximum: each client needs up to three.
+    Raise the limit of open files to its maximum: each client needs several.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # some sandboxes forbid this
