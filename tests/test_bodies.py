@@ -10,7 +10,6 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.bodies import SPARED_SECONDS, Bodies, MemoryResponse, NoRoomError
 from ecrproxy.transfer.response_body import LEAST_PIECE
-from ecrproxy.transfer.sending import LEAST_PIECE
 from tests.daemon import MIB, DaemonTestCase, Hands, Reply
 from tests.registry_content import OCI_MANIFEST
 
