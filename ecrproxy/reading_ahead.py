@@ -7,9 +7,9 @@ Rules:
   client that gets only a manifest or a config may just be inspecting. The layers after it follow in manifest order.
 - Clients have priority. A layer is requested only while ECR is healthy, no client queues, and half of all places,
   connections, quotas and memory is left to clients; see their C{has_plenty}. Reading ahead never waits for any of them.
-- A client that requests a layer for which a request ahead is pending waits C{PATIENCE_SECONDS} for it, then sends its
-  own. It joins a transfer that has started.
-- Unrequested layers are limited in bytes, and evict nothing that was used recently: see L{Cache.lacks}.
+- A client that requests a layer for which a request ahead is pending waits a moment for it (L{LayerRequest.end}), then
+  sends its own. It joins a transfer that has started.
+- Unrequested layers are limited in bytes, and evict nothing that was used recently: see L{Cache.begin_prefetch}.
 - If no client has requested anything of an image for C{LEFT_SECONDS}, and none fetches a part of it, transfers stop.
 - A failed request ahead proves nothing: reading ahead from that registry pauses for C{REST_SECONDS}.
 """
@@ -17,7 +17,6 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -31,6 +30,7 @@ from ecrproxy.cached.cache import Cache
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.images import IMAGES, Image, Images, image_of
 from ecrproxy.oci import Descriptor, Digest, Kind, RegistryError, Route
+from ecrproxy.pulls import LayerRequest, Pull
 from ecrproxy.registry.queue import NoPlentyError
 from ecrproxy.registry.unavailable import UnavailableError
 from ecrproxy.threads import on_its_own
@@ -50,7 +50,6 @@ PART_OF_CACHE: Final = 16
 """C{BYTES} is also limited to the cache's limit divided by this."""
 BEGIN_SECONDS: Final = 0.02
 """Delay before reading ahead: clients request several layers at once, and their own requests have priority."""
-PATIENCE_SECONDS: Final = 1.0
 LEFT_SECONDS: Final = 15.0
 REST_SECONDS: Final = 10.0
 LOOK_SECONDS: Final = 0.2
@@ -68,73 +67,6 @@ def most_bytes(limit: int, most: int = BYTES) -> int:
     @param limit: the cache's limit, in bytes.
     """
     return min(most, limit // PART_OF_CACHE)
-
-
-@dataclass(eq=False, slots=True)
-class Pull:
-    """
-    An image that clients are pulling.
-
-    @ivar next: index of the next layer.
-    @ivar timer: fires when the clients seem to have left; before the start, when reading ahead may start.
-    @ivar begun: whether reading ahead may start layers.
-    @ivar unasked: layers that were started but not requested: their bytes and start times.
-    @ivar bytes: the bytes of all of them.
-    @ivar span: of the request that began it, if that is traced; timers and others' transfers start the layers.
-    """
-
-    image: Image
-    next: int
-    timer: IDelayedCall
-    begun: bool = False
-    unasked: dict[Digest, tuple[int, float]] = field(default_factory=dict)
-    bytes: int = 0
-    span: tracing.Span | None = field(default_factory=tracing.current.get)
-
-    def add(self, layer: Digest, size: int, since: float) -> None:
-        """
-        Note that a layer is ahead.
-        """
-        self.remove(layer)
-        self.unasked[layer] = size, since
-        self.bytes += size
-
-    def remove(self, layer: Digest) -> None:
-        """
-        Note that a layer is not ahead.
-        """
-        size, _ = self.unasked.pop(layer, (0, 0.0))
-        self.bytes -= size
-
-    def passed(self, layer: Digest) -> None:
-        """
-        Note that a client requests a layer: earlier ones have been requested, or are not needed.
-        """
-        self.next = max(self.next, self.image.places.get(layer, -1) + 1)
-
-    @property
-    def coming(self) -> Descriptor | None:
-        """
-        The next layer, or None.
-        """
-        return self.image.layers[self.next] if self.next < len(self.image.layers) else None
-
-
-@dataclass(slots=True)
-class Opening:
-    """
-    A layer that is being requested from upstream.
-
-    @ivar before: an earlier pull that read it ahead, unrequested: it may still be there.
-    @ivar asking: the request to upstream while it is in flight.
-    @ivar waiting: clients that wait for the transfer to start.
-    @ivar refused: whether there was no place for it.
-    """
-
-    before: Pull | None = None
-    asking: Deferred[Any] | None = None
-    refused: bool = False
-    waiting: list[Deferred[None]] = field(default_factory=list)
 
 
 class Transfers:
@@ -184,7 +116,7 @@ class ReadingAhead:
         self._may, self._at_once, self._bytes = may, max(4, AT_ONCE // processes), BYTES // processes
         self._images = Images()
         self._pulls: dict[Image, Pull] = {}
-        self._openings: dict[Digest, Opening] = {}
+        self._openings: dict[Digest, LayerRequest] = {}
         self._unasked: dict[Digest, Pull] = {}
         self._resting: set[RegistryId] = set()
         self._learning = set[tuple[Repository, Digest]]()
@@ -359,7 +291,7 @@ class ReadingAhead:
             return False
         pull.next += 1
         before = self._unasked.get(layer.digest)
-        opening = self._openings[layer.digest] = Opening(before)
+        opening = self._openings[layer.digest] = LayerRequest(before)
         self._unasked[layer.digest] = pull
         pull.add(layer.digest, layer.size, self._now())
         opened = Deferred.fromCoroutine(self._open(pull, opening, route, layer))
@@ -387,7 +319,7 @@ class ReadingAhead:
         except LookupError:  # after a reload, the registry is no longer configured
             return False
 
-    async def _open(self, pull: Pull, opening: Opening, route: Route, layer: Descriptor) -> Download | None:
+    async def _open(self, pull: Pull, opening: LayerRequest, route: Route, layer: Descriptor) -> Download | None:
         tracing.current.set(pull.span)
         if not await self._cache.begin_prefetch(layer.digest, layer.size) or self._pulls.get(pull.image) is not pull:
             return None
@@ -404,14 +336,14 @@ class ReadingAhead:
             opening.asking = None
         return await self._transfers.begin(route, layer, answer)
 
-    def _opened(self, result: Download | Failure | None, pull: Pull, layer: Descriptor, opening: Opening) -> None:
+    def _opened(self, result: Download | Failure | None, pull: Pull, layer: Descriptor, opening: LayerRequest) -> None:
         del self._openings[layer.digest]
         self._cache.end_prefetch(layer.digest)
         if result is None or isinstance(result, Failure):
             pull.remove(layer.digest)
             if self._unasked.pop(layer.digest, None) is pull and opening.before is not None:
                 self._unasked[layer.digest] = opening.before
-        self._let_go(opening)
+        opening.release()
         if isinstance(result, Failure):
             self._note_failure(result, pull.image.repository.registry)
         if not opening.refused:
@@ -447,36 +379,19 @@ class ReadingAhead:
 
     async def opened(self, digest: Digest) -> None:
         """
-        Wait until a layer has started or failed, at most C{PATIENCE_SECONDS}; the client then sends its own request.
+        Wait a moment for a layer that is being requested; then the client sends its own request.
         """
         opening = self._openings.get(digest)
-        if opening is None:
-            return
-        waiting: Deferred[None] = Deferred(opening.waiting.remove)
-        opening.waiting.append(waiting)
-        impatient = self._call_later(PATIENCE_SECONDS, self._lose_patience, digest, opening)
-        try:
-            await waiting
-        finally:
-            if impatient.active():
-                impatient.cancel()
-
-    def _lose_patience(self, digest: Digest, opening: Opening) -> None:
-        self.give_way(digest)
-        self._let_go(opening)
-
-    @staticmethod
-    def _let_go(opening: Opening) -> None:
-        while opening.waiting:  # a callback may cancel another waiter
-            opening.waiting.pop(0).callback(None)
+        if opening is not None:
+            await opening.end(self._call_later)
 
     def give_way(self, digest: Digest) -> None:
         """
         Leave a layer to the client, if it is still being requested from upstream.
         """
         opening = self._openings.get(digest)
-        if opening is not None and opening.asking is not None:
-            opening.asking.cancel()
+        if opening is not None:
+            opening.give_way()
 
 
 def _failed(failure: Failure) -> None:

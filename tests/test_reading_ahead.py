@@ -22,12 +22,12 @@ from ecrproxy.cache.writer import UNASKED_SECONDS
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.images import IMAGES, NOTED, Image, Images, image_of
 from ecrproxy.oci import Descriptor, Digest, Kind, Route
+from ecrproxy.pulls import PATIENCE_SECONDS
 from ecrproxy.reading_ahead import (
     BEGIN_SECONDS,
     BYTES,
     JUDGED_SECONDS,
     LEFT_SECONDS,
-    PATIENCE_SECONDS,
     REST_SECONDS,
     ReadingAhead,
     Transfers,
