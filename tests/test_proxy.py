@@ -22,7 +22,7 @@ from ecrproxy.cache.entries import Entry
 from ecrproxy.cache.store import Store
 from ecrproxy.cached.permissions import FACTS
 from ecrproxy.logs.repeats import kind_of
-from ecrproxy.manifests import NAMED_SECONDS
+from ecrproxy.manifest_requests import NAMED_SECONDS
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, parse_route
 from ecrproxy.registry.blob_range import BEGUN, BEGUN_SECONDS
 from ecrproxy.registry.ecr import Token

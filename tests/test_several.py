@@ -14,7 +14,7 @@ from twisted.logger import LogLevel
 from ecrproxy.access.limits import Limits
 from ecrproxy.answers import Asked
 from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
-from ecrproxy.manifests import INDEX_SECONDS
+from ecrproxy.manifest_requests import INDEX_SECONDS
 from ecrproxy.oci import Descriptor, Digest, parse_route
 from ecrproxy.threads import Disk
 from ecrproxy.workers.worker import CLOSE_SECONDS, TELL_SECONDS, TOGETHER
