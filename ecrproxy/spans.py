@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from io import BytesIO
 from typing import Any, Final
 
 from opentelemetry.context import Context
@@ -18,6 +19,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import NoOpTracer, SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from requests import Response, Session
 
 from ecrproxy import __version__
 from ecrproxy.tracing import Attributes, Span
@@ -28,13 +30,24 @@ _CONTEXT: Final = "traceparent"
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 
 
-def exporter(collector: str) -> SpanExporter:
+def exporter(collector: str, session: Session | None = None) -> SpanExporter:
     """
     Return what sends spans to a collector, by OTLP over HTTP.
 
     @param collector: its URL, without C{PATH}.
+    @param session: makes the requests; None for one of its own.
     """
-    return OTLPSpanExporter(endpoint=collector.rstrip("/") + PATH)
+    session = Session() if session is None else session
+    session.hooks["response"].append(_leave_body)
+    return OTLPSpanExporter(endpoint=collector.rstrip("/") + PATH, session=session)
+
+
+def _leave_body(response: Response, **_: object) -> None:
+    """
+    Close the connection after the headers: requests would read a body of any length into memory.
+    """
+    response.raw.close()
+    response.raw = BytesIO()
 
 
 class Spans:

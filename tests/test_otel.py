@@ -10,16 +10,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from io import RawIOBase
 from typing import Any
 
+import requests
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Received
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from requests.adapters import BaseAdapter
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
+from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
@@ -31,7 +35,7 @@ from ecrproxy.otel import LAST_SECONDS, OtelTracing, complaint
 from ecrproxy.reading_ahead import BEGIN_SECONDS
 from ecrproxy.registry.metering import MeteredAgent
 from ecrproxy.settings.config import Config, given
-from ecrproxy.spans import Spans
+from ecrproxy.spans import Spans, exporter
 from ecrproxy.tracing import current
 from tests.daemon import Daemon, DaemonTestCase, Reply, at_once
 from tests.registry_server import noise
@@ -515,3 +519,54 @@ class SettingsOfTheSdkTests(DaemonTestCase):
         (failed,) = (each for each in found if each.verdict is Verdict.FAILED)
         self.assertIn("OTEL_EXPORTER_OTLP_HEADERS: give NAME=VALUE", failed.said)
         self.assertNotIn("secret", failed.said)
+
+
+class Long(RawIOBase):
+    """
+    A body of 8 MiB; the real one has no end.
+
+    @ivar count: how many bytes of it were read.
+    """
+
+    count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(len(buffer), 8 * 2**20 - self.count)
+        self.count += size
+        return size
+
+
+class Answering(BaseAdapter):
+    """
+    A collector that answers with a long body.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__()
+        self._status, self.bodies = status, list[Long]()
+
+    def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
+        self.bodies.append(Long())
+        response = requests.Response()
+        response.status_code, response.raw, response.request = self._status, self.bodies[-1], request
+        return response
+
+    def close(self) -> None:
+        pass
+
+
+class AnswerTests(SynchronousTestCase):
+    """
+    What a collector answers.
+    """
+
+    def test_is_not_read_beyond_its_headers(self) -> None:
+        for status, result in ((200, SpanExportResult.SUCCESS), (400, SpanExportResult.FAILURE)):
+            session, collector = requests.Session(), Answering(status)
+            session.mount("http://", collector)
+            sent = exporter("http://collector.example", session).export([])
+            (body,) = collector.bodies
+            self.assertEqual((result, 0, True), (sent, body.count, body.closed), status)
