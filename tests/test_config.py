@@ -373,6 +373,12 @@ class SettingsTests(SynchronousTestCase):
         self.assertIn("PROXY_ECR_ENDPOINT: holds a name or password", line)
         self.assertNotIn("secret", line)
 
+    def test_a_password_in_the_collectors_url_is_not_shown(self) -> None:
+        for url in ("http://user:secret@collector:4318", "http://user:secret@[::1", "user:secret@collector"):
+            line = self.problem({}, {**MINIMUM, "PROXY_OTLP_ENDPOINT": url})
+            self.assertIn("PROXY_OTLP_ENDPOINT: holds a name or password", line)
+            self.assertNotIn("secret", line)
+
     def test_a_tilde_is_not_taken_for_a_directory(self) -> None:
         self.assertIn("give the full path", self.problem({"cache-dir": "~/cache"}, MINIMUM))
 

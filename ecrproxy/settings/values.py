@@ -172,13 +172,15 @@ def parse_collector(text: str) -> str:
     """
     Parse the URL of an OpenTelemetry collector.
     """
+    if "@" in text:
+        raise SecretError("holds a name or password; give the URL alone, and a key in OTEL_EXPORTER_OTLP_HEADERS")
     try:
         parts = urlsplit(text)
         good = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
         good = False
-    if not good or "@" in text or parts.query or parts.fragment or parts.path.rstrip("/").endswith("/v1/traces"):
-        raise ValueError("give a URL such as http://otel-collector:4318, without user and without /v1/traces")
+    if not good or parts.query or parts.fragment or parts.path.rstrip("/").endswith("/v1/traces"):
+        raise ValueError("give a URL such as http://otel-collector:4318, without /v1/traces")
     return text
 
 
