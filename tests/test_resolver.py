@@ -201,6 +201,28 @@ class SharedLookupsTests(SynchronousTestCase):
         shared.resolveHostName(Receiver(), NAME, 443)
         self.assertEqual([NAME, "other.test", NAME], system.asked)
 
+    def test_an_address_needs_no_resolver(self) -> None:
+        """
+        It is there at once, also while every thread of the host's resolver waits for a name server.
+        """
+        system = Slow()
+        shared = SharedLookups(system, Clock())
+        found = [asked(shared, address) for address in ("192.0.2.7", "2001:db8::7")]
+        self.assertEqual(
+            [[IPv4Address("TCP", "192.0.2.7", 443)], [IPv6Address("TCP", "2001:db8::7", 443)]],
+            [each.found for each in found],
+        )
+        self.assertEqual([(1, 1), (1, 1)], [(len(each.begun), each.completed) for each in found])
+        self.assertEqual([], system.asked)
+
+    def test_the_host_knows_the_network_interface_that_an_address_names(self) -> None:
+        """
+        A link-local address with a zone is resolved by the host.
+        """
+        system = Slow()
+        self.assertEqual(0, asked(SharedLookups(system, Clock()), "fe80::1%eth0").completed)
+        self.assertEqual(["fe80::1%eth0"], system.asked)
+
     def test_the_last_addresses_are_used_while_nobody_resolves_a_name(self) -> None:
         """
         While name servers are down for a moment, the previous addresses are used; that is logged, once a minute.

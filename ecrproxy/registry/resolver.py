@@ -148,7 +148,7 @@ class SharedLookups:
     Shares one lookup of a name between its callers, and uses its last addresses while there is no answer.
 
     The host's resolver has ten threads, and occupies one for many seconds while no name server answers: a hundred
-    lookups of one such name blocked all others for minutes.
+    lookups of one such name blocked all others for minutes. Addresses need no lookup, and don't wait for those threads.
 
     @param names: resolves a name.
     """
@@ -168,6 +168,9 @@ class SharedLookups:
     ) -> IHostResolution:
         resolution = Resolution(hostName)
         resolutionReceiver.resolutionBegan(resolution)
+        if is_address(hostName) and "%" not in hostName:  # only the host knows the number of an interface
+            _deliver([hostName], resolutionReceiver, portNumber)
+            return resolution
         question = hostName, portNumber, tuple(addressTypes or ()), transportSemantics
         lookup = self._asked.get(question)
         if lookup is not None:
