@@ -362,7 +362,7 @@ class WriterTests(StoreTests):
         writer = begin(self.store, digest, 12)
         writer.write(0, [b"first "])
         with ThreadPoolExecutor(1) as threads:
-            with writer._hashing:  # noqa: SLF001
+            with writer._hash.turn:  # noqa: SLF001
                 finished = threads.submit(writer.finish, 6, b"second", closes=True)
                 while not finished.done() and _there(writer) != ((0, 12),):  # which is recorded after it was hashed
                     futures.wait([finished], 0.001)

@@ -17,17 +17,18 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ecrproxy.buffers import AT_ONCE
-from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.descriptor import Descriptor
 from ecrproxy.cache.directory import Directory
 from ecrproxy.cache.flushing import write_back
 from ecrproxy.cache.locks import is_in_place
 from ecrproxy.cache.proofs import mark
 from ecrproxy.cache.record import WORTH_RESUMING, Record, State, Stretches, Why, room_for
 from ecrproxy.cache.troubles import TroubleKind
+from ecrproxy.cache.running_hash import RunningHash
+from ecrproxy.cache.troubles import Kind
 
 if TYPE_CHECKING:
     from ecrproxy.cache.claim import Claim
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 UNASKED_SECONDS: Final = 3600.0
 """How long ago unrequested content counts as used: it is evicted before anything requested since."""
-_CATCH_UP: Final = 16 * 2**20
-"""Maximum number of bytes hashed by one call."""
 
 
 class Writer:
@@ -52,30 +51,30 @@ class Writer:
     asked_for = True
 
     def __init__(self, directory: Directory, claim: Claim, digest: Digest, size: int, fd: int) -> None:
-        self._directory, self._claim, self.digest, self.size, self._fd = directory, claim, digest, size, fd
+        self._directory, self._claim, self.digest, self.size = directory, claim, digest, size
+        self._file = Descriptor(fd)
         self.room = room_for(size)
-        self._state = digest.hasher(), 0
+        self._hash = RunningHash(digest)
         self._there = Stretches()
         self._shown = Stretches()
         self._in_writing: list[tuple[int, int]] = []
-        self._lock, self._hashing = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._epoch, self._progress, self._stage = 1, 0, State.ARRIVING
         self._flushed = 0
-        self._guard = threading.Lock()
-        self._users, self._let_go, self._closed, self._committed = 0, False, False, False
+        self._let_go, self._committed = False, False
 
     @property
     def hashed(self) -> int:
         """
         Return the number of bytes hashed, from offset 0 on.
         """
-        return self._state[1]
+        return self._hash.hashed
 
     def fileno(self) -> int:
         """
         Return the file descriptor, for reading written bytes.
         """
-        return self._fd
+        return self._file.fd
 
     def begin(self, earlier: Record | None = None) -> None:
         """
@@ -131,23 +130,8 @@ class Writer:
         @raise OSError: if the disk fails. Bytes written before stay readable.
         """
         with self._directory.troubles.noted(TroubleKind.WRITE), self._using():
+        with self._directory.troubles.noted(Kind.WRITE), self._file.using():
             self._write(offset, pieces)
-
-    @contextlib.contextmanager
-    def _using(self) -> Iterator[None]:
-        """
-        Keep the file descriptor open: a thread may still use it after the writer has been given up.
-        """
-        with self._guard:
-            if self._closed:
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._guard:
-                self._users -= 1
-                self._close_unused()
 
     def _write(self, offset: int, pieces: Sequence[bytes]) -> None:
         end = offset + sum(map(len, pieces))
@@ -177,7 +161,7 @@ class Writer:
         for piece in pieces:
             view = memoryview(piece)
             while view:
-                count = os.pwrite(self._fd, view, offset)
+                count = os.pwrite(self._file.fd, view, offset)
                 view, offset = view[count:], offset + count
 
     def catch_up(self) -> bool:
@@ -187,9 +171,9 @@ class Writer:
         @return: True if there is more to hash.
         @raise OSError: if the disk fails.
         """
-        with self._using():
+        with self._file.using():
             try:
-                with self._hashing:
+                with self._hash.turn:
                     return self._hash_on()
             finally:
                 with self._lock:
@@ -199,36 +183,23 @@ class Writer:
         """
         Hash the written bytes if they are next in order and no other thread is hashing.
         """
-        if not self._hashing.acquire(blocking=False):
+        if not self._hash.turn.acquire(blocking=False):
             return
         try:
             if offset == self.hashed:  # from memory, without reading them back
-                state, at = self.reached
-                for piece in pieces:
-                    state.update(piece)
-                    at += len(piece)
-                self._state = state, at
+                self._hash.add(pieces)
             self._hash_on()
         finally:
-            self._hashing.release()
+            self._hash.turn.release()
 
     def _hash_on(self) -> bool:
         with self._lock:
             end = self._there.end_of(self.hashed)
-        state, at = self.reached
-        stop = min(end, at + _CATCH_UP)
-        buffer = memoryview(bytearray(min(AT_ONCE, stop - at)))
-        while at < stop:
-            count = os.preadv(self._fd, [buffer[: stop - at]], at)
-            if not count:
-                raise OSError(errno.EIO, "what was written can't be read")
-            state.update(buffer[:count])
-            at += count
-        self._state = state, at  # one assignment: a transfer that gives up the disk continues from there
-        if at:
+        hashed = self._hash.read_on(self._file.fd, end)
+        if hashed:
             with self._lock:
-                self._shown.add(0, at)
-        return stop < end
+                self._shown.add(0, hashed)
+        return hashed < end
 
     def _write_record(self, why: Why = Why.NOTHING) -> None:
         """
@@ -269,8 +240,7 @@ class Writer:
         """
         Return a copy of the hash, and the number of bytes hashed. Safe while a thread is hashing.
         """
-        state, hashed = self._state
-        return state.copy(), hashed
+        return self._hash.reached
 
     def verify(self) -> None:
         """
@@ -278,8 +248,7 @@ class Writer:
 
         @raise DigestMismatchError: if they differ.
         """
-        if self._state[0].hexdigest() != self.digest.hex:
-            raise DigestMismatchError(f"what arrived is not {self.digest}")
+        self._hash.verify()
 
     def flush(self, piece: int) -> bool:
         """
@@ -291,9 +260,10 @@ class Writer:
         """
         self.verify()
         with self._directory.troubles.noted(TroubleKind.WRITE), self._using():
+        with self._directory.troubles.noted(Kind.WRITE), self._file.using():
             if not self._flushed:
                 self._enter(State.VERIFIED)  # readers need not wait for the disk
-            write_back(self._fd, self._flushed, piece)
+            write_back(self._file.fd, self._flushed, piece)
         self._flushed += piece
         return self._flushed < self.size
 
@@ -306,6 +276,7 @@ class Writer:
         """
         self.verify()
         with self._directory.troubles.noted(TroubleKind.WRITE), self._using():
+        with self._directory.troubles.noted(Kind.WRITE), self._file.using():
             self._enter(State.VERIFIED)  # before fsync: readers need not wait for the disk
             self._commit()
             self._enter(State.CONTENT, then=self._claim.end)
@@ -344,12 +315,12 @@ class Writer:
 
     def _commit(self) -> None:
         if self.hashed < self.size:
-            os.ftruncate(self._fd, self.hashed)
+            os.ftruncate(self._file.fd, self.hashed)
         used = None if self.asked_for else self._directory.now() - UNASKED_SECONDS
         with contextlib.suppress(OSError):
-            mark(self._fd, self._directory.now() if used is None else used)
-        os.fsync(self._fd)
-        proved = os.fstat(self._fd)  # before others can open and modify it
+            mark(self._file.fd, self._directory.now() if used is None else used)
+        os.fsync(self._file.fd)
+        proved = os.fstat(self._file.fd)  # before others can open and modify it
         target = self._directory.content(self.digest)
         self._check_place()  # otherwise a folder might be created under an unmounted volume
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -366,25 +337,15 @@ class Writer:
 
         @raise OSError: if it is not.
         """
-        if not is_in_place(self._fd, self._claim.data):
+        if not is_in_place(self._file.fd, self._claim.data):
             raise OSError(errno.ESTALE, "the data was removed")
 
     def close(self) -> None:
         """
         Close the file, after L{commit}, L{release} or L{give_up}.
         """
-        with self._guard:
-            self._closed = self._let_go = True
-            self._close_unused()
-
-    def _close_unused(self) -> None:
-        if self._users:
-            return
-        if self._let_go:
-            self._claim.release()
-        if self._closed and self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
+        self._let_go = True
+        self._file.close(self._claim.release)
 
     def release(self) -> None:
         """
@@ -397,9 +358,8 @@ class Writer:
             self.give_up()
             return
         self._directory.index.reservations.arrive(self._claim.reservation, self.room, self._directory.now())
-        with self._guard:
-            self._let_go = True
-            self._close_unused()
+        self._let_go = True
+        self._file.once_unused(self._claim.release)
 
     def give_up(self, why: Why = Why.DISK) -> None:
         """
