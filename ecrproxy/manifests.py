@@ -113,14 +113,14 @@ class Manifests:
             return answer
         found = await self._cache.look_up_manifest(asked)
         if not isinstance(found, Reason):
-            return self._cache.manifest(asked, *found)
+            return self._cache.answer_with_manifest(asked, *found)
         try:
             return await self._ask_for_digest(asked, found)
         except UnavailableError:  # a slow disk may be able to answer by now
             late = await self._cache.look_up_manifest(asked) if found is Reason.DISK else found
             if isinstance(late, Reason):
                 raise
-        return self._cache.manifest(asked, *late)
+        return self._cache.answer_with_manifest(asked, *late)
 
     async def _ask_for_digest(self, asked: Asked, found: Reason) -> Answer:
         """

@@ -118,7 +118,7 @@ class PullThrough:
         """
         if isinstance(told, BaseException):
             raise told.with_traceback(None)
-        return await self._cache.from_file(await self.latest(asked) if told is None else told)
+        return await self._cache.answer_from_file(await self.latest(asked) if told is None else told)
 
     def knows_tag(self, asked: Asked) -> bool:
         """

@@ -74,7 +74,7 @@ class Blobs:
                         content.close()
                     (size, said), confirmed = await self._confirm(asked), True
                 elif content is not None:
-                    answer = await self._cache.shelved(asked, content, since, confirmed=confirmed)
+                    answer = await self._cache.answer_with_content(asked, content, since, confirmed=confirmed)
                 else:
                     answer = await self._join(asked, ranges, size if confirmed else None, since)
             except OtherSizeError as problem:
@@ -119,7 +119,7 @@ class Blobs:
         if content is None:
             return None
         if known is not None and not asked.head:
-            return await self._cache.shelved(asked, content, since)
+            return await self._cache.answer_with_content(asked, content, since)
         content.close()
         if known is None:
             return None

@@ -26,9 +26,8 @@ from ecrproxy.cache.flushing import write_back
 from ecrproxy.cache.locks import is_in_place
 from ecrproxy.cache.proofs import mark
 from ecrproxy.cache.record import WORTH_RESUMING, Record, State, Stretches, Why, room_for
-from ecrproxy.cache.troubles import TroubleKind
 from ecrproxy.cache.running_hash import RunningHash
-from ecrproxy.cache.troubles import Kind
+from ecrproxy.cache.troubles import TroubleKind
 
 if TYPE_CHECKING:
     from ecrproxy.cache.claim import Claim
@@ -129,8 +128,7 @@ class Writer:
             is written then.
         @raise OSError: if the disk fails. Bytes written before stay readable.
         """
-        with self._directory.troubles.noted(TroubleKind.WRITE), self._using():
-        with self._directory.troubles.noted(Kind.WRITE), self._file.using():
+        with self._directory.troubles.noted(TroubleKind.WRITE), self._file.using():
             self._write(offset, pieces)
 
     def _write(self, offset: int, pieces: Sequence[bytes]) -> None:
@@ -259,8 +257,7 @@ class Writer:
         @raise OSError: if the disk fails.
         """
         self.verify()
-        with self._directory.troubles.noted(TroubleKind.WRITE), self._using():
-        with self._directory.troubles.noted(Kind.WRITE), self._file.using():
+        with self._directory.troubles.noted(TroubleKind.WRITE), self._file.using():
             if not self._flushed:
                 self._enter(State.VERIFIED)  # readers need not wait for the disk
             write_back(self._file.fd, self._flushed, piece)
@@ -275,8 +272,7 @@ class Writer:
         @raise OSError: if the disk fails. The file is not content then.
         """
         self.verify()
-        with self._directory.troubles.noted(TroubleKind.WRITE), self._using():
-        with self._directory.troubles.noted(Kind.WRITE), self._file.using():
+        with self._directory.troubles.noted(TroubleKind.WRITE), self._file.using():
             self._enter(State.VERIFIED)  # before fsync: readers need not wait for the disk
             self._commit()
             self._enter(State.CONTENT, then=self._claim.end)

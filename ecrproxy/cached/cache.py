@@ -248,13 +248,13 @@ class Cache:
 
     # Answers
 
-    def manifest(self, asked: Asked, known: Confirmed, document: Document) -> Answer:
+    def answer_with_manifest(self, asked: Asked, known: Confirmed, document: Document) -> Answer:
         """
         Answer with a manifest from the cache directory.
         """
         return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known.descriptor, document.body)
 
-    async def from_file(self, answer: Answer) -> Answer:
+    async def answer_from_file(self, answer: Answer) -> Answer:
         """
         Answer with the file of a manifest of more than C{SMALL_BLOB} bytes, if it is cached.
 
@@ -270,7 +270,9 @@ class Cache:
             return answer
         return answer._replace(body=content)
 
-    async def shelved(self, asked: Asked, content: Content, since: int, *, confirmed: bool = False) -> Answer | None:
+    async def answer_with_content(
+        self, asked: Asked, content: Content, since: int, *, confirmed: bool = False
+    ) -> Answer | None:
         """
         Answer with content that was looked up. Return None if it turns out to be bad.
 

@@ -128,7 +128,7 @@ class EntryCache:
                 await self._disk.writing(self.write, entries, since)
             self.hold_all(entries, since)
         except OSError as problem:
-            log.debug("Not noted on the disk: {problem}", problem=problem)
+            log.debug("Not written to the index: {problem}", problem=problem)
         finally:
             self.release_unwritten(entries)
 

@@ -163,7 +163,7 @@ class Tags:
             latest = [(key, Entry({accept: entry.answers[accept]}))]
             noted = await self._disk.writing(self._entries.write, latest, self._purges.number)
         except OSError as problem:
-            log.debug("Not noted on the disk: {problem}", problem=problem)
+            log.debug("Not written to the index: {problem}", problem=problem)
         finally:
             if not noted:  # the next confirmation retries: the index may have the tag's previous digest
                 self._written.drop((key, accept))
