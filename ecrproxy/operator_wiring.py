@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,9 @@ from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.listening import Listening, operators_endpoint
 from ecrproxy.daemon.service import Daemon
 from ecrproxy.http.answering import Ready
+from ecrproxy.identity import Repository
 from ecrproxy.metrics import Figures, Row
+from ecrproxy.prefetch_progress import Running
 from ecrproxy.readiness import Readiness
 from ecrproxy.reload_wiring import called
 from ecrproxy.settings.config import Config
@@ -93,6 +95,7 @@ class Operator:
         self,
         store: Store,
         purged: Callable[[], Awaitable[None]],
+        prefetch: Callable[[Repository, str, Sequence[str]], Running],
         gather: Callable[[], Awaitable[object]] | None = None,
     ) -> list[Listening]:
         """
@@ -102,6 +105,7 @@ class Operator:
         threads.
 
         @param purged: drops purged content from this process's memory.
+        @param prefetch: begins a prefetch: see L{Prefetching.begin}.
         @param gather: fetches the workers' figures.
         """
         config, reactor = self._config, self._reactor
@@ -117,7 +121,7 @@ class Operator:
         inventory = Inventory(store)
         contents = Contents(store, inventory)
         upkeep = Upkeep(store, inventory, contents, time.time)
-        api = Api(inventory, upkeep, purged, listing.call, hashing.call, reactor)
+        api = Api(inventory, upkeep, purged, prefetch, listing.call, hashing.call, reactor)
         view = ContentsView(contents, self.status, listing.call)
         hosts = {socket.gethostname().lower(), *(config.admin_hosts or ())}
         site = make_admin_site(metrics, ready, self.status, view, api, reactor, frozenset(hosts))

@@ -95,7 +95,10 @@ def build(
     service.add(operator.announcing(store, lambda: stall.longest), supervised)
 
     # Ports.
-    listening = [*_listening(config, serving.site, reactor), *operator.ports(store, serving.purges.look)]
+    listening = [
+        *_listening(config, serving.site, reactor),
+        *operator.ports(store, serving.purges.look, serving.prefetch),
+    ]
     serving.figures.watch(*of_certificates(partial(expiry, listening)))
 
     # Reloading.
@@ -145,6 +148,7 @@ def build_worker(
         standing=process.standing,
         reread=partial(reread_as_told, certificates, serving.admission),
         reload=lambda text: serving.use(load(read_handed(text))),
+        prefetch=serving.prefetch,
         orphaned=partial(_stop, reactor),
         reactor=reactor,
     )
@@ -202,7 +206,7 @@ def build_parent(
 
     operator = Operator(config, service, figures, incidents, workers, reactor)
     supervised = Supervised(supervisor, partial(_summary_of_all, workers), reactor, workers.listen)
-    admin = operator.ports(store, purges.look, workers.gather)
+    admin = operator.ports(store, purges.look, workers.prefetch, workers.gather)
     listening = [*clients, *admin]
     figures.watch(*gathered.readings(), *of_certificates(partial(expiry, listening)))
 

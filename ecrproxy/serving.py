@@ -49,8 +49,11 @@ from ecrproxy.http.answering import Ready
 from ecrproxy.http.hot_path import HotPath
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.web import Registry
+from ecrproxy.identity import Repository
 from ecrproxy.metrics import Figures, LoopStall
 from ecrproxy.otel import OtelTracing, spans_to
+from ecrproxy.prefetch_progress import Running
+from ecrproxy.prefetching import Prefetching
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
 from ecrproxy.reading_ahead import ReadingAhead, Transfers
@@ -88,6 +91,7 @@ class Serving:
     """
     The parts that serve clients in this process, except the listening sockets.
 
+    @ivar prefetch: begins a prefetch: see L{Prefetching.begin}.
     @ivar use: makes new requests use the registries of other settings; ignores the rest of these.
     """
 
@@ -99,6 +103,7 @@ class Serving:
     cache: Cache
     purges: Purges
     stall: LoopStall
+    prefetch: Callable[[Repository, str, Sequence[str]], Running]
     use: Callable[[Config], None]
 
 
@@ -126,7 +131,7 @@ def wire(
     worlds = Worlds(make(config))
     cache = Cache(store, janitor, disk, time.time, worlds.checks)
     scrub = Scrub(store, janitor.fit, threads(1).call, reactor)
-    purges = Purges(store.index, cache.forget_purged, settling, reactor)
+    purges, again = Purges(store.index, cache.forget_purged, settling, reactor), partial(use, worlds, make)
     connections, condition = Connections(), Condition(store, threads(1).call, reactor)
     pull_through = _pull_through(config, worlds, cache, disk, reactor, processes, connections)
     readiness = partial(_readiness, worlds.askings, condition, connections)
@@ -150,9 +155,9 @@ def wire(
     )
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
     service.add(Scribe(store.index.changes, threads(1, yielding=False).post), purges, janitor, scrub, tokens, stall)
-    clients = partial(_clients, crowd, stall)
+    clients, prefetch = partial(_clients, crowd, stall), Prefetching(pull_through, worlds, config.cache_key).begin
     process = Process(store, janitor, worlds.askings, pull_through, worlds.called, readiness, disk.reading, clients)
-    return Serving(site, connections, admission, figures, process, cache, purges, stall, partial(use, worlds, make))
+    return Serving(site, connections, admission, figures, process, cache, purges, stall, prefetch, again)
 
 
 def _clients(crowd: Crowd, stall: LoopStall) -> Clients:

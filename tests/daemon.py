@@ -73,6 +73,7 @@ from ecrproxy.http.web import Registry
 from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Figures, Tally
 from ecrproxy.oci import Digest
+from ecrproxy.prefetching import Prefetching
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
 from ecrproxy.reading_ahead import ReadingAhead, Transfers
@@ -760,8 +761,9 @@ class Daemon(Administered):
         self.purges = Purges(self.store.index, self.cache.forget_purged, at_once, clock)
         inventory = Inventory(self.store)
         contents = Contents(self.store, inventory)
+        self.prefetching = Prefetching(self.pull_through, self.worlds, CacheKey.parse(cache_key))
         upkeep = Upkeep(self.store, inventory, contents, self.now)
-        api = Api(inventory, upkeep, self.purges.look, in_thread, in_thread, clock)
+        api = Api(inventory, upkeep, self.purges.look, self.prefetching.begin, in_thread, in_thread, clock)
         view = ContentsView(contents, self.status, in_thread)
         metrics = Metrics(self.figures, self.readiness)
         self.scraped = Network(make_metrics_site(metrics, ready, clock), clock)

@@ -57,6 +57,7 @@ class Running:
             standing=daemon.process.standing,
             reread=self.reread.append,
             reload=self.reread.append,
+            prefetch=daemon.prefetching.begin,
             orphaned=self._orphaned,
             reactor=machine,
         )
@@ -178,7 +179,7 @@ class Several(Administered):
         store = case.daemon.store
         contents = Contents(store, inventory)
         upkeep = Upkeep(store, inventory, contents, now)
-        api = Api(inventory, upkeep, case.daemon.purges.look, at_once, at_once, self.clock)
+        api = Api(inventory, upkeep, case.daemon.purges.look, self.workers.prefetch, at_once, at_once, self.clock)
         view = ContentsView(contents, self.status, at_once)
         ready = Ready(self.workers.readiness)
         metrics = Metrics(figures, self.workers.readiness, self.workers.gather)

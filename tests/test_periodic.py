@@ -187,6 +187,7 @@ class PartsTests(SynchronousTestCase):
             standing=nothing,
             reread=nothing,
             reload=nothing,
+            prefetch=nothing,
             orphaned=nothing,
             reactor=reactor,
         )

@@ -12,8 +12,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.command.prefetching.documents import images_in
 from ecrproxy.command.prefetching.images import ForeignImageError, listed_images, parse_image, target
-from ecrproxy.command.prefetching.platforms import Platform, choose, offers
 from ecrproxy.oci import Digest
+from ecrproxy.platforms import Platform, choose, offers
 from ecrproxy.registries import Registries
 from tests.test_registries import COMPANY, ONE, TWO, parsed
 

@@ -18,9 +18,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.command.prefetching.crew import Crew
 from ecrproxy.command.prefetching.door import Reply
 from ecrproxy.command.prefetching.images import WantedImage, parse_image
-from ecrproxy.command.prefetching.platforms import Platform
 from ecrproxy.command.prefetching.pulling import BLOBS, INDEXES, OFFERED, Hands, Puller, PullError
 from ecrproxy.oci import Digest
+from ecrproxy.platforms import Platform
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"

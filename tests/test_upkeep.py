@@ -268,7 +268,7 @@ class RefusalTests(UpkeepTestCase):
                 {"registry": ECR, "repository": ""},
                 {"registry": ECR, "repository": "team/app", "reference": "sha256:1"},
             ),
-            {"registry": ECR, "repository": "team/app", "reference": ""},
+            *({"registry": ECR, "repository": "team/app", "reference": ""}, {"registry": ECR, "repository": "\ud800"}),
         ):
             for path in ("purge", "verify"):
                 self.assertEqual(400, self.post(path, document).code, document)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.defer import Deferred
@@ -33,7 +33,7 @@ from ecrproxy.cache.inventory import STEP, Document, Inventory
 from ecrproxy.cache.upkeep import Meant, Upkeep
 from ecrproxy.http.answering import Answering, begin, send_body
 from ecrproxy.http.request import field, fields
-from ecrproxy.identity import RegistryId
+from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import Digest, RegistryError
 from ecrproxy.transfer.response_body import LEAST_PIECE
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
     from twisted.web.server import Request
 
+    from ecrproxy.prefetch_progress import Running
     from ecrproxy.threads import InThread
 
 log = Logger()
@@ -53,6 +54,10 @@ _TOGETHER: Final = 256
 """Documents per step: that many small files are read in milliseconds."""
 _LONG: Final = frozenset({"imported", "files"})
 """What documents of longer steps have: an import, and a removal."""
+_PATHS: Final = "entries, content, remove, verify, purge, prefetch"
+_PLATFORMS: Final = 20
+LOOK_SECONDS: Final = 0.5
+"""Seconds between two reports of a prefetch."""
 _MOST: Final = 10**18
 """The largest valid number: bytes per second, or seconds since the epoch."""
 
@@ -62,6 +67,7 @@ class Api(Answering):
     The resource /api/.
 
     @param purged: drops purged content from memory.
+    @param prefetch: begins a prefetch: see L{Prefetching.begin}.
     @param listing: runs listings and removals in a thread.
     @param hashing: runs verification in a thread.
     """
@@ -73,13 +79,14 @@ class Api(Answering):
         inventory: Inventory,
         upkeep: Upkeep,
         purged: Callable[[], Awaitable[None]],
+        prefetch: Callable[[Repository, str, Sequence[str]], Running],
         listing: InThread,
         hashing: InThread,
         clock: IReactorTime,
     ) -> None:
         super().__init__()
         self._inventory, self._upkeep, self._purged, self._clock = inventory, upkeep, purged, clock
-        self._listing, self._hashing = listing, hashing
+        self._prefetch, self._listing, self._hashing = prefetch, listing, hashing
 
     async def respond(self, request: Request) -> None:
         """
@@ -101,14 +108,14 @@ class Api(Answering):
                 await self._stream(
                     request, self._listing, self._upkeep.purge(_meant(_document(request))), after=self._purged
                 )
+            case (b"POST", b"prefetch"):
+                await self._send_prefetch(request, _document(request))
             case (_, b"entries" | b"content"):
                 raise _not_so("GET")
-            case (_, b"remove" | b"verify" | b"purge"):
+            case (_, b"remove" | b"verify" | b"purge" | b"prefetch"):
                 raise _not_so("POST")
             case _:
-                raise RegistryError(
-                    404, "UNSUPPORTED", "no such path: below /api/ are entries, content, remove, verify, purge"
-                )
+                raise RegistryError(404, "UNSUPPORTED", f"no such path: below /api/ are {_PATHS}")
 
     async def _remove(self, request: Request, document: Document) -> None:
         entries, content = _keys(document, "entries"), _digests(document, "content")
@@ -133,6 +140,32 @@ class Api(Answering):
             return
         each = (self._inventory.verify(digest, keep=keep) for digest in _digests(document, "digests"))
         await self._stream(request, self._hashing, itertools.chain.from_iterable(each), rate)
+
+    async def _send_prefetch(self, request: Request, document: Document) -> None:
+        """
+        Prefetch an image, and send the progress. The prefetch stops if the client disconnects.
+        """
+        meant, platforms = _meant(document), _list(document, "platforms")
+        if meant.repository is None or meant.reference is None:
+            raise _wrong("give a registry, a repository, and a reference")
+        if not all(isinstance(each, str) for each in platforms) or len(platforms) > _PLATFORMS:
+            raise _wrong(f"platforms is no list of {_PLATFORMS} texts at most")
+        prefetch = self._prefetch(Repository(meant.registry, meant.repository), meant.reference, platforms)
+        begin(request, OK)
+        request.setHeader("Content-Type", "application/x-ndjson")
+        flow = _Flow(request)
+        try:
+            while True:
+                progress = prefetch.progress
+                request.write(_line(dataclasses.asdict(progress)))
+                if progress.over:
+                    break
+                await flow.open()
+                await deferLater(self._clock, LOOK_SECONDS)
+        finally:
+            prefetch.stop()
+        request.unregisterProducer()
+        request.finish()
 
     async def _stream(
         self,
@@ -259,10 +292,10 @@ def _document(request: Request) -> Document:
 
 
 def _meant(document: Document) -> Meant:
-    registry, *more = (document.get(name) for name in ("registry", "repository", "reference"))
-    repository, reference = more
-    texts = all(each is None or (isinstance(each, str) and each) for each in more)
-    if not isinstance(registry, str) or not registry or not texts or (reference is not None and repository is None):
+    registry, repository, reference = (document.get(name) for name in ("registry", "repository", "reference"))
+    found = [each for each in (registry, repository, reference) if each is not None]
+    texts = all(isinstance(each, str) and each.isascii() and each.isprintable() and each for each in found)
+    if registry is None or not texts or (reference is not None and repository is None):
         raise _wrong("give a registry, as /api/entries does, and possibly a repository, and a reference in it")
     try:
         if reference is not None and ":" in reference:

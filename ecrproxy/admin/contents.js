@@ -21,6 +21,18 @@
   };
 
   const WORKS = {
+    prefetch: {
+      ask: (what) => `Prefetch ${what}?`,
+      explain: ({ platforms }) =>
+        `The daemon fetches what it lacks of the image, for ${platforms.length ? platforms.join(", ") : "all platforms"}.`,
+      go: "Prefetch",
+      told: (sum) =>
+        `${many(sum.manifests ?? 0, "manifest", "manifests")} and ${many(sum.blobs ?? 0, "blob", "blobs")} are in the cache,` +
+        ` ${size(sum.fetched ?? 0)} fetched` +
+        (sum.missing ? `; ${sum.missing} failed` : ""),
+      of: (sum) => [sum.there ?? 0, sum.of ?? 0],
+      whole: true,
+    },
     purge: {
       ask: (what) => `Purge ${what}?`,
       explain: () =>
@@ -84,8 +96,12 @@
       if (!answer.ok) throw new Error(await refusal(answer));
       let last = 0;
       for await (const each of lines(answer)) {
-        if (each.problem) throw new Error(each.problem);
-        if (each.verdict) add(sum, each.verdict === "good" ? { good: 1 } : each.verdict === "gone" ? {} : { bad: 1 });
+        if (each.problem && (!way.whole || each.over)) {
+          Object.assign(sum, way.whole ? each : {});
+          throw new Error(each.problem);
+        }
+        if (way.whole) Object.assign(sum, each);
+        else if (each.verdict) add(sum, each.verdict === "good" ? { good: 1 } : each.verdict === "gone" ? {} : { bad: 1 });
         else add(sum, each);
         if (performance.now() - last > 250) {
           last = performance.now();
@@ -108,11 +124,30 @@
     return { registry, ...(repository && { repository }), ...(reference && { reference }) };
   };
 
+  // What to prefetch: of a registry's page repository:tag is given, of a repository's page a tag or digest.
+  const aboutFetched = (about) => {
+    const [wanted, platforms] = ["wanted", "platforms"].map((id) => document.getElementById(id)?.value.trim() ?? "");
+    about.platforms = platforms.split(/[\s,]+/).filter(Boolean);
+    if (about.repository && wanted) {
+      about.reference = wanted.replace(/^[:@]/, "");
+    } else if (!about.repository) {
+      const [, repository, , reference] = wanted.match(/^([^:@]+)([:@](.+))?$/) ?? [];
+      Object.assign(about, { repository, reference: reference ?? "latest" });
+    }
+    const { repository, reference } = about;
+    return reference ? `${repository}${reference.includes(":") ? "@" : ":"}${reference}` : "";
+  };
+
   const open = (name) => {
     const way = WORKS[name];
     const about = aboutThis();
-    asked.textContent = way.ask(work.dataset.what);
-    explained.textContent = way.explain();
+    const what = name === "prefetch" ? aboutFetched(about) : work.dataset.what;
+    if (!what || !about.registry || (name === "prefetch" && !about.repository)) {
+      document.getElementById("wanted").focus();
+      return;
+    }
+    asked.textContent = way.ask(what);
+    explained.textContent = way.explain(about);
     [told.textContent, go.textContent, leave.textContent] = ["", way.go, "Cancel"];
     [go.hidden, progress.hidden] = [false, true];
     go.onclick = () => run(name, about);

@@ -127,7 +127,8 @@ def _values(shown: Shown) -> Values:
 def _about_work(shown: Shown) -> str:
     what = "the image" if shown.image is not None else "this"
     return (
-        "Verify compares the cached files with their digests, and removes corrupt ones."
+        "Prefetch fetches an image as a client would."
+        " Verify compares the cached files with their digests, and removes corrupt ones."
         f" Purge removes {what} from the cache, except for content that others share; the next pull fetches it again."
     )
 
@@ -138,7 +139,7 @@ def _rows(shown: Shown) -> Mapping[str, Sequence[Values]]:
         "trail": [{"link": each} for each in _trail(shown)],
         "tiles": _tiles(shown),
         "work": [{}] if shown.registry is not None else [],
-        "fetching": [],
+        "wanted": [_wanted(shown)] if shown.image is None else [],
         "repositories": [_repository(each, shown.when) for each in shown.repositories],
         "images": [_image(repository, each, shown.when) for each in shown.images] if repository is not None else [],
         "parts": [_part(repository, *each, shown.when) for each in shown.parts] if repository is not None else [],
@@ -189,14 +190,13 @@ def _tiles(shown: Shown) -> list[Values]:
     return found
 
 
-def _fetching(shown: Shown) -> Values:
+def _wanted(shown: Shown) -> Values:
     """
     Return the field for what to prefetch: a registry's page needs an image's name, a repository's page a tag.
     """
-    if shown.image is not None:
-        return {"label": "", "input": ""}
-    wanted = Tag("input", attributes={"id": "wanted", "type": "text", "autocomplete": "off", "spellcheck": "false"})
-    return {"label": "Repository and tag" if shown.repository is None else "Tag", "input": wanted}
+    if shown.repository is None:
+        return {"label": "Image", "example": "repository:tag"}
+    return {"label": "Tag or digest", "example": "latest"}
 
 
 def _weight(weight: Weight, when: float, *, whole: bool = True) -> Values:

@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, NoReturn, TypeAlias, Union, get_args, ge
 
 from ecrproxy.admin.snapshot import Standing
 from ecrproxy.metrics import BUCKETS
+from ecrproxy.prefetch_progress import Progress
 from ecrproxy.readiness import Readiness
 
 LIMIT: Final = 2**20
@@ -113,6 +114,40 @@ class FiguresTold:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchTold:
+    """
+    The progress of the L{Prefetch} with this number. Sent each second, and at its end.
+    """
+
+    number: int
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetch:
+    """
+    The operator wants an image in the cache.
+
+    @ivar platforms: those to fetch; all if empty.
+    """
+
+    number: int
+    registry: str
+    repository: str
+    reference: str
+    platforms: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StopPrefetch:
+    """
+    Nobody waits for the L{Prefetch} with this number.
+    """
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """
     The parent asks for a part of the worker's state; the answer has the same number.
@@ -154,8 +189,8 @@ class Reload:
 
 
 Answer: TypeAlias = ReadinessTold | StandingTold | FiguresTold
-FromWorker: TypeAlias = Listens | Refused | Counted | Answer
-FromParent: TypeAlias = Question | Reread | Reload
+FromWorker: TypeAlias = Listens | Refused | Counted | PrefetchTold | Answer
+FromParent: TypeAlias = Question | Reread | Reload | Prefetch | StopPrefetch
 Message: TypeAlias = FromWorker | FromParent
 
 

@@ -9,11 +9,14 @@ closes, so it does not outlive its parent, however that ends.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -26,8 +29,10 @@ from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.merging import together
 from ecrproxy.admin.snapshot import Standing
 from ecrproxy.daemon.inherited import CHANNEL_FD, HELD_BACK, SOCKETS_FD, VARIABLE
+from ecrproxy.identity import Repository
 from ecrproxy.metrics import Figures, Gathered
 from ecrproxy.periodic import Periodic
+from ecrproxy.prefetch_progress import Progress
 from ecrproxy.readiness import Readiness, judge_all
 from ecrproxy.workers.channel import adopt
 from ecrproxy.workers.child import END_SECONDS, Child
@@ -39,9 +44,12 @@ from ecrproxy.workers.messages import (
     FromParent,
     FromWorker,
     Listens,
+    Prefetch,
+    PrefetchTold,
     ReadinessTold,
     Refused,
     StandingTold,
+    StopPrefetch,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +75,20 @@ def next_pause(last: float, lasted: float) -> float:
     @param lasted: how long that worker ran, in seconds.
     """
     return FIRST_PAUSE if lasted >= STEADY_SECONDS else min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * last))
+
+
+@dataclass(eq=False)
+class Elsewhere:
+    """
+    A prefetch in a worker, as far as it has told.
+
+    @ivar worker: None if there is none.
+    @ivar stop: has the worker stop.
+    """
+
+    progress: Progress
+    worker: Child | None = None
+    stop: Callable[[], None] = lambda: None
 
 
 class Workers(Service):
@@ -102,6 +124,7 @@ class Workers(Service):
         self._reactor, self._drain = reactor, drain
         self._workers: dict[int, Child] = {}
         self._restarts: dict[int, IDelayedCall] = {}
+        self._prefetches, self._numbers = dict[int, Elsewhere](), itertools.count()
         self.listen: Deferred[None] = Deferred()
         self._watch = Periodic("Watching workers", self._look, reactor)
 
@@ -144,6 +167,33 @@ class Workers(Service):
         """
         for each in self._workers.values():
             each.channel.tell(message)
+
+    def prefetch(self, repository: Repository, reference: str, platforms: Sequence[str]) -> Elsewhere:
+        """
+        Have a worker begin a prefetch: each time another, if possible.
+
+        @param platforms: those to fetch; all if empty.
+        """
+        number = next(self._numbers)
+        listening = [each for each in self._workers.values() if each.listens]
+        if not listening:
+            return Elsewhere(Progress(missing=1, problem="no worker accepts connections", over=True))
+        worker = listening[number % len(listening)]
+        worker.channel.tell(Prefetch(number, str(repository.registry), repository.name, reference, tuple(platforms)))
+        begun = Elsewhere(Progress(), worker, partial(self._stop, number, worker))
+        self._prefetches[number] = begun
+        return begun
+
+    def _told(self, message: PrefetchTold) -> None:
+        begun = self._prefetches.get(message.number)
+        if begun is not None:
+            begun.progress = message.progress
+            if message.progress.over:
+                del self._prefetches[message.number]
+
+    def _stop(self, number: int, worker: Child) -> None:
+        if self._prefetches.pop(number, None) is not None:
+            worker.channel.tell(StopPrefetch(number))
 
     async def readiness(self) -> Readiness:
         """
@@ -219,6 +269,10 @@ class Workers(Service):
             del self._workers[place]
         if worker.number is not None:
             self._gathered.ended(worker.number)
+        for number, each in list(self._prefetches.items()):
+            if each.worker is worker:
+                del self._prefetches[number]
+                each.progress = replace(each.progress, problem="its worker process has exited", over=True)
         if self.running:
             pause = next_pause(worker.pause, self._reactor.seconds() - worker.began)
             said = "Worker {pid} has exited; replacing it in {pause:g} s: {reason}"
@@ -233,6 +287,8 @@ class Workers(Service):
             self._counted(message)
         elif isinstance(message, Refused):
             self._refused(message.problem)
+        elif isinstance(message, PrefetchTold):
+            self._told(message)
         elif isinstance(message, Listens) and not self.listen.called:
             everybody = [each for each in self._workers.values() if each.listens]
             if len(everybody) == self._count:

@@ -4,13 +4,15 @@ A worker's side of the channel: sends its counts each second, and answers the pa
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, succeed
 
+from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.periodic import Periodic
+from ecrproxy.prefetch_progress import Running
 from ecrproxy.threads import on_its_own
 from ecrproxy.workers.messages import (
     About,
@@ -19,11 +21,14 @@ from ecrproxy.workers.messages import (
     FiguresTold,
     FromParent,
     Listens,
+    Prefetch,
+    PrefetchTold,
     Question,
     ReadinessTold,
     Reload,
     Reread,
     StandingTold,
+    StopPrefetch,
 )
 
 if TYPE_CHECKING:
@@ -47,10 +52,11 @@ class Reports(Service):
     @param channel: this worker's end of the channel.
     @param reread: reloads certificates (called with their generation) or passwords, see L{messages.Reread}.
     @param reload: applies the registries from the parent, see L{settings.file.read_handed}.
+    @param prefetch: begins a prefetch, see L{prefetching.Prefetching.begin}.
     @param orphaned: called if the channel closes while the service runs: the parent has exited.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what it reports from, and what it is told)
         self,
         channel: Channel,
         figures: Figures,
@@ -60,12 +66,14 @@ class Reports(Service):
         standing: Callable[[], Awaitable[Standing]],
         reread: Callable[[str], object],
         reload: Callable[[str], object],
+        prefetch: Callable[[Repository, str, Sequence[str]], Running],
         orphaned: Callable[[], object],
         reactor: Any,  # noqa: ANN401
     ) -> None:
         self._figures, self._incidents, self._reactor = figures, incidents, reactor
         self._readiness, self._standing = readiness, standing
         self._reread, self._reload, self._orphaned = reread, reload, orphaned
+        self._prefetch, self._prefetches = prefetch, dict[int, Running]()
         self._channel = channel
         channel.heard, channel.lost = self._heard, self._lost
         self._closed: Deferred[None] = Deferred()
@@ -109,6 +117,10 @@ class Reports(Service):
             if not (requests or upstream):
                 break
             once = (), (), (), ()
+        for number, each in list(self._prefetches.items()):
+            self._channel.tell(PrefetchTold(number, each.progress))
+            if each.progress.over:
+                del self._prefetches[number]
 
     def _heard(self, message: FromParent) -> None:
         if isinstance(message, Question):
@@ -117,6 +129,11 @@ class Reports(Service):
             self._reread(message.certificates)
         elif isinstance(message, Reload):
             self._reload("".join(message.registries))
+        elif isinstance(message, Prefetch):
+            repository = Repository(RegistryId(message.registry), message.repository)
+            self._prefetches[message.number] = self._prefetch(repository, message.reference, message.platforms)
+        elif isinstance(message, StopPrefetch) and message.number in self._prefetches:
+            self._prefetches.pop(message.number).stop()
 
     async def _answer(self, number: int, about: About) -> None:
         answer: Answer

@@ -20,9 +20,9 @@ from typing import Any, Final, TypeVar
 from ecrproxy.buffers import AT_ONCE
 from ecrproxy.command.prefetching.door import Ask, Reply
 from ecrproxy.command.prefetching.images import WantedImage, target
-from ecrproxy.command.prefetching.platforms import Offer, Platform, choose, may_hold, offers
 from ecrproxy.documents import listed
 from ecrproxy.oci import INDEX_TYPES, MANIFEST_LIMIT, MANIFEST_TYPES, Descriptor, Digest, Kind, Route
+from ecrproxy.platforms import Offer, Platform, choose, may_hold, offers
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import TRANSIENT_STATUSES, Budget, TransientError, asked_wait, next_try

@@ -19,12 +19,12 @@ from ecrproxy.command.prefetching.crew import Crew
 from ecrproxy.command.prefetching.documents import images_in
 from ecrproxy.command.prefetching.door import Ask, Door, docker_login, own_context, place_of
 from ecrproxy.command.prefetching.images import ForeignImageError, WantedImage, listed_images, parse_image
-from ecrproxy.command.prefetching.platforms import Platform
 from ecrproxy.command.prefetching.pulling import MOST_TOLD, Hands, Plan, Puller, PullError
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, CommandError, Invocation
 from ecrproxy.command.terminal import Progress, Terminal, counted, size_in_words
 from ecrproxy.healthcheck import place_from
 from ecrproxy.oci import Route
+from ecrproxy.platforms import Platform
 from ecrproxy.registries import Registries
 from ecrproxy.settings.config import registries_of
 
