@@ -25,7 +25,7 @@ Row = tuple[str, str, str, float, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AskedFor:
     """
     Requests of one client for one manifest.
 
@@ -70,12 +70,12 @@ class Askers:
         if len(rows) > EACH:
             rows.popitem(last=False)
 
-    def of(self, repository: str) -> list[Asked]:
+    def of(self, repository: str) -> list[AskedFor]:
         """
         Return the latest requests in a repository, the latest first.
         """
         rows = self._rows.get(repository)
-        return [] if rows is None else [Asked(*key, *row) for key, row in reversed(rows.items())]
+        return [] if rows is None else [AskedFor(*key, *row) for key, row in reversed(rows.items())]
 
     def take(self) -> list[Row]:
         """

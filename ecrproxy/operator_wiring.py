@@ -30,7 +30,7 @@ from ecrproxy.daemon.service import Daemon
 from ecrproxy.http.answering import Ready
 from ecrproxy.identity import Repository
 from ecrproxy.metrics import Figures, Row
-from ecrproxy.prefetch_progress import Running
+from ecrproxy.prefetch_progress import RunningPrefetch
 from ecrproxy.readiness import Readiness
 from ecrproxy.reload_wiring import called
 from ecrproxy.settings.config import Config
@@ -95,7 +95,7 @@ class Operator:
         self,
         store: Store,
         purged: Callable[[], Awaitable[None]],
-        prefetch: Callable[[Repository, str, Sequence[str]], Running],
+        prefetch: Callable[[Repository, str, Sequence[str]], RunningPrefetch],
         gather: Callable[[], Awaitable[object]] | None = None,
     ) -> list[Listening]:
         """

@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class PrefetchProgress:
     """
     The progress of a prefetch.
 
@@ -33,13 +33,13 @@ class Progress:
     over: bool = False
 
 
-class Running(Protocol):
+class RunningPrefetch(Protocol):
     """
     A prefetch, here or in another process.
     """
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> PrefetchProgress:
         """
         Return the state at the moment.
         """

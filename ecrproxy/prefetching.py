@@ -27,7 +27,7 @@ from ecrproxy.documents import listed
 from ecrproxy.identity import Repository
 from ecrproxy.oci import INDEX_TYPES, MANIFEST_TYPES, Descriptor, Digest, Kind, RegistryError, Route, parse_route
 from ecrproxy.platforms import Offer, Platform, choose, may_hold, offers
-from ecrproxy.prefetch_progress import Progress
+from ecrproxy.prefetch_progress import PrefetchProgress
 from ecrproxy.proxy import PullThrough
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.lane import ShortBodyError
@@ -60,7 +60,7 @@ class Prefetch:
 
     def __init__(self, pull_through: PullThrough, worlds: Worlds, cache_key: CacheKey) -> None:
         self._pull_through, self._worlds, self._cache_key = pull_through, worlds, cache_key
-        self.progress = Progress()
+        self.progress = PrefetchProgress()
         self._blobs: dict[Digest, int] = {}
         self._running: Deferred[None] | None = None
 
@@ -230,7 +230,9 @@ class Prefetching:
         """
         prefetch = Prefetch(self._pull_through, self._worlds, self._cache_key)
         if self._running >= AT_ONCE:
-            prefetch.progress = Progress(missing=1, problem=f"{AT_ONCE} others are running: wait for one", over=True)
+            prefetch.progress = PrefetchProgress(
+                missing=1, problem=f"{AT_ONCE} others are running: wait for one", over=True
+            )
             return prefetch
         self._running += 1
         prefetch.begin(repository, reference, platforms).addBoth(self._ended)

@@ -52,7 +52,7 @@ from ecrproxy.http.web import Registry
 from ecrproxy.identity import Repository
 from ecrproxy.metrics import Figures, LoopStall
 from ecrproxy.otel import OtelTracing, spans_to
-from ecrproxy.prefetch_progress import Running
+from ecrproxy.prefetch_progress import RunningPrefetch
 from ecrproxy.prefetching import Prefetching
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
@@ -103,7 +103,7 @@ class Serving:
     cache: Cache
     purges: Purges
     stall: LoopStall
-    prefetch: Callable[[Repository, str, Sequence[str]], Running]
+    prefetch: Callable[[Repository, str, Sequence[str]], RunningPrefetch]
     use: Callable[[Config], None]
 
 

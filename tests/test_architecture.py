@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -522,6 +523,15 @@ class ArchitectureTests(SynchronousTestCase):
             if not isinstance(node, ast.ClassDef) and lines_of_code(node) > LONGEST
         }
         self.assertEqual({}, wrong)
+
+    def test_one_name_means_one_class(self) -> None:
+        named = Counter(
+            node.name
+            for tree in self.modules.values()
+            for node in tree.body
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        )
+        self.assertEqual([], [name for name, count in named.items() if count > 1])
 
     def test_modules_are_called_by_what_they_are(self) -> None:
         """

@@ -18,12 +18,12 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.command.checkup import metadata, names
 from ecrproxy.command.checkup.findings import Finding, Verdict
 from ecrproxy.command.checkup.network import judge_clock, look_at_host
-from ecrproxy.command.checkup.reach import Contact, Shown, by_name, describe, split
+from ecrproxy.command.checkup.reach import Contact, ShownCertificate, by_name, describe, split
 from ecrproxy.registry.challenges import Challenge
 
 NOW = 1_800_000_000.0
 ECR = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
-AMAZON = Shown("Amazon", ["*.dkr.ecr.eu-west-1.amazonaws.com", ECR], NOW - 86400, NOW + 90 * 86400)
+AMAZON = ShownCertificate("Amazon", ["*.dkr.ecr.eu-west-1.amazonaws.com", ECR], NOW - 86400, NOW + 90 * 86400)
 
 
 class HostTests(SynchronousTestCase):
@@ -83,7 +83,7 @@ class HostTests(SynchronousTestCase):
         """
         Whether or not this machine trusts the intercepting proxy.
         """
-        corporate = Shown("Corporate Proxy CA", [ECR], NOW - 1, NOW + 90 * 86400)
+        corporate = ShownCertificate("Corporate Proxy CA", [ECR], NOW - 1, NOW + 90 * 86400)
         trusted = self.look(Contact("10.0.0.1", status=401, shown=corporate))
         self.assertEqual(Verdict.WARNING, trusted.verdict)
         self.assertIn("Corporate Proxy CA", trusted.said)
@@ -97,19 +97,25 @@ class HostTests(SynchronousTestCase):
         """
         A certificate that is not valid yet usually means a wrong clock; one that expires soon is a warning.
         """
-        ended = self.look(Contact("a", "certificate has expired", 10, Shown("Amazon", [], 0, NOW - 2 * 86400)))
+        ended = self.look(
+            Contact("a", "certificate has expired", 10, ShownCertificate("Amazon", [], 0, NOW - 2 * 86400))
+        )
         self.assertIn("has ended, by 2.0 days", ended.said)
         self.assertIn("clock", ended.advice)
-        early = self.look(Contact("a", "certificate is not yet valid", 9, Shown("Amazon", [], NOW + 86400, NOW * 2)))
+        early = self.look(
+            Contact("a", "certificate is not yet valid", 9, ShownCertificate("Amazon", [], NOW + 86400, NOW * 2))
+        )
         self.assertIn("has not begun to hold", early.said)
-        soon = self.look(Contact("a", status=200, shown=Shown("Amazon", [], 0, NOW + 86400)))
+        soon = self.look(Contact("a", status=200, shown=ShownCertificate("Amazon", [], 0, NOW + 86400)))
         self.assertEqual((Verdict.WARNING, True), (soon.verdict, "ends in 1.0 days" in soon.said))
 
     def test_a_certificate_of_somebody_else_is_told_with_its_names(self) -> None:
         """
         The name resolves to another server.
         """
-        found = self.look(Contact("10.0.0.9", "Hostname mismatch", 62, Shown("Amazon", ["other.test"], 0, NOW * 2)))
+        found = self.look(
+            Contact("10.0.0.9", "Hostname mismatch", 62, ShownCertificate("Amazon", ["other.test"], 0, NOW * 2))
+        )
         self.assertEqual(Verdict.FAILED, found.verdict)
         self.assertIn("shows a certificate for other.test", found.said)
 
@@ -136,7 +142,7 @@ class HostTests(SynchronousTestCase):
         builder = x509.CertificateBuilder(name, name, key.public_key(), 1, moment, moment + dt.timedelta(days=1))
         names_ = x509.SubjectAlternativeName([x509.DNSName("a.test")])
         shown = describe(builder.add_extension(names_, critical=False).sign(key, SHA256()))
-        self.assertEqual(Shown("Amazon", ["a.test"], moment.timestamp(), moment.timestamp() + 86400), shown)
+        self.assertEqual(ShownCertificate("Amazon", ["a.test"], moment.timestamp(), moment.timestamp() + 86400), shown)
         self.assertEqual([], describe(builder.sign(key, SHA256())).names)
 
 

@@ -12,9 +12,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.template import flattenString
 
 from ecrproxy.admin import contents
-from ecrproxy.admin.contents_page import ContentsPage, Shown, address
-from ecrproxy.askers import EACH, REPOSITORIES, Asked, Askers
-from ecrproxy.cache.contents import Contents, HeldImage, HeldRepository, Part
+from ecrproxy.admin.contents_page import ContentsPage, ContentsShown, address
+from ecrproxy.askers import EACH, REPOSITORIES, AskedFor, Askers
+from ecrproxy.cache.contents import Contents, HeldImage, HeldRepository, ImagePart
 from ecrproxy.cache.entry_rows import PAGE
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.repository_rows import Weight
@@ -283,13 +283,13 @@ class PageTests(ContentsTestCase):
 
 DIGEST = Digest("sha256", "0123456789abcdef" * 4)
 DESCRIPTOR = Descriptor("application/vnd.oci.image.manifest.v1+json", DIGEST, 1000)
-FULL = Shown(
+FULL = ContentsShown(
     when=1_800_000_000.0,
     registry=ECR,
     repository=Repository(ECR, "team/app"),
     image=HeldImage("v1", (DESCRIPTOR,), 1_799_999_000.0, Weight(2, 2**20, 1_799_990_000.0), 2, whole=True),
-    parts=[(Part(Kind.MANIFEST, DESCRIPTOR), None)],
-    askers=[Asked("192.0.2.7", "v1", 1_799_999_999.0, 3)],
+    parts=[(ImagePart(Kind.MANIFEST, DESCRIPTOR), None)],
+    askers=[AskedFor("192.0.2.7", "v1", 1_799_999_999.0, 3)],
     next={"after": "v1"},
 )
 
@@ -299,7 +299,7 @@ class MarkupTests(SynchronousTestCase):
     The elements of the pages.
     """
 
-    def read(self, shown: Shown) -> Node:
+    def read(self, shown: ContentsShown) -> Node:
         self.html = self.successResultOf(flattenString(None, ContentsPage(shown))).decode()
         return Reader(self.html).top
 
@@ -307,12 +307,14 @@ class MarkupTests(SynchronousTestCase):
         evil = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\u202e\0"
         repository = Repository(RegistryId(f"{evil}:443"), evil)
         held = HeldImage(evil, (DESCRIPTOR,), 1.0, Weight(1, 1, 1.0), 1, whole=True)
-        asked = [Asked(evil, evil, 1.0, 1)]
+        asked = [AskedFor(evil, evil, 1.0, 1)]
         for shown in (
             replace(FULL, registry=repository.registry, repository=repository, image=held, askers=asked),
             replace(FULL, registry=repository.registry, repository=repository, image=None, images=[held], parts=()),
-            Shown(when=1.0, registry=repository.registry, repositories=[HeldRepository(repository, Weight())]),
-            Shown(when=1.0, repositories=[HeldRepository(repository, Weight())], next={"after": evil, "of": evil}),
+            ContentsShown(when=1.0, registry=repository.registry, repositories=[HeldRepository(repository, Weight())]),
+            ContentsShown(
+                when=1.0, repositories=[HeldRepository(repository, Weight())], next={"after": evil, "of": evil}
+            ),
         ):
             page = self.read(shown)
             self.assertEqual(["contents.js"], [each.attributes["src"] for each in page.all("script")])
@@ -333,7 +335,7 @@ class MarkupTests(SynchronousTestCase):
         """
         One of each landmark, sections named by headings, tables with heads, and an empty place for announcements.
         """
-        for shown in (FULL, replace(FULL, image=None, images=[FULL.image], parts=()), Shown(when=1.0)):  # type: ignore[list-item]
+        for shown in (FULL, replace(FULL, image=None, images=[FULL.image], parts=()), ContentsShown(when=1.0)):  # type: ignore[list-item]
             page = self.read(shown)
             for tag in ("header", "main", "footer", "h1", "dialog"):
                 self.assertEqual(1, len(page.all(tag)), tag)
@@ -369,7 +371,7 @@ class AskersTests(SynchronousTestCase):
         for client in ("one", "two", "one"):
             self.time += 1
             self.askers.note("team/app", client, "v1")
-        expected = [Asked("one", "v1", 1003.0, 2), Asked("two", "v1", 1002.0, 1)]
+        expected = [AskedFor("one", "v1", 1003.0, 2), AskedFor("two", "v1", 1002.0, 1)]
         self.assertEqual(expected, self.askers.of("team/app"))
         self.assertEqual([], self.askers.of("team/none"))
 
@@ -388,5 +390,5 @@ class AskersTests(SynchronousTestCase):
             self.askers.note("team/base", "two", "v2")
             other.add(self.askers.take())
             self.time += 1
-        self.assertEqual([Asked("one", "v1", 1001.0, 2)], other.of("team/app"))
+        self.assertEqual([AskedFor("one", "v1", 1001.0, 2)], other.of("team/app"))
         self.assertEqual([], self.askers.take())

@@ -106,7 +106,7 @@ class NotedTests(SynchronousTestCase):
         scene.standin.hang("registry")
         scene.send(0, heads(scene)[4])
         shown = [repr(each) for each in ours(scene.daemon)]
-        self.assertIn("Question(", "".join(each[:20] for each in shown))
+        self.assertIn("Revalidation(", "".join(each[:20] for each in shown))
         self.assertEqual([], [each for each in shown if basic(USER, PASSWORD) in each])
 
 

@@ -25,7 +25,7 @@ from ecrproxy.admin.snapshot import (
     UpstreamState,
 )
 from ecrproxy.metrics import BUCKETS, Tally
-from ecrproxy.prefetch_progress import Progress
+from ecrproxy.prefetch_progress import PrefetchProgress
 from ecrproxy.readiness import Readiness
 from ecrproxy.workers.messages import (
     ITEMS,
@@ -36,14 +36,14 @@ from ecrproxy.workers.messages import (
     FromParent,
     FromWorker,
     Listens,
-    Prefetch,
+    PrefetchOrder,
     PrefetchTold,
-    Question,
     ReadinessTold,
     Refused,
     Reload,
     Reread,
     StandingTold,
+    StateRequest,
     StopPrefetch,
     decode,
     encode,
@@ -81,14 +81,14 @@ OF_WORKERS = (
     COUNTED,
     ReadinessTold(1, STANDING.readiness),
     StandingTold(2, STANDING),
-    PrefetchTold(7, Progress(1, 300, 200, 100, 2, 1, "not there", over=True)),
+    PrefetchTold(7, PrefetchProgress(1, 300, 200, 100, 2, 1, "not there", over=True)),
     FiguresTold(3, {"cache_bytes": {"": 5.0}, "circuit_state": {"open": 0.0, "closed": 1.0}}),
 )
 OF_PARENTS = (
     Reload(("[{}, ", "{}]")),
-    Question(4, "standing"),
+    StateRequest(4, "standing"),
     Reread("ab" * 32),
-    Prefetch(7, "docker.io:443", "library/app", "v1", ("linux/amd64",)),
+    PrefetchOrder(7, "docker.io:443", "library/app", "v1", ("linux/amd64",)),
     StopPrefetch(7),
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ecrproxy import prefetching
 from ecrproxy.identity import RegistryId, Repository
-from ecrproxy.prefetch_progress import Progress
+from ecrproxy.prefetch_progress import PrefetchProgress
 from tests.daemon import Administered, Reply, noise
 from tests.registry_content import Image
 from tests.several import Several
@@ -32,11 +32,11 @@ class PrefetchTestCase(UpkeepTestCase):
         shown = {"X-Ecrproxy-Api": "1", "Content-Type": "application/json", **OWN}
         return (asked or self.daemon).ask_admin("/api/prefetch", "POST", body=json.dumps(meant).encode(), headers=shown)
 
-    def lines(self, reply: Reply) -> list[Progress]:
+    def lines(self, reply: Reply) -> list[PrefetchProgress]:
         self.assertEqual((200, "whole"), (reply.code, reply.ended), reply.body)
-        return [Progress(**json.loads(line)) for line in reply.body.splitlines()]
+        return [PrefetchProgress(**json.loads(line)) for line in reply.body.splitlines()]
 
-    def prefetch(self, **document: Any) -> Progress:
+    def prefetch(self, **document: Any) -> PrefetchProgress:
         reply = self.begin(**document)
         self.pass_time(5)
         return self.lines(reply)[-1]
@@ -49,7 +49,7 @@ class PrefetchTests(PrefetchTestCase):
     def test_an_image_is_in_the_cache_afterwards(self) -> None:
         size = self.size(self.new)
         told = self.prefetch()
-        self.assertEqual(Progress(1, size, size, told.fetched, 3, over=True), told)
+        self.assertEqual(PrefetchProgress(1, size, size, told.fetched, 3, over=True), told)
         self.assertEqual(4, len(self.there(self.new)))
         self.standin.forget_asked()
         self.assertEqual("HIT", self.get(f"/v2/team/new/blobs/{self.new.layers[0]}").cache)
@@ -68,7 +68,7 @@ class PrefetchTests(PrefetchTestCase):
         reply = self.begin()
         self.pass_time(2)
         self.assertEqual("", reply.ended)
-        told = Progress(**json.loads(reply.body.splitlines()[-1]))
+        told = PrefetchProgress(**json.loads(reply.body.splitlines()[-1]))
         self.assertEqual((2, False), (told.blobs, told.over))
         self.standin.release(self.new.layers[0])
         self.pass_time(2)

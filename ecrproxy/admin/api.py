@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
     from twisted.web.server import Request
 
-    from ecrproxy.prefetch_progress import Running
+    from ecrproxy.prefetch_progress import RunningPrefetch
     from ecrproxy.threads import InThread
 
 log = Logger()
@@ -79,7 +79,7 @@ class Api(Answering):
         inventory: Inventory,
         upkeep: Upkeep,
         purged: Callable[[], Awaitable[None]],
-        prefetch: Callable[[Repository, str, Sequence[str]], Running],
+        prefetch: Callable[[Repository, str, Sequence[str]], RunningPrefetch],
         listing: InThread,
         hashing: InThread,
         clock: IReactorTime,

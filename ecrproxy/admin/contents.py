@@ -14,10 +14,10 @@ from urllib.parse import unquote_plus
 
 from twisted.web.template import flattenString
 
-from ecrproxy.admin.contents_page import ContentsPage, Shown
+from ecrproxy.admin.contents_page import ContentsPage, ContentsShown
 from ecrproxy.admin.page import DOCTYPE
 from ecrproxy.cache.cells import File
-from ecrproxy.cache.contents import Contents, HeldImage, Part
+from ecrproxy.cache.contents import Contents, HeldImage, ImagePart
 from ecrproxy.cache.repository_rows import Weight
 from ecrproxy.http.answering import Answering, send_body
 from ecrproxy.http.request import RegistryRequest
@@ -65,7 +65,7 @@ class ContentsView(Answering):
         page = await flattenString(request, ContentsPage(shown))
         await send_body(request, 200, "text/html; charset=utf-8", DOCTYPE + page)
 
-    async def _shown(self, asked: Mapping[str, str]) -> Shown:
+    async def _shown(self, asked: Mapping[str, str]) -> ContentsShown:
         registry = RegistryId(asked["registry"]) if "registry" in asked else None
         if registry is None or "repository" not in asked:
             return await self._repositories(registry, asked)
@@ -74,13 +74,13 @@ class ContentsView(Answering):
             return await self._image(repository, asked["image"])
         return await self._repository(repository, asked)
 
-    async def _repositories(self, registry: RegistryId | None, asked: Mapping[str, str]) -> Shown:
+    async def _repositories(self, registry: RegistryId | None, asked: Mapping[str, str]) -> ContentsShown:
         after = None
         if "after" in asked:
             after = Repository(RegistryId(asked.get("of", str(registry or ""))), asked["after"])
         found = await self._some(self._contents.repositories(registry, after), ROWS + 1)
         last = found[ROWS - 1].repository if len(found) > ROWS else None
-        return Shown(
+        return ContentsShown(
             when=self._status.now(),
             registry=registry,
             total=self._contents.total if registry is None else None,
@@ -89,7 +89,7 @@ class ContentsView(Answering):
             next={} if last is None else {"of": str(last.registry), "after": last.name},
         )
 
-    async def _repository(self, repository: Repository, asked: Mapping[str, str]) -> Shown:
+    async def _repository(self, repository: Repository, asked: Mapping[str, str]) -> ContentsShown:
         by_digest, after = asked.get("by") == "digest", asked.get("after", "")
         listed: Iterator[HeldImage | None] = self._contents.tagged(repository, after)
         if by_digest:
@@ -99,7 +99,7 @@ class ContentsView(Answering):
         for weight in await self._some(self._contents.weigh(repository), None):
             total = total.plus(weight)
         called = self._status.called(repository)
-        return Shown(
+        return ContentsShown(
             when=self._status.now(),
             registry=repository.registry,
             repository=repository,
@@ -112,7 +112,7 @@ class ContentsView(Answering):
             next={"after": found[ROWS - 1].reference} if len(found) > ROWS else {},
         )
 
-    async def _image(self, repository: Repository, reference: str) -> Shown:
+    async def _image(self, repository: Repository, reference: str) -> ContentsShown:
         if ":" in reference:
             _digest(reference)
         image = await self._in_thread(self._contents.image, repository, reference)
@@ -121,7 +121,7 @@ class ContentsView(Answering):
         parts = await self._some(self._parts(self._contents.parts(image.roots)), ROWS)
         moves = [] if ":" in reference else await self._in_thread(self._contents.moves, repository, reference)
         ways = {reference, *(str(each.descriptor.digest) for each, _ in parts)}
-        return Shown(
+        return ContentsShown(
             when=self._status.now(),
             registry=repository.registry,
             repository=repository,
@@ -136,7 +136,7 @@ class ContentsView(Answering):
             moves=moves,
         )
 
-    def _parts(self, parts: Iterator[Part]) -> Iterator[tuple[Part, File | None]]:
+    def _parts(self, parts: Iterator[ImagePart]) -> Iterator[tuple[ImagePart, File | None]]:
         for each in parts:
             yield each, self._contents.known(each.descriptor.digest)
 

@@ -15,9 +15,9 @@ from twisted.web.template import Flattenable, Tag, XMLString
 
 from ecrproxy.admin.page import Filled, Values, many, part
 from ecrproxy.admin.units import NONE, ago, clean, moment, short, size, stamp
-from ecrproxy.askers import Asked
+from ecrproxy.askers import AskedFor
 from ecrproxy.cache.cells import File, Move
-from ecrproxy.cache.contents import HeldImage, HeldRepository, Part
+from ecrproxy.cache.contents import HeldImage, HeldRepository, ImagePart
 from ecrproxy.cache.repository_rows import Weight
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import Kind
@@ -30,7 +30,7 @@ _KINDS: Final = {Kind.MANIFEST: "manifest", Kind.BLOB: "config or layer"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shown:
+class ContentsShown:
     """
     What a page shows, or C{None} and empty for what it does not have.
 
@@ -55,9 +55,9 @@ class Shown:
     total: Weight | None = None
     repositories: Sequence[HeldRepository] = ()
     images: Sequence[HeldImage] = ()
-    parts: Sequence[tuple[Part, File | None]] = ()
+    parts: Sequence[tuple[ImagePart, File | None]] = ()
     left_out: int | None = 0
-    askers: Sequence[Asked] = ()
+    askers: Sequence[AskedFor] = ()
     moves: Sequence[Move] = ()
     saved: Saved | None = None
     first: bool = True
@@ -71,7 +71,7 @@ class ContentsPage(Filled):
 
     loader = XMLString(part("contents.xml"))
 
-    def __init__(self, shown: Shown) -> None:
+    def __init__(self, shown: ContentsShown) -> None:
         super().__init__(_values(shown), _rows(shown))
 
 
@@ -93,7 +93,7 @@ def _link(words: str, target: str) -> Tag:
     return Tag("a", attributes={"href": target})(Tag("bdi")(words))
 
 
-def _name(shown: Shown) -> str:
+def _name(shown: ContentsShown) -> str:
     """
     Return the name of what is shown; of all, an empty one.
     """
@@ -105,7 +105,7 @@ def _name(shown: Shown) -> str:
     return f"{shown.repository.name}{'@' if ':' in reference else ':'}{reference}"
 
 
-def _values(shown: Shown) -> Values:
+def _values(shown: ContentsShown) -> Values:
     name, repository, image = clean(_name(shown)), shown.repository, shown.image
     heading = short(name) or "What is in the cache"
     more = [] if shown.left_out == 0 else ["More parts than these are not shown."]
@@ -124,7 +124,7 @@ def _values(shown: Shown) -> Values:
     }
 
 
-def _about_work(shown: Shown) -> str:
+def _about_work(shown: ContentsShown) -> str:
     what = "the image" if shown.image is not None else "this"
     return (
         "Prefetch fetches an image as a client would."
@@ -133,7 +133,7 @@ def _about_work(shown: Shown) -> str:
     )
 
 
-def _rows(shown: Shown) -> Mapping[str, Sequence[Values]]:
+def _rows(shown: ContentsShown) -> Mapping[str, Sequence[Values]]:
     repository, listed = shown.repository, shown.repositories or shown.images or shown.parts
     return {
         "trail": [{"link": each} for each in _trail(shown)],
@@ -151,7 +151,7 @@ def _rows(shown: Shown) -> Mapping[str, Sequence[Values]]:
     }
 
 
-def _trail(shown: Shown) -> list[Flattenable]:
+def _trail(shown: ContentsShown) -> list[Flattenable]:
     found: list[Flattenable] = [_link("Status", "./")]
     if shown.registry is not None:
         found.append(_link("Cache", address()))
@@ -164,7 +164,7 @@ def _trail(shown: Shown) -> list[Flattenable]:
     return found
 
 
-def _tiles(shown: Shown) -> list[Values]:
+def _tiles(shown: ContentsShown) -> list[Values]:
     found: list[Values] = []
     weight = shown.image.weight if shown.image is not None else shown.total
     if weight is not None:
@@ -190,7 +190,7 @@ def _tiles(shown: Shown) -> list[Values]:
     return found
 
 
-def _wanted(shown: Shown) -> Values:
+def _wanted(shown: ContentsShown) -> Values:
     """
     Return the field for what to prefetch: a registry's page needs an image's name, a repository's page a tag.
     """
@@ -226,7 +226,7 @@ def _image(repository: Repository, image: HeldImage, when: float) -> Values:
     }
 
 
-def _part(repository: Repository, piece: Part, file: File | None, when: float) -> Values:
+def _part(repository: Repository, piece: ImagePart, file: File | None, when: float) -> Values:
     digest = str(piece.descriptor.digest)
     is_manifest = piece.kind is Kind.MANIFEST and file is not None
     return {
@@ -243,7 +243,7 @@ def _part(repository: Repository, piece: Part, file: File | None, when: float) -
     }
 
 
-def _asker(asked: Asked, when: float) -> Values:
+def _asker(asked: AskedFor, when: float) -> Values:
     return {
         "client": clean(asked.client),
         "reference": short(clean(asked.reference)),
@@ -256,7 +256,7 @@ def _move(move: Move, when: float) -> Values:
     return {"before": short(str(move.before)), "after": short(str(move.after)), "ago": ago(when - move.seen)}
 
 
-def _pages(shown: Shown) -> list[Flattenable]:
+def _pages(shown: ContentsShown) -> list[Flattenable]:
     found: list[Flattenable] = [_link("Status", "./")]
     if shown.image is not None or shown.repository is None:
         here = {}

@@ -152,7 +152,7 @@ class Metrics(Answering):
         await send_body(request, 200, TEXT_FORMAT, self._figures.page())
 
 
-class Document(Answering):
+class StatusDocument(Answering):
     """
     The daemon's status for programs.
     """
@@ -208,7 +208,7 @@ def _scale(request: Request) -> Scale:
     return scale
 
 
-class Part(Answering):
+class StaticFile(Answering):
     """
     A static file of the page.
     """
@@ -245,9 +245,9 @@ def make_admin_site(
     root = OperatorsRoot(hosts)
     root.putChild(b"", StatusPage(status))
     for name, content_type in PARTS.items():
-        root.putChild(name.encode(), Part(name, content_type))
+        root.putChild(name.encode(), StaticFile(name, content_type))
     root.putChild(b"metrics", metrics)
-    root.putChild(b"status.json", Document(status))
+    root.putChild(b"status.json", StatusDocument(status))
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)
     root.putChild(CONTENTS.encode(), contents)

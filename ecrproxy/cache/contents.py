@@ -59,7 +59,7 @@ class HeldImage(NamedTuple):
     whole: bool
 
 
-class Part(NamedTuple):
+class ImagePart(NamedTuple):
     """
     A manifest, a config or a layer of an image.
 
@@ -186,7 +186,7 @@ class Contents:
         """
         return self._index.known(digest)
 
-    def parts(self, roots: Iterable[Descriptor]) -> Iterator[Part]:
+    def parts(self, roots: Iterable[Descriptor]) -> Iterator[ImagePart]:
         """
         Yield all that manifests lead to, themselves first; each once.
         """
@@ -197,7 +197,7 @@ class Contents:
                 seen.add(descriptor.digest)
                 lists = self._inventory.lists(descriptor) if kind is Kind.MANIFEST else ()
                 waiting.extend(lists)
-                yield Part(kind, descriptor, [each.digest for _, each in lists])
+                yield ImagePart(kind, descriptor, [each.digest for _, each in lists])
 
     def _image(self, reference: str, rows: Sequence[Row]) -> HeldImage:
         roots = {each.descriptor: None for _, entry, _ in rows for each in entry.answers.values()}

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 
-class Descriptor:
+class HeldFile:
     """
     An open file.
 

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 from twisted.logger import Logger
 
-from ecrproxy.cache.contents import Contents, Part
+from ecrproxy.cache.contents import Contents, ImagePart
 from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.inventory import Document, Inventory
 from ecrproxy.cache.repository_rows import Row
@@ -145,7 +145,7 @@ class Upkeep:
             held = [key for each in some for key in self._held(repository, each)]
             yield self._remove(held, self._unshared(repository, (each for each in some if each in lost)))
 
-    def _among(self, parts: Mapping[Digest, Part], manifests: Iterable[Descriptor]) -> set[Digest]:
+    def _among(self, parts: Mapping[Digest, ImagePart], manifests: Iterable[Descriptor]) -> set[Digest]:
         """
         Return the parts that other manifests list.
         """
@@ -164,9 +164,9 @@ class Upkeep:
     def _remove(self, keys: Sequence[EntryKey], content: Sequence[Digest]) -> Document:
         return asdict(self._inventory.remove(keys, content)) if keys or content else {}
 
-    def _parts(self, repository: Repository, reference: str) -> dict[Digest, Part]:
+    def _parts(self, repository: Repository, reference: str) -> dict[Digest, ImagePart]:
         image = self._contents.image(repository, reference)
-        parts: dict[Digest, Part] = {}
+        parts: dict[Digest, ImagePart] = {}
         for each in self._contents.parts(image.roots if image is not None else ()):
             if len(parts) >= PARTS:
                 raise TooLargeError(f"the image has more than {PARTS:,} parts: purge or verify the repository")
@@ -226,7 +226,7 @@ def _told(problem: Exception) -> str:
     return f"the cache's index can't be used: {problem}" if isinstance(problem, OSError) else str(problem)
 
 
-def _reached(roots: Iterable[Digest], parts: Mapping[Digest, Part]) -> set[Digest]:
+def _reached(roots: Iterable[Digest], parts: Mapping[Digest, ImagePart]) -> set[Digest]:
     """
     Return C{roots} and all that they lead to among C{parts}.
     """

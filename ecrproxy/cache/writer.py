@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ecrproxy.cache.descriptor import Descriptor
+from ecrproxy.cache.descriptor import HeldFile
 from ecrproxy.cache.directory import Directory
 from ecrproxy.cache.flushing import write_back
 from ecrproxy.cache.locks import is_in_place
@@ -51,7 +51,7 @@ class Writer:
 
     def __init__(self, directory: Directory, claim: Claim, digest: Digest, size: int, fd: int) -> None:
         self._directory, self._claim, self.digest, self.size = directory, claim, digest, size
-        self._file = Descriptor(fd)
+        self._file = HeldFile(fd)
         self.room = room_for(size)
         self._hash = RunningHash(digest)
         self._there = Stretches()

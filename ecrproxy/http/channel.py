@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from twisted.web.http import Request
 
     from ecrproxy.daemon.ending import Connections
-    from ecrproxy.http.hot_path import HotPath, Question
+    from ecrproxy.http.hot_path import HotPath, Revalidation
     from ecrproxy.http.reply import FileReply
     from ecrproxy.http.request import Told
 
@@ -81,7 +81,7 @@ class StrictChannel(FramedChannel):
     spare = False
     _idle_since = 0.0
     _networkProducer: Any
-    _question: Question | None = None
+    _question: Revalidation | None = None
     _fresh = True
     _ending = False
     _half_closed = False
@@ -315,7 +315,7 @@ class StrictChannel(FramedChannel):
         self._head.end()
         self._savedTimeOut = self.setTimeout(None)
 
-    def wait_for(self, question: Question) -> None:
+    def wait_for(self, question: Revalidation) -> None:
         """
         Hold all input until a question is answered.
         """

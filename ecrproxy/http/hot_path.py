@@ -122,7 +122,7 @@ class Waiting:
 
 
 @dataclass(eq=False, slots=True)
-class Question:
+class Revalidation:
     """
     A request to ECR for a tag, and the client requests that wait for its result.
 
@@ -159,7 +159,7 @@ class HotPath:
         self._pull_through, self._at_hand = pull_through, pull_through.at_hand
         self._worlds, self._admission = worlds, admission
         self._now, self._in_thread, self._key, self.answered = now, patient(in_thread), key, 0
-        self._questions: dict[bytes, Question] = {}
+        self._questions: dict[bytes, Revalidation] = {}
         self._noted: Memory[bytes, _Noted] = Memory(NOTED_BYTES)
         self._world = worlds.latest
         self._second, self._date = 0, b""
@@ -259,7 +259,7 @@ class HotPath:
         """
         question, begins = self._questions.get(name), False
         if question is None or question.noted is not noted:
-            question, begins = Question(noted, waiting), True
+            question, begins = Revalidation(noted, waiting), True
             self._questions[name] = question
         question.waiting[channel] = waiting
         channel.wait_for(question)
@@ -272,7 +272,7 @@ class HotPath:
         self._worlds.enter()
         return await self._pull_through.latest(asked)
 
-    def _told(self, outcome: Answer | Failure, name: bytes, question: Question) -> None:
+    def _told(self, outcome: Answer | Failure, name: bytes, question: Revalidation) -> None:
         """
         Answer all requests that wait for a question.
         """
@@ -294,7 +294,7 @@ class HotPath:
                 channel.take_long_way(each.head, Told(found, each.request_id, each.started, noted.hit.world))
 
     @staticmethod
-    def leave(channel: Any, question: Question) -> None:  # noqa: ANN401
+    def leave(channel: Any, question: Revalidation) -> None:  # noqa: ANN401
         """
         Stop waiting: the client's connection ends. The request to ECR continues.
         """

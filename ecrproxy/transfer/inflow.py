@@ -24,7 +24,7 @@ BUFFERED: Final = 64 * 2**20
 """Bytes that all transfers together may hold in memory before each connection is paused at its first byte."""
 
 
-class Transfer(Protocol):
+class InboundConnection(Protocol):
     """
     A connection that sends bytes.
     """
@@ -52,7 +52,7 @@ class Stretch(Protocol):
     def stop(self) -> int | None:
         """Return the offset after the last byte, if it is known."""
 
-    def deliver(self, sink: Inflow) -> Transfer:
+    def deliver(self, sink: Inflow) -> InboundConnection:
         """Start the delivery."""
 
 
@@ -169,7 +169,7 @@ class Inflow:
         self.waiting, self._in_use = 0, 0
         self._paused, self._over = False, False
         self._problem: Failure | None = None
-        self._transfer: Transfer | None = None
+        self._transfer: InboundConnection | None = None
         self._wake: Deferred[None] | None = None
 
     def begin(self, stretch: Stretch) -> None:

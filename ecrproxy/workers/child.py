@@ -20,9 +20,9 @@ from ecrproxy.workers.messages import (
     FiguresTold,
     FromWorker,
     Listens,
-    Question,
     ReadinessTold,
     StandingTold,
+    StateRequest,
 )
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Child(ProcessProtocol):
         number = next(self._numbers)
         answer: Deferred[Answer | None] = Deferred()
         self._asked[number] = answer, self._reactor.callLater(ANSWER_SECONDS, self._answered, number, None)
-        self.channel.tell(Question(number, about))
+        self.channel.tell(StateRequest(number, about))
         return answer
 
     def _answered(self, number: int, answer: Answer | None) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, NoReturn, TypeAlias, Union, get_args, ge
 
 from ecrproxy.admin.snapshot import Standing
 from ecrproxy.metrics import BUCKETS
-from ecrproxy.prefetch_progress import Progress
+from ecrproxy.prefetch_progress import PrefetchProgress
 from ecrproxy.readiness import Readiness
 
 LIMIT: Final = 2**20
@@ -86,7 +86,7 @@ class Counted:
 @dataclass(frozen=True, slots=True)
 class ReadinessTold:
     """
-    The answer to the L{Question} with this number.
+    The answer to the L{StateRequest} with this number.
     """
 
     number: int
@@ -96,7 +96,7 @@ class ReadinessTold:
 @dataclass(frozen=True, slots=True)
 class StandingTold:
     """
-    The answer to the L{Question} with this number.
+    The answer to the L{StateRequest} with this number.
     """
 
     number: int
@@ -106,7 +106,7 @@ class StandingTold:
 @dataclass(frozen=True, slots=True)
 class FiguresTold:
     """
-    The answer to the L{Question} with this number: figures by name and label value.
+    The answer to the L{StateRequest} with this number: figures by name and label value.
     """
 
     number: int
@@ -116,15 +116,15 @@ class FiguresTold:
 @dataclass(frozen=True, slots=True)
 class PrefetchTold:
     """
-    The progress of the L{Prefetch} with this number. Sent each second, and at its end.
+    The progress of the L{PrefetchOrder} with this number. Sent each second, and at its end.
     """
 
     number: int
-    progress: Progress
+    progress: PrefetchProgress
 
 
 @dataclass(frozen=True, slots=True)
-class Prefetch:
+class PrefetchOrder:
     """
     The operator wants an image in the cache.
 
@@ -141,14 +141,14 @@ class Prefetch:
 @dataclass(frozen=True, slots=True)
 class StopPrefetch:
     """
-    Nobody waits for the L{Prefetch} with this number.
+    Nobody waits for the L{PrefetchOrder} with this number.
     """
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class StateRequest:
     """
     The parent asks for a part of the worker's state; the answer has the same number.
     """
@@ -190,7 +190,7 @@ class Reload:
 
 Answer: TypeAlias = ReadinessTold | StandingTold | FiguresTold
 FromWorker: TypeAlias = Listens | Refused | Counted | PrefetchTold | Answer
-FromParent: TypeAlias = Question | Reread | Reload | Prefetch | StopPrefetch
+FromParent: TypeAlias = StateRequest | Reread | Reload | PrefetchOrder | StopPrefetch
 Message: TypeAlias = FromWorker | FromParent
 
 

@@ -32,7 +32,7 @@ from ecrproxy.daemon.inherited import CHANNEL_FD, HELD_BACK, SOCKETS_FD, VARIABL
 from ecrproxy.identity import Repository
 from ecrproxy.metrics import Figures, Gathered
 from ecrproxy.periodic import Periodic
-from ecrproxy.prefetch_progress import Progress
+from ecrproxy.prefetch_progress import PrefetchProgress
 from ecrproxy.readiness import Readiness, judge_all
 from ecrproxy.workers.channel import adopt
 from ecrproxy.workers.child import END_SECONDS, Child
@@ -44,7 +44,7 @@ from ecrproxy.workers.messages import (
     FromParent,
     FromWorker,
     Listens,
-    Prefetch,
+    PrefetchOrder,
     PrefetchTold,
     ReadinessTold,
     Refused,
@@ -86,7 +86,7 @@ class Elsewhere:
     @ivar stop: has the worker stop.
     """
 
-    progress: Progress
+    progress: PrefetchProgress
     worker: Child | None = None
     stop: Callable[[], None] = lambda: None
 
@@ -177,10 +177,12 @@ class Workers(Service):
         number = next(self._numbers)
         listening = [each for each in self._workers.values() if each.listens]
         if not listening:
-            return Elsewhere(Progress(missing=1, problem="no worker accepts connections", over=True))
+            return Elsewhere(PrefetchProgress(missing=1, problem="no worker accepts connections", over=True))
         worker = listening[number % len(listening)]
-        worker.channel.tell(Prefetch(number, str(repository.registry), repository.name, reference, tuple(platforms)))
-        begun = Elsewhere(Progress(), worker, partial(self._stop, number, worker))
+        worker.channel.tell(
+            PrefetchOrder(number, str(repository.registry), repository.name, reference, tuple(platforms))
+        )
+        begun = Elsewhere(PrefetchProgress(), worker, partial(self._stop, number, worker))
         self._prefetches[number] = begun
         return begun
 

@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred, succeed
 
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.periodic import Periodic
-from ecrproxy.prefetch_progress import Running
+from ecrproxy.prefetch_progress import RunningPrefetch
 from ecrproxy.threads import on_its_own
 from ecrproxy.workers.messages import (
     About,
@@ -21,13 +21,13 @@ from ecrproxy.workers.messages import (
     FiguresTold,
     FromParent,
     Listens,
-    Prefetch,
+    PrefetchOrder,
     PrefetchTold,
-    Question,
     ReadinessTold,
     Reload,
     Reread,
     StandingTold,
+    StateRequest,
     StopPrefetch,
 )
 
@@ -66,14 +66,14 @@ class Reports(Service):
         standing: Callable[[], Awaitable[Standing]],
         reread: Callable[[str], object],
         reload: Callable[[str], object],
-        prefetch: Callable[[Repository, str, Sequence[str]], Running],
+        prefetch: Callable[[Repository, str, Sequence[str]], RunningPrefetch],
         orphaned: Callable[[], object],
         reactor: Any,  # noqa: ANN401
     ) -> None:
         self._figures, self._incidents, self._reactor = figures, incidents, reactor
         self._readiness, self._standing = readiness, standing
         self._reread, self._reload, self._orphaned = reread, reload, orphaned
-        self._prefetch, self._prefetches = prefetch, dict[int, Running]()
+        self._prefetch, self._prefetches = prefetch, dict[int, RunningPrefetch]()
         self._channel = channel
         channel.heard, channel.lost = self._heard, self._lost
         self._closed: Deferred[None] = Deferred()
@@ -123,13 +123,13 @@ class Reports(Service):
                 del self._prefetches[number]
 
     def _heard(self, message: FromParent) -> None:
-        if isinstance(message, Question):
+        if isinstance(message, StateRequest):
             on_its_own(self._answer(message.number, message.about))
         elif isinstance(message, Reread):
             self._reread(message.certificates)
         elif isinstance(message, Reload):
             self._reload("".join(message.registries))
-        elif isinstance(message, Prefetch):
+        elif isinstance(message, PrefetchOrder):
             repository = Repository(RegistryId(message.registry), message.repository)
             self._prefetches[message.number] = self._prefetch(repository, message.reference, message.platforms)
         elif isinstance(message, StopPrefetch) and message.number in self._prefetches:

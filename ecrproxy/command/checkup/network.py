@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 from typing import Final
 
 from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
-from ecrproxy.command.checkup.reach import Contact, Shown, split
+from ecrproxy.command.checkup.reach import Contact, ShownCertificate, split
 
 SOON: Final = 14 * 86400
 """A certificate that expires within this many seconds causes a warning."""
@@ -90,7 +90,7 @@ def judge_contact(check: str, host: str, contact: Contact, now: float, *, secure
 
 
 def _distrusted(check: str, host: str, contact: Contact, now: float) -> Finding:
-    shown = contact.shown or Shown("an unknown issuer", (), 0, 0)
+    shown = contact.shown or ShownCertificate("an unknown issuer", (), 0, 0)
     if contact.distrust in (_EXPIRED, _NOT_YET):
         when = "has ended" if contact.distrust == _EXPIRED else "has not begun to hold"
         days = abs(now - (shown.until if contact.distrust == _EXPIRED else shown.since)) / 86400

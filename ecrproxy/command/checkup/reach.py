@@ -30,7 +30,7 @@ BODY_BYTES: Final = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class ShownCertificate:
     """
     A server's certificate.
 
@@ -58,7 +58,7 @@ class Contact:
     address: str
     problem: str = ""
     distrust: int = 0
-    shown: Shown | None = None
+    shown: ShownCertificate | None = None
     status: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
@@ -121,7 +121,7 @@ def _ask(
     headers: Mapping[str, str],
     method: str,
     connected: socket.socket,
-    shown: Shown | None,
+    shown: ShownCertificate | None,
     most: int = BODY_BYTES,
 ) -> Contact:
     parts = urlsplit(url)
@@ -192,7 +192,7 @@ def _await_tunnel(connected: socket.socket, through: Proxy, target: tuple[str, i
         raise OSError(0, problem.message)
 
 
-def _shown_anyway(host: str, port: int, address: str, through: Proxy | None, seconds: float) -> Shown | None:
+def _shown_anyway(host: str, port: int, address: str, through: Proxy | None, seconds: float) -> ShownCertificate | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -205,7 +205,7 @@ def _shown_anyway(host: str, port: int, address: str, through: Proxy | None, sec
     return None
 
 
-def read_certificate(der: bytes | None) -> Shown | None:
+def read_certificate(der: bytes | None) -> ShownCertificate | None:
     """
     Parse a certificate; None if it is missing or invalid.
     """
@@ -217,7 +217,7 @@ def read_certificate(der: bytes | None) -> Shown | None:
         return None
 
 
-def describe(certificate: x509.Certificate) -> Shown:
+def describe(certificate: x509.Certificate) -> ShownCertificate:
     """
     Return issuer, names and expiry of a certificate.
 
@@ -235,7 +235,7 @@ def describe(certificate: x509.Certificate) -> Shown:
         value = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         names = [str(each.value) for each in value]
     since, until = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    return Shown(named, names, _seconds(since), _seconds(until))
+    return ShownCertificate(named, names, _seconds(since), _seconds(until))
 
 
 def _seconds(moment: dt.datetime) -> float:
