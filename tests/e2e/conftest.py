@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from .bases import import_base
+from .browser import Browser
 from .certificates import make_certificates
 from .chain import Chain, Equipment, start_registry
 from .clients import Client, Docker, Podman, Skopeo, start_engine
@@ -33,6 +34,7 @@ PROGRAMS = (
 )
 
 MakeChain = Callable[..., Chain]
+Open = Callable[..., Browser]
 Figures = list[str]
 
 COUNTS = pytest.mark.parametrize("count", ["1", "2"], ids=["one process", "workers"])
@@ -214,6 +216,22 @@ def make_chain(equipment: Equipment, request: pytest.FixtureRequest) -> Iterator
         chain.stop()
     if request.node.stash.get(FAILED, False):
         request.node.add_report_section("teardown", "logs", "\n".join(map(Chain.logs, made)))
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Iterator[Open]:
+    """
+    Open browsers that end with the test.
+    """
+    opened: list[Browser] = []
+
+    def browse(**options: bool) -> Browser:
+        opened.append(Browser(tmp_path / f"browser-{len(opened)}", **options))
+        return opened[-1]
+
+    yield browse
+    for each in opened:
+        each.close()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,35 +16,15 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from .asking import answers, ask, download
-from .browser import Browser
-from .conftest import MakeChain
+from .browser import READABLE
+from .conftest import MakeChain, Open
 from .images import Images
 from .installing import CHECKOUT
 from .processes import Process, environment, eventually, free_port
 
-READABLE = 4.5
-"""Minimum contrast of text: WCAG 2.2, 1.4.3."""
 PICTURES = "ECRPROXY_PICTURES"
 """The environment variable with a directory for new pictures for the docs."""
 LARGEST_PICTURE = 150_000
-
-Open = Callable[..., Browser]
-
-
-@pytest.fixture
-def browse(tmp_path: Path) -> Iterator[Open]:
-    """
-    Open browsers that end with the test.
-    """
-    opened: list[Browser] = []
-
-    def browse(**options: bool) -> Browser:
-        opened.append(Browser(tmp_path / f"browser-{len(opened)}", **options))
-        return opened[-1]
-
-    yield browse
-    for each in opened:
-        each.close()
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +206,7 @@ def test_can_be_used_with_a_keyboard(example: str, browse: Open) -> None:
     browser = browse()
     browser.driver.get(example)
     seen = []
-    for _ in range(9):
+    for _ in range(10):
         browser.press(Keys.TAB)
         assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
         assert browser.run("return document.activeElement.getBoundingClientRect().top") >= 0
@@ -235,6 +215,7 @@ def test_can_be_used_with_a_keyboard(example: str, browse: Open) -> None:
             browser.press(Keys.ENTER)
     assert seen == [
         "Skip to the figures",
+        "Cache contents",
         "Pause",
         "15 min",
         "6 h",
