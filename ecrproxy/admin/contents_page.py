@@ -125,7 +125,8 @@ def _values(shown: ContentsShown) -> Values:
 
 
 def _about_work(shown: ContentsShown) -> str:
-    what = "the image" if shown.image is not None else "this"
+    what = "all repositories of the registry" if shown.repository is None else "the repository"
+    what = "the image" if shown.image is not None else what
     return (
         "Prefetch fetches an image as a client would."
         " Verify compares the cached files with their digests, and removes corrupt ones."

@@ -81,6 +81,7 @@ def test_an_image_is_verified_purged_and_fetched_by_buttons(
     click(browser, "Verify")
     assert browser.run("return document.getElementById('doing').open")
     assert browser.texts("#asked") == [f"Verify {image.repository}:{image.tag}?"]
+    assert not browser.run("return document.getElementById('progress').checkVisibility()")
     browser.driver.find_element("id", "do").click()
     assert re.match(r"Done: \d+ files are good, 0 corrupt; ", done(browser))
     browser.driver.find_element("id", "leave").click()
