@@ -28,6 +28,9 @@ QUIET = (
 )
 READABLE = 4.5
 """Minimum contrast of text: WCAG 2.2, 1.4.3."""
+PICTURES = "ECRPROXY_PICTURES"
+"""The environment variable with a directory for new pictures for the docs."""
+LARGEST_PICTURE = 150_000
 CONTRAST = """
 const channel = (value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
 const parse = (color) => color.match(/[0-9.]+/g).map(Number);

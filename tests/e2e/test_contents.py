@@ -4,6 +4,7 @@ The pages of what is in the cache, and their buttons, in a real browser.
 
 from __future__ import annotations
 
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from .browser import READABLE, Browser
+from .browser import LARGEST_PICTURE, PICTURES, READABLE, Browser
 from .chain import Chain
 from .conftest import COUNTS, MakeChain, Open
 from .images import Image, Images
@@ -223,6 +224,24 @@ def test_can_be_used_with_a_keyboard_and_read_out(first: str, browse: Open) -> N
     assert ("dialog", browser.texts("#asked")[0]) in browser.spoken()
     browser.press(Keys.ESCAPE)
     assert browser.texts(":focus") == ["Purge"]
+
+
+def test_a_picture_of_one_is_small(
+    make_chain: MakeChain, images: Images, browse: Open, origin: str, tmp_path: Path
+) -> None:
+    """
+    The picture in the documents is of such a page, after two pulls.
+    """
+    chain, image = make_chain(settings=settings(origin)), images.single
+    for _ in range(2):
+        pull(chain, image)
+    browser = browse()
+    browser.size(1100, 760)
+    browser.driver.get(every(browser, f"http://{origin}/contents")[2])
+    eventually(lambda: browser.run("location.reload()") is None and browser.texts("#askers ~ table") != [], "who asked")
+    picture = Path(os.environ.get(PICTURES) or tmp_path) / "contents.png"
+    browser.picture(picture)
+    assert 10_000 < picture.stat().st_size < LARGEST_PICTURE
 
 
 def test_without_scripts_they_show_all_and_have_no_buttons(first: str, browse: Open) -> None:

@@ -16,15 +16,11 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from .asking import answers, ask, download
-from .browser import READABLE
+from .browser import LARGEST_PICTURE, PICTURES, READABLE
 from .conftest import MakeChain, Open
 from .images import Images
 from .installing import CHECKOUT
 from .processes import Process, environment, eventually, free_port
-
-PICTURES = "ECRPROXY_PICTURES"
-"""The environment variable with a directory for new pictures for the docs."""
-LARGEST_PICTURE = 150_000
 
 
 @pytest.fixture(scope="module")
