@@ -1,5 +1,5 @@
 """
-Write a file back to disk piece by piece, so that the duration of a call does not grow with the file.
+Write a file back to disk piece by piece, so that no single call takes long, however large the file is.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _call: Final = _sync_file_range()
 
 def write_back(fd: int, start: int, size: int) -> None:
     """
-    Write a range of a file back to disk, if the system supports it. Only fsync(2) makes it durable, and is then fast.
+    Write a range of a file back to disk, if the system supports it. An fsync(2) is still needed, but has less to write.
 
-    @raise OSError: if the disk fails. The kernel reports this once, so a later fsync may succeed.
+    @raise OSError: if the disk fails. The kernel reports this only once: a later fsync may succeed all the same.
     """
     while _call is not None and _call(fd, start, size, _WRITE_AND_WAIT):
         number = ctypes.get_errno()

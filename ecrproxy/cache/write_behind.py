@@ -6,7 +6,8 @@ Rules:
 - Changes are written as soon as possible. Those that wait at the same time share one transaction.
 - Changes that fail because another process writes, or the disk is full, are retried.
 - In a daemon one thread writes (see L{Scribe}). Only callers that need scarce space wait for it, and not for long.
-- After a wait has timed out, nobody but C{settle} waits for a few seconds: callers don't time out one after the other.
+- After a wait for the index has timed out, only C{Index.settle} waits for it during the next few seconds. Other callers
+  fail, or leave their change pending: if all of them waited, they would time out one after the other.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LATE_SAVES: Final = LATE // 10
 LATE_ENTRIES: Final = 20_000
 """Number of waiting entries beyond which others are refused: a change may have a thousand, of a kilobyte each."""
 OCCUPIED_SECONDS: Final = 5.0
-"""Seconds during which only C{settle} waits for another process, or the disk, after a wait has timed out."""
+"""Seconds during which only C{Index.settle} waits for another process, or the disk, after a wait has timed out."""
 WAIT_SECONDS: Final = 2.0
 """Seconds to wait for a change that another thread writes."""
 TOGETHER: Final = 1000
@@ -203,32 +204,32 @@ class WriteBehind:
         late, self._was_late = self.is_pending or self._was_late, False
         return late
 
-    # Another process that writes for long
+    # When another process keeps the index locked
 
     @property
     def is_occupied(self) -> bool:
         """
-        Return True if another process was seen writing for long. Callers should not wait for it one after the other.
+        Return True if a recent wait for the index has timed out. Callers should not wait for it.
         """
         return time.monotonic() < self._occupied_until
 
     def refuse_if_occupied(self) -> None:
         """
-        Raise L{BusyError} if another process was seen writing for long.
+        Raise L{BusyError} if a recent wait for the index has timed out.
         """
         if self.is_occupied:
             raise BusyError("another process has been writing to the index for seconds")
 
     def note_busy(self) -> None:
         """
-        Note that another process writes for long.
+        Record that a wait for the index has timed out: during C{OCCUPIED_SECONDS}, only C{Index.settle} waits for it.
         """
         self.busy += 1
         self._occupied_until = time.monotonic() + OCCUPIED_SECONDS
 
     def note_free(self) -> None:
         """
-        Note that the database could be written.
+        Record that the index was written, so that callers wait for it again.
         """
         self._occupied_until = float("-inf")
 

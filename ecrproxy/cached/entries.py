@@ -1,7 +1,8 @@
 """
 Entries of the index, with a copy of the recently used ones in memory.
 
-Pending writes are forgotten if a purge is noticed: they were on nobody's list of what to purge.
+Entries that wait to be written are dropped when a purge is noticed: the index did not list them, so the purge may have
+missed them.
 """
 
 from __future__ import annotations
@@ -101,13 +102,13 @@ class EntryCache:
 
     def hold_unwritten(self, entries: KeyedEntries) -> None:
         """
-        Hold entries until L{release_unwritten}, for those who look at what is in memory.
+        Hold entries that are about to be written, so that L{at_hand} finds them, until L{release_unwritten}.
         """
         self._unwritten.update(entries)
 
     def release_unwritten(self, entries: KeyedEntries) -> None:
         """
-        Release entries that have been written, or will not be.
+        Release entries of L{hold_unwritten}, after they have been written or given up.
         """
         for key, entry in entries:
             if self._unwritten.get(key) is entry:
