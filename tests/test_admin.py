@@ -18,7 +18,7 @@ from ecrproxy.access.limits import SPARE
 from ecrproxy.admin.port import CONNECTIONS
 from ecrproxy.admin.readings import CAN_FETCH, CAN_SERVE, CERTIFICATE_EXPIRY, FIGURES
 from ecrproxy.cache.condition import FRESH_SECONDS
-from ecrproxy.http.channel import SETTLED_SECONDS
+from ecrproxy.http.closing import SETTLED_SECONDS
 from ecrproxy.http.site import route_of
 from ecrproxy.metrics import Figure, Figures, Reading, Tally
 from ecrproxy.registry.circuit import FAILURES

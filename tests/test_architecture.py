@@ -336,6 +336,7 @@ RESERVED = {
     "twisted.internet.task.LoopingCall": {"periodic"},  # otherwise it ends with the first call that fails
 }
 LONGEST = 45
+LONGEST_MODULE = 400
 
 
 @functools.cache
@@ -523,6 +524,12 @@ class ArchitectureTests(SynchronousTestCase):
             if not isinstance(node, ast.ClassDef) and lines_of_code(node) > LONGEST
         }
         self.assertEqual({}, wrong)
+
+    def test_modules_can_be_read_in_one_sitting(self) -> None:
+        long = [
+            path.name for path in PACKAGE.rglob("*.py") if len(path.read_text("utf-8").splitlines()) > LONGEST_MODULE
+        ]
+        self.assertEqual([], long)
 
     def test_one_name_means_one_class(self) -> None:
         named = Counter(

@@ -21,7 +21,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.access.limits import Limits
 from ecrproxy.daemon.balanced import HEADER_SECONDS, LONGEST, Address, BalancedFactory, Header, parse_header
 from ecrproxy.daemon.tls import Certificate, SecuredFactory
-from ecrproxy.http.channel import LINGER_SECONDS
+from ecrproxy.http.closing import LINGER_SECONDS
 from tests.daemon import CLIENT, DaemonTestCase, End, Network, Raw
 from tests.store_contract import scratch
 from tests.test_tls import Files

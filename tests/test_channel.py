@@ -14,7 +14,8 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from ecrproxy.daemon.balanced import BalancedFactory
 from ecrproxy.daemon.tls import Certificate, SecuredFactory
-from ecrproxy.http.channel import LINGER_SECONDS, READ_AHEAD
+from ecrproxy.http.channel import READ_AHEAD
+from ecrproxy.http.closing import LINGER_SECONDS
 from ecrproxy.http.empty_body import EMPTY_BODY_LIMIT
 from ecrproxy.http.framing import LENGTH_DIGITS
 from tests.daemon import BUFFER, CLIENT, MIB, DaemonTestCase, End, Hands, Network, Raw, noise

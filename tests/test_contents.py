@@ -251,7 +251,7 @@ class PageTests(ContentsTestCase):
         def fail(*_: object) -> None:
             raise OSError(5, "the disk fails")
 
-        self.patch(self.daemon.store.index, "ask", fail)
+        self.patch(self.daemon.store.index.database, "ask", fail)
         self.assertEqual(503, self.daemon.ask_admin("/contents").code)
 
     def test_looking_is_no_use(self) -> None:

@@ -16,7 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.daemon.ending import Drain, InOrder, Signals
 from ecrproxy.daemon.inherited import HELD_BACK
-from ecrproxy.http.channel import FRESH_SECONDS, LINGER_SECONDS
+from ecrproxy.http.closing import FRESH_SECONDS, LINGER_SECONDS
 from tests.daemon import DaemonTestCase, End, Raw, Reply
 
 LIMIT = 30.0

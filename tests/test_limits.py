@@ -10,7 +10,7 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.limits import SPARE, Crowd, Limits, Patience, counted
-from ecrproxy.http.channel import SETTLED_SECONDS, YIELD_SECONDS
+from ecrproxy.http.closing import SETTLED_SECONDS, YIELD_SECONDS
 from ecrproxy.shares import share
 from ecrproxy.transfer.windowed import STUCK_SECONDS
 from tests.daemon import MIB, DaemonTestCase, End, Raw, Reply, noise

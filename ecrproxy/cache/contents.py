@@ -97,7 +97,7 @@ class Contents:
         @raise OSError: if the index can't be read.
         """
         while True:
-            page = self._index.ask(partial(_repositories, registry, after))
+            page = self._index.database.ask(partial(_repositories, registry, after))
             for each in page:
                 weight = Weight()
                 for some in self.weigh(each):
@@ -114,7 +114,7 @@ class Contents:
 
         @raise OSError: if the index can't be read.
         """
-        return self._index.each(lambda rows: rows.weigh(repository))
+        return self._index.database.each(lambda rows: rows.weigh(repository))
 
     def files(self, repository: Repository) -> Iterator[File]:
         """
@@ -122,7 +122,7 @@ class Contents:
 
         @raise OSError: if the index can't be read.
         """
-        return self._index.each(lambda rows: rows.held_files(repository))
+        return self._index.database.each(lambda rows: rows.held_files(repository))
 
     def tagged(self, repository: Repository, after: str = "") -> Iterator[HeldImage]:
         """
@@ -131,7 +131,7 @@ class Contents:
         @param after: the last tag of the page before.
         @raise OSError: if the index can't be read.
         """
-        rows = self._index.each(lambda rows: rows.tags(repository, after))
+        rows = self._index.database.each(lambda rows: rows.tags(repository, after))
         for tag, some in itertools.groupby(rows, lambda row: row[0].reference):
             yield self._image(tag, list(some))
 
@@ -142,7 +142,7 @@ class Contents:
         @param after: the last of the page before.
         @raise OSError: if the index can't be read.
         """
-        rows = self._index.each(lambda rows: rows.held(repository, after))
+        rows = self._index.database.each(lambda rows: rows.held(repository, after))
         for reference, some in itertools.groupby(rows, lambda row: row[0].reference):
             found = [row for row in some if row[0].kind is Kind.MANIFEST]
             image = self._image(reference, found) if found else None
@@ -165,8 +165,8 @@ class Contents:
         @raise OSError: if the index can't be read.
         """
         if ":" not in reference:
-            return self._index.ask(lambda rows: rows.tag(repository, reference))
-        keys = self._index.ask(lambda rows: rows.held_as(repository, Digest.parse(reference)))
+            return self._index.database.ask(lambda rows: rows.tag(repository, reference))
+        keys = self._index.database.ask(lambda rows: rows.held_as(repository, Digest.parse(reference)))
         found = [(key, self._index.entry(key)) for key in keys if key.kind is Kind.MANIFEST]
         return [(key, entry, _confirmed(entry)) for key, entry in found if entry is not None]
 

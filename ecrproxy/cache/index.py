@@ -17,7 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from ecrproxy.cache.cells import File, Move, Totals
 from ecrproxy.cache.current_database import CurrentDatabase
@@ -26,15 +26,12 @@ from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.presence import is_there
 from ecrproxy.cache.purge_log import News, PurgeLog
 from ecrproxy.cache.record import Reservation, Reserved
-from ecrproxy.cache.repository_rows import RepositoryRows
 from ecrproxy.cache.reservations import Reservations
 from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.tombstones import Tombstones, visible
 from ecrproxy.cache.uses import Uses
 from ecrproxy.cache.write_behind import Change, WriteBehind, saved_by
 from ecrproxy.oci import Digest
-
-T = TypeVar("T")
 
 ROOM: Final = 2**16
 """Bytes to evict if changes find the disk full: pages of the database and of its log."""
@@ -354,22 +351,6 @@ class Index:
         return self.database.each(lambda rows: rows.forget_absent(before))
 
     # The operator
-
-    def ask(self, question: Callable[[RepositoryRows], T]) -> T:
-        """
-        Ask about repositories.
-
-        @raise OSError: if the index can't be read.
-        """
-        return self.database.ask(question)
-
-    def each(self, listed: Callable[[RepositoryRows], Iterator[T]]) -> Iterator[T]:
-        """
-        Yield a list of repositories, or of what they hold, that is read page by page.
-
-        @raise OSError: if the index can't be read.
-        """
-        return self.database.each(listed)
 
     def purge(self, keys: Sequence[EntryKey], digests: Sequence[Digest]) -> int:
         """

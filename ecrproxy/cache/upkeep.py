@@ -100,17 +100,17 @@ class Upkeep:
             yield Repository(meant.registry, meant.repository)
             return
         after = None
-        while page := self._index.ask(lambda rows: rows.repositories(meant.registry, after, _TOGETHER)):  # noqa: B023
+        while page := self._index.database.ask(lambda rows: rows.repositories(meant.registry, after, _TOGETHER)):  # noqa: B023
             yield from page
             after = page[-1]
 
     def _purge_all(self, repository: Repository) -> Iterator[Document]:
         last = ""
-        while tags := _references(self._index.each(lambda rows: rows.tags(repository, last))):  # noqa: B023
+        while tags := _references(self._index.database.each(lambda rows: rows.tags(repository, last))):  # noqa: B023
             last = tags[-1]
             yield self._remove([key for tag in tags for key, _, _ in self._contents.entries(repository, tag)], [])
         after: Digest | None = None
-        while names := _references(self._index.each(lambda rows: rows.held(repository, after))):  # noqa: B023
+        while names := _references(self._index.database.each(lambda rows: rows.held(repository, after))):  # noqa: B023
             digests = [Digest.parse(each) for each in names]
             after = digests[-1]
             keys = [key for each in digests for key in self._held(repository, each)]
@@ -126,14 +126,14 @@ class Upkeep:
         by_digest = Digest.parse(reference) if ":" in reference else None
         keys = [] if by_digest else [key for key, _, _ in self._contents.entries(repository, reference)]
         kept = set[Digest]()
-        for key, entry, _ in self._index.each(lambda rows: rows.tags(repository)):
+        for key, entry, _ in self._index.database.each(lambda rows: rows.tags(repository)):
             roots = [each.descriptor for each in entry.answers.values()]
             if by_digest in [each.digest for each in roots]:
                 keys.append(key)
             elif key.reference != reference:
                 kept |= self._among(parts, roots) | (parts.keys() & {each.digest for each in roots})
             yield {}
-        for key, entry, _ in self._index.each(lambda rows: rows.held(repository)):
+        for key, entry, _ in self._index.database.each(lambda rows: rows.held(repository)):
             if key.kind is Kind.MANIFEST and Digest.parse(key.reference) not in parts:
                 kept |= self._among(parts, [each.descriptor for each in entry.answers.values()])
             yield {}
@@ -152,14 +152,15 @@ class Upkeep:
         return {listed.digest for each in manifests for _, listed in self._inventory.lists(each)} & parts.keys()
 
     def _held(self, repository: Repository, digest: Digest) -> list[EntryKey]:
-        return self._index.ask(lambda rows: rows.held_as(repository, digest))
+        return self._index.database.ask(lambda rows: rows.held_as(repository, digest))
 
     def _unshared(self, repository: Repository, digests: Iterable[Digest]) -> list[Digest]:
         """
         Return the content among C{digests} that no other repository holds.
         """
         held = [each for each in dict.fromkeys(digests) if self._index.known(each) is not None]
-        return [each for each in held if not self._index.ask(lambda rows: rows.is_held_beside(repository, each))]  # noqa: B023
+        ask = self._index.database.ask
+        return [each for each in held if not ask(lambda rows: rows.is_held_beside(repository, each))]  # noqa: B023
 
     def _remove(self, keys: Sequence[EntryKey], content: Sequence[Digest]) -> Document:
         return asdict(self._inventory.remove(keys, content)) if keys or content else {}

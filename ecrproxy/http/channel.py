@@ -1,7 +1,7 @@
 """
 The server side of a connection: HTTP/1.1, hardened against slow clients.
 
-Requests are parsed strictly: see L{framing}.
+Requests are parsed strictly: see L{framing}. How a connection ends: see L{closing}.
 
 A client that speaks TLS to a plain port, or plain HTTP to a TLS port, gets an error in plain HTTP: containerd, Docker
 and BuildKit try TLS first with an insecure registry, and fall back only if the reply begins with C{HTTP/}.
@@ -11,37 +11,26 @@ nothing of its response, and the number of connections. Connections that exceed 
 
 Buffers are bounded whatever a client does. No request is started until the client has read earlier responses, and
 reading stops while L{READ_AHEAD} bytes of input wait. Input after the last response is dropped.
-
-A client that half-closes a plain connection after a request gets its response; then the connection is closed. It may
-as well have left, so without a response it is closed when a limit is reached.
-
-On shutdown, the response in flight is the last of its connection.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from twisted.internet.address import UNIXAddress
-from twisted.internet.error import ConnectionAborted, ConnectionDone
 from twisted.internet.interfaces import IAddress, IDelayedCall, IHalfCloseableProtocol, ISSLTransport, ITCPTransport
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.basic import LineReceiver
-from twisted.protocols.policies import ProtocolWrapper
-from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from ecrproxy.access.limits import Patience, counted
-from ecrproxy.http.framing import FramedChannel
+from ecrproxy.http.closing import LINGER_SECONDS, ClosingChannel
 from ecrproxy.http.request import address_of
-from ecrproxy.transfer.outgoing import has_sent_all
 
 if TYPE_CHECKING:
     from twisted.web.http import Request
 
-    from ecrproxy.daemon.ending import Connections
     from ecrproxy.http.hot_path import HotPath, Revalidation
     from ecrproxy.http.reply import FileReply
     from ecrproxy.http.request import Told
@@ -50,14 +39,6 @@ log = Logger()
 
 READ_AHEAD: Final = 2**14
 """Bytes of input that may wait for a response to be sent and read; with more, reading stops."""
-LINGER_SECONDS: Final = 5
-"""How long to read and drop input after a refusal: nginx's lingering_timeout."""
-FRESH_SECONDS: Final = 1
-"""How long a new connection has for its single request on shutdown."""
-SETTLED_SECONDS: Final = 1
-"""How long a connection must be idle before it may be closed for another: its next request is not imminent."""
-YIELD_SECONDS: Final = 0.1
-"""How long an idle connection that is closed for another may still send its output to the kernel."""
 
 _TLS_HANDSHAKE = b"\x16"
 _HEAD_END = b"\r\n\r\n"
@@ -66,26 +47,15 @@ _PLAIN_HERE = b"This port speaks HTTP over TLS alone: use https.\n"
 
 
 @implementer(IHalfCloseableProtocol)
-class StrictChannel(FramedChannel):
+class StrictChannel(ClosingChannel):
     """
     One client connection.
 
-    @ivar connections: all connections, to be closed on shutdown; the site sets it.
     @ivar hot_path: answers requests whose head it knows; the site sets it. None to disable it.
-    @ivar spare: True if the connection exceeds a limit; it serves health checks only.
-    @ivar patience: times out a client that does not read. Code that bypasses the channel to send must begin and end it.
     """
 
-    connections: Connections
     hot_path: HotPath | None = None
-    spare = False
-    _idle_since = 0.0
-    _networkProducer: Any
     _question: Revalidation | None = None
-    _fresh = True
-    _ending = False
-    _half_closed = False
-    _address: str | None = None
     _client: str | None = None
     _host: IAddress | None = None
     _secure: bool | None = None
@@ -133,65 +103,6 @@ class StrictChannel(FramedChannel):
         self.patience.end()  # the notifications above may have started it again
         self.connections.closed(self)
 
-    def readConnectionLost(self) -> None:
-        """
-        Answer pending requests, then close: the client sends nothing more, but may still read.
-
-        On a Unix socket, close at once: local programs cancel by closing.
-        """
-        if isinstance(self.transport.getPeer(), UNIXAddress):
-            self.transport.abortConnection()
-            return
-        if self._ending:
-            self._close()
-            return
-        if has_sent_all(self.transport) and not (self.requests or self._buffer or self._handlingRequest):
-            self.transport.connectionLost(Failure(ConnectionDone()))  # at once, without another reactor turn
-            return
-        self._half_closed = True
-        if self._address is not None:
-            self.crowd.half_closed[self] = self._address
-        self._go_on()
-
-    def writeConnectionLost(self) -> None:
-        """
-        Keep the connection open: after a refusal, the client's input is still read.
-        """
-
-    def end(self) -> None:
-        """
-        Close after the response in flight, or at once if there is none.
-        """
-        if self._fresh:
-            self.callLater(FRESH_SECONDS, self._end_unused)
-        elif self._question is not None:
-            pass  # takes the long way, which marks this response as the last
-        elif not self.requests:
-            if not self._buffer:  # otherwise a request has begun to arrive
-                self.loseConnection()
-        else:
-            self.persistent = False
-            for request in self.requests:
-                if not request.startedWriting:
-                    _say_last(request)
-
-    @property
-    def settled(self) -> bool:
-        """
-        Return True if the connection has been idle for C{SETTLED_SECONDS}.
-        """
-        return bool(self.factory.reactor.seconds() - self._idle_since >= SETTLED_SECONDS)
-
-    @property
-    def unanswered(self) -> bool:
-        """
-        Return True if a client waits for a response, and nothing of it has been sent.
-
-        Not after the response: it may be on its way to a slow client.
-        """
-        waits = bool(self.requests) or self._question is not None
-        return waits and not self._waitingForTransport and not any(request.startedWriting for request in self.requests)
-
     def _note_idle(self) -> None:
         self._idle_since = self.factory.reactor.seconds()
         self.crowd.idle_ones[self] = self._address or ""
@@ -227,42 +138,6 @@ class StrictChannel(FramedChannel):
             self._idle_check = self.callLater(left, self._look_whether_idle)
         else:
             self.timeoutConnection()
-
-    def _end_unused(self) -> None:
-        if self._fresh:
-            self.loseConnection()
-
-    def cut(self) -> None:
-        """
-        Close at once.
-        """
-        self.break_off()
-
-    def break_off(self) -> None:
-        """
-        Close in the middle of a response. The client must notice that the response is incomplete.
-
-        containerd, and so Docker, resumes a blob after a closed connection, and fails after a reset. The connection is
-        reset only if a close would look like the end of the body, or if the client does not read what was written.
-        """
-        requests, self.requests = self.requests, []
-        shows = all(map(_shows_its_end, requests))
-        for request in requests:
-            request.connectionLost(Failure(ConnectionAborted()))
-        if not shows:
-            self.transport.abortConnection()
-            return
-        self._breaking.begin()
-        self.loseConnection()
-
-    def checkPersistence(self, request: Request, version: bytes) -> bool:
-        """
-        Return True if the connection stays open after this request.
-        """
-        if not self.connections.draining and not self.spare:
-            return bool(super().checkPersistence(request, version))
-        _say_last(request)
-        return False
 
     def dataReceived(self, data: bytes) -> None:
         """
@@ -420,23 +295,6 @@ class StrictChannel(FramedChannel):
         if not self.paused and not self._head.waiting:
             self._head.begin()
 
-    def abort(self) -> None:
-        """
-        Reset the connection, even with output pending.
-        """
-        self.transport.abortConnection()
-
-    def yield_place(self) -> None:
-        """
-        Close a connection that is idle or unanswered, to make room for another.
-
-        The kernel may still be sending megabytes of an earlier response; a reset would cut off that blob.
-        """
-        self._stop_input()
-        self._breaking = Patience(self.callLater, YIELD_SECONDS, self.abort)
-        self._breaking.begin()
-        self._close()
-
     def _slow_head(self) -> None:
         self.crowd.slow_heads += 1
         self.transport.abortConnection()
@@ -477,60 +335,7 @@ class StrictChannel(FramedChannel):
             self._note_idle()
         self._go_on()
 
-    def loseConnection(self) -> None:
-        """
-        Close after sending what was written.
-        """
-        self.patience.begin()
-        self._stop_input()
-        self._regulate()  # over TLS, the client's close_notify must be read
-        super().loseConnection()
-        if self.connections.draining and self._tls is not None:
-            # Don't wait for the client's close_notify: some idle clients send none.
-            self._close()
-
-    def _linger(self) -> None:
-        """
-        Close, dropping input until the client closes too.
-
-        Closing a socket with unread input resets the connection, which discards output that the client has not read.
-        """
-        self._lingering.begin()
-        if self._tls is not None:
-            self.loseConnection()  # TLS reads until the client's close_notify
-            return
-        self.patience.begin()
-        self._stop_input()
-        self._networkProducer.unregisterProducer()
-        self.transport.loseWriteConnection()
-
-    def _close(self) -> None:
-        below = self.transport if self._tls is None else self._tls.transport
-        below.loseConnection()
-
-    @property
-    def _tls(self) -> Any:  # noqa: ANN401
-        """
-        Return the TLS transport below this channel, or None; the PROXY protocol's wrapper may be in between.
-        """
-        below = self.transport
-        while isinstance(below, ProtocolWrapper) and not isinstance(below, TLSMemoryBIOProtocol):
-            below = below.transport
-        return below if isinstance(below, TLSMemoryBIOProtocol) else None
-
     def _refuse_protocol(self, said: str, body: bytes) -> None:
         client = address_of(self.transport.getPeer())
         log.info(said, client=client, once=client)
         self._answer(b"400 Bad Request", b"Content-Type: text/plain\r\n", body, version=b"HTTP/1.0")
-
-
-def _shows_its_end(request: Request) -> bool:
-    """
-    Return True if the response marks the end of its body, by Content-Length or the last chunk.
-    """
-    has_length = request.responseHeaders.hasHeader("Content-Length")
-    return not request.startedWriting or has_length or request.clientproto == b"HTTP/1.1"
-
-
-def _say_last(request: Request) -> None:
-    request.responseHeaders.setRawHeaders(b"Connection", [b"close"])
