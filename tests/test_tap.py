@@ -1192,8 +1192,9 @@ class WorkersTests(TapCase):
             self.assertEqual([], self.spawning.spawned)
 
     def test_a_process_that_has_no_parent_is_no_worker(self) -> None:
-        self.patch(process_wiring, "CHANNEL_FD", 799)
-        said = self.dies(lambda: self.run_with(**{VARIABLE: "0", "PROXY_LISTEN": "unix:/nowhere"}))
+        with Path(os.devnull).open("rb") as no_socket:
+            self.patch(process_wiring, "CHANNEL_FD", no_socket.fileno())
+            said = self.dies(lambda: self.run_with(**{VARIABLE: "0", "PROXY_LISTEN": "unix:/nowhere"}))
         self.assertIn("ECRPROXY_WORKER is for the daemon's own workers", said)
 
     def test_workers_are_told_of_certificates_that_were_found_good(self) -> None:
