@@ -242,6 +242,20 @@ class PageTests(ContentsTestCase):
         for query in ("repository=team/app", "image=v1", "registry=%FF&repository=%00", "after=x", "of=x"):
             self.assertEqual(200, self.daemon.ask_admin(f"/contents?{query}").code)
 
+    def test_an_empty_name_is_none(self) -> None:
+        """
+        The buttons would mean the whole registry on a page that shows nothing.
+        """
+        page = self.page(f"contents?registry={ECR}&repository=&image=")
+        self.assertEqual(["team/app"], [row[0].split()[0] for row in self.table(page, "Repositories")])
+        (work,) = [each for each in page.all("div") if each.attributes.get("id") == "work"]
+        self.assertEqual(HOST, work.attributes["data-what"])
+
+    def test_questions_name_the_registry(self) -> None:
+        page = self.page(address(repository=self.app, reference="v1"))
+        (work,) = [each for each in page.all("div") if each.attributes.get("id") == "work"]
+        self.assertEqual(f"{HOST}/team/app:v1", work.attributes["data-what"])
+
     def test_strangers_names_and_ports_have_no_such_pages(self) -> None:
         self.assertEqual(403, self.daemon.ask_admin("/contents", host="evil.example").code)
         self.assertIn(self.daemon.ask_admin("/contents", port=self.daemon.scraped).code, (403, 404))

@@ -57,7 +57,8 @@ class ContentsView(Answering):
         @raise RegistryError: if there is no such image, or the index can't be read.
         """
         query = query_values(cast(RegistryRequest, request).target.query)
-        asked = {name: unquote_plus(value) for name, value in query.items()}
+        # An empty name is none: the buttons would mean the whole registry, which such a page does not show.
+        asked = {name: unquote_plus(value) for name, value in query.items() if value}
         try:
             shown = await self._shown(asked)
         except OSError as problem:

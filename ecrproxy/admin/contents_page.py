@@ -120,8 +120,15 @@ def _values(shown: ContentsShown) -> Values:
         "work_registry": str(shown.registry or ""),
         "work_repository": "" if repository is None else repository.name,
         "work_reference": "" if image is None else image.reference,
-        "work_what": name,
+        "work_what": _whole_name(shown, name),
     }
+
+
+def _whole_name(shown: ContentsShown, name: str) -> str:
+    """
+    Return the name that the questions show: other registries may have repositories of the same name.
+    """
+    return name if shown.registry is None or shown.repository is None else f"{clean(shown.registry.host)}/{name}"
 
 
 def _about_work(shown: ContentsShown) -> str:
