@@ -256,6 +256,13 @@ class PageTests(ContentsTestCase):
         (work,) = [each for each in page.all("div") if each.attributes.get("id") == "work"]
         self.assertEqual(f"{HOST}/team/app:v1", work.attributes["data-what"])
 
+    def test_types_of_other_versions_are_no_trouble(self) -> None:
+        rows = self.index.database.rows
+        for table in ("tag", "holds"):
+            rows._writer.execute(f"UPDATE {table} SET media_type = 'application/new' WHERE media_type IS NOT NULL")  # noqa: SLF001
+        self.page(address(repository=self.app))
+        self.page(address(repository=self.app, by="digest"))
+
     def test_strangers_names_and_ports_have_no_such_pages(self) -> None:
         self.assertEqual(403, self.daemon.ask_admin("/contents", host="evil.example").code)
         self.assertIn(self.daemon.ask_admin("/contents", port=self.daemon.scraped).code, (403, 404))

@@ -215,4 +215,4 @@ def _repositories(registry: RegistryId | None, after: Repository | None, rows: R
 
 
 def _confirmed(entry: Entry) -> float:
-    return max(each.when for each in entry.answers.values())
+    return max((each.when for each in entry.answers.values()), default=0.0)  # none, if all its types are unknown
