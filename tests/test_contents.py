@@ -4,7 +4,9 @@ The pages of what the cache has: of registries, repositories and images.
 
 from __future__ import annotations
 
+import itertools
 import re
+import tracemalloc
 from dataclasses import replace
 from unittest.mock import ANY
 
@@ -20,7 +22,7 @@ from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.repository_rows import Weight
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import Descriptor, Digest, Kind
-from tests.daemon import DaemonTestCase, Hands, noise
+from tests.daemon import MIB, DaemonTestCase, Hands, noise
 from tests.markup import Node, Reader
 from tests.registry_content import Image
 
@@ -132,7 +134,7 @@ class ReadingTests(ContentsTestCase):
         held = self.contents.image(Repository(ECR, "team/multi"), "v2")
         assert held is not None
         self.assertEqual(self.size(index, *self.everything(mine)), held.weight.bytes)
-        parts = [str(each.descriptor.digest) for each in self.contents.parts(held.roots)]
+        parts = [str(each.descriptor.digest) for each in self.contents.parts(held.roots, 100)]
         self.assertEqual([index, mine.digest, other.digest], parts[:3])
         self.assertEqual({*self.everything(mine)}, {*parts} - {index, other.digest})
         by_digest = [each for each in self.contents.manifests(Repository(ECR, "team/multi")) if each is not None]
@@ -142,7 +144,25 @@ class ReadingTests(ContentsTestCase):
         held = Descriptor("application/vnd.oci.image.index.v1+json", Digest("sha256", "0" * 64), 1)
         inventory = Inventory(self.daemon.store)
         self.patch(inventory, "lists", lambda _: [(Kind.MANIFEST, held)])
-        self.assertEqual(1, len(list(Contents(self.daemon.store, inventory).parts([held]))))
+        self.assertEqual(1, len(list(Contents(self.daemon.store, inventory).parts([held], 100))))
+
+    def test_indexes_of_indexes_are_kept_in_memory_as_far_as_parts_are_wanted(self) -> None:
+        """
+        A tree of 1,000 indexes of 1,000 each would fill it before its first thousand parts are told.
+        """
+        numbers = itertools.count()
+
+        def lists(_: object) -> list[tuple[Kind, Descriptor]]:
+            some = (Digest.of(b"%d" % next(numbers)) for _ in range(1000))
+            return [(Kind.MANIFEST, Descriptor("application/vnd.oci.image.index.v1+json", each, 1)) for each in some]
+
+        inventory = Inventory(self.daemon.store)
+        self.patch(inventory, "lists", lists)
+        parts = Contents(self.daemon.store, inventory).parts([lists(None)[0][1]], 50)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        self.assertEqual(51, sum(1 for _ in parts))
+        self.assertLess(tracemalloc.get_traced_memory()[1], 2 * MIB)
 
 
 def _about(entry, digest):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202

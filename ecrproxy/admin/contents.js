@@ -8,6 +8,7 @@
   );
   let stop = null;
   let changed = false;
+  let purged = false;
 
   const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
   const size = (count) => {
@@ -110,6 +111,7 @@
       }
       show(way, sum);
       words = `Done: ${way.told(sum)}.`;
+      purged = purged || name === "purge";
     } catch (problem) {
       const so = Object.keys(sum).length ? `, after ${way.told(sum)}` : "";
       words = problem.name === "AbortError" ? `Stopped${so}.` : `Failed: ${problem.message}${so}.`;
@@ -171,7 +173,9 @@
       close();
     });
     dialog.addEventListener("close", () => {
-      if (changed) location.reload();
+      const { registry, repository, reference } = work.dataset;
+      if (purged && reference) location.assign(`contents?${new URLSearchParams({ registry, repository })}`);
+      else if (changed) location.reload();
     });
   }
 }

@@ -119,7 +119,7 @@ class ContentsView(Answering):
         image = await self._in_thread(self._contents.image, repository, reference)
         if image is None:
             raise RegistryError(404, "MANIFEST_UNKNOWN", "the cache knows nothing of such an image")
-        parts = await self._some(self._parts(self._contents.parts(image.roots)), ROWS)
+        parts = await self._some(self._parts(self._contents.parts(image.roots, ROWS)), ROWS)
         moves = [] if ":" in reference else await self._in_thread(self._contents.moves, repository, reference)
         ways = {reference, *(str(each.descriptor.digest) for each, _ in parts)}
         return ContentsShown(

@@ -186,23 +186,29 @@ class Contents:
         """
         return self._index.known(digest)
 
-    def parts(self, roots: Iterable[Descriptor]) -> Iterator[ImagePart]:
+    def parts(self, roots: Iterable[Descriptor], most: int) -> Iterator[ImagePart]:
         """
         Yield all that manifests lead to, themselves first; each once.
+
+        @param most: number of parts; if there are more, one more is yielded. An index may list any number of indexes.
         """
-        waiting, seen = deque((Kind.MANIFEST, each) for each in roots), set[Digest]()
-        while waiting:
+        waiting, seen = deque[tuple[Kind, Descriptor]](), set[Digest]()
+        found: Iterable[tuple[Kind, Descriptor]] = ((Kind.MANIFEST, each) for each in roots)
+        while True:
+            for kind, descriptor in found:
+                if descriptor.digest not in seen and len(seen) <= most:
+                    seen.add(descriptor.digest)
+                    waiting.append((kind, descriptor))
+            if not waiting:
+                return
             kind, descriptor = waiting.popleft()
-            if descriptor.digest not in seen:
-                seen.add(descriptor.digest)
-                lists = self._inventory.lists(descriptor) if kind is Kind.MANIFEST else ()
-                waiting.extend(lists)
-                yield ImagePart(kind, descriptor, [each.digest for _, each in lists])
+            found = self._inventory.lists(descriptor) if kind is Kind.MANIFEST else ()
+            yield ImagePart(kind, descriptor, [each.digest for _, each in found])
 
     def _image(self, reference: str, rows: Sequence[Row]) -> HeldImage:
         roots = {each.descriptor: None for _, entry, _ in rows for each in entry.answers.values()}
         weight, count = Weight(), 0
-        for part in itertools.islice(self.parts(roots), WEIGHED + 1):
+        for part in self.parts(roots, WEIGHED):
             count += 1
             file = self._index.known(part.descriptor.digest) if count <= WEIGHED else None
             weight = weight if file is None else weight.plus(Weight(1, file.size, file.used))

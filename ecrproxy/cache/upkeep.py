@@ -31,7 +31,10 @@ from ecrproxy.oci import Descriptor, Digest, Kind
 log = Logger()
 
 PARTS: Final = 20_000
-"""Maximum number of parts of an image that is purged or verified. Large images have some hundreds."""
+"""
+Maximum number of parts of an image that is purged or verified, counted again each time that one is listed. Large images
+have some hundreds.
+"""
 _TOGETHER: Final = 200
 """Maximum number of entries, and of files, that are removed in one step."""
 
@@ -168,8 +171,10 @@ class Upkeep:
     def _parts(self, repository: Repository, reference: str) -> dict[Digest, ImagePart]:
         image = self._contents.image(repository, reference)
         parts: dict[Digest, ImagePart] = {}
-        for each in self._contents.parts(image.roots if image is not None else ()):
-            if len(parts) >= PARTS:
+        count = 0
+        for each in self._contents.parts(image.roots if image is not None else (), PARTS):
+            count += 1 + len(each.lists)
+            if count > PARTS:
                 raise TooLargeError(f"the image has more than {PARTS:,} parts: purge or verify the repository")
             parts[each.descriptor.digest] = each
         return parts

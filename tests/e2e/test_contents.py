@@ -77,11 +77,11 @@ def test_an_image_is_verified_purged_and_fetched_by_buttons(
     eventually(lambda: any("127.0.0.1" in each for each in browser.texts("#askers ~ table tbody th")), "the client")
     click(browser, image.tag)
     eventually(lambda: heading(browser) == f"{image.repository}:{image.tag}", "the image's page")
-    here = browser.driver.current_url
 
     click(browser, "Verify")
     assert browser.run("return document.getElementById('doing').open")
-    assert browser.texts("#asked") == [f"Verify {image.repository}:{image.tag}?"]
+    (asked,) = browser.texts("#asked")
+    assert re.fullmatch(rf"Verify [^ ]+/{image.repository}:{image.tag}\?", asked), asked
     assert not browser.run("return document.getElementById('progress').checkVisibility()")
     browser.driver.find_element("id", "do").click()
     assert re.match(r"Done: \d+ files are good, 0 corrupt; ", done(browser))
@@ -97,7 +97,8 @@ def test_an_image_is_verified_purged_and_fetched_by_buttons(
     assert re.match(r"Done: \d+ entries and \d+ files removed, ", done(browser))
     assert not any((chain.daemon.cache / "content").rglob(f"{image.layers[0].partition(':')[2]}*"))
 
-    browser.driver.get(here.partition("&image=")[0])
+    browser.driver.find_element("id", "leave").click()
+    eventually(lambda: heading(browser) == image.repository, "the repository's page: the image has none any more")
     browser.driver.find_element("id", "wanted").send_keys(image.tag)
     click(browser, "Prefetch")
     assert browser.texts("#asked") == [f"Prefetch {image.repository}:{image.tag}?"]
